@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ __all__ = ["parameters", "variables"]
 _FORWARDED = (
     "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE",
 )  # fmt: skip
+
+
+_log = logging.getLogger("traceml")
 
 
 def variables(environ: dict[str, str] | None = None) -> dict[str, str]:
@@ -36,12 +40,24 @@ def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
     except OSError:
         return {}
 
-    return _values(text)
+    try:
+        import yaml  # W&B needs it
+    except ImportError:
+        return _values(text)
+
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+
+    given = loaded.items() if isinstance(loaded, dict) else ()
+    return {str(name): each["value"] for name, each in given if isinstance(each, dict) and "value" in each}
 
 
 def _values(text: str) -> dict[str, Any]:
     """Parse the form that the agent writes: `name:` followed by an indented `value: …` (YAML, one line each)."""
     found: dict[str, Any] = {}
+    left_out: set[str] = set()
     name = ""
     for line in text.splitlines():
         key, separator, value = line.strip().partition(":")
@@ -52,6 +68,11 @@ def _values(text: str) -> dict[str, Any]:
             name = key.strip("'\"")
         elif key == "value" and value.strip():
             found[name] = _scalar(value.strip())
+        elif key == "value":
+            left_out.add(name)
+
+    if left_out:
+        _log.warning("Experiment.config has no %s of the sweep: pip install pyyaml", ", ".join(sorted(left_out)))
 
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -421,24 +422,27 @@ def test_a_secret_in_the_settings_leaves_no_experiment_open(script: Script, tmp_
     assert [number for number, _ in stored.metrics] == [0]
 
 
-def test_a_sweeps_parameters(tmp_path: Path) -> None:
-    """The file that W&B's agent leaves is read without its library; without a sweep, or with a broken file, nothing."""
+def test_a_sweeps_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The file that W&B's agent leaves is read, as far as possible without PyYAML, before the experiment begins."""
     path = tmp_path / "config.yaml"
     path.write_text(
-        "wandb_version: 1\n\nlr:\n  value: 0.01\nmodel:\n  desc: null\n  value: resnet\nbig:\n  value: 1e-05\n"
-        "flag:\n  value: true\nlist:\n  value: [1, 2]\n"
+        "wandb_version: 1\n\nlr:\n  value: 0.01\nmodel:\n  desc: null\n  value: resnet\nbig:\n  value: 1.0e-05\n"
+        "flag:\n  value: true\nlayers:\n  value:\n  - 1\n  - 2\noptimizer:\n  value:\n    lr: 0.1\n"
     )
     environ = {"WANDB_SWEEP_ID": "s", "WANDB_SWEEP_PARAM_PATH": str(path)}
 
-    assert wandb_sweep.parameters(environ) == {
-        "lr": 0.01,
-        "model": "resnet",
-        "big": 1e-05,
-        "flag": True,
-        "list": [1, 2],
-    }
+    plain = {"lr": 0.01, "model": "resnet", "big": 1e-05, "flag": True}
+    nested = {"layers": [1, 2], "optimizer": {"lr": 0.1}}
+    assert wandb_sweep.parameters(environ) == plain | nested
     assert wandb_sweep.parameters({}) == {}
     assert wandb_sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    assert traceml.Experiment("x", backend=[], config={"lr": 1.0, "depth": 3}).config == plain | nested | {"depth": 3}
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert wandb_sweep.parameters(environ) == plain
+    assert "no layers, optimizer of the sweep: pip install pyyaml" in caplog.text
 
 
 @pytest.mark.parametrize(

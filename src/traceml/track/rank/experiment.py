@@ -94,7 +94,7 @@ class Experiment:
         self.project = project
         self.backends = names_of(backend)
         self.tags = _tags_of(tags or ())
-        self.config: dict[str, Any] = params_of(config or {}, "Experiment(config=...)")
+        self.config: dict[str, Any] = params_of(config or {}, "Experiment(config=...)") | wandb_sweep.parameters()
         """Parameters at the start; under a sweep agent, those that the sweep chose."""
         self._parent = parent if isinstance(parent, Experiment) else None
         self.parent = parent.id if isinstance(parent, Experiment) else parent
@@ -135,7 +135,6 @@ class Experiment:
         return self
 
     def _begin(self) -> None:
-        self.config |= wandb_sweep.parameters()
         of_recorder = {name: value for name, value in self._settings.items() if name not in PER_EXPERIMENT}
         recorder = recorder_for_logging(again=True, arguments=of_recorder)
         config = self._config_over(recorder.config if recorder is not None else Config(enabled=False))
