@@ -228,6 +228,13 @@ def test_personal_names(masker: Masker) -> None:
     assert masker.counts == {"phone": 1, "email": 1, "user": 1, "card": 1}
 
 
+def test_what_the_user_of_a_dialogue_says_stays(masker: Masker) -> None:
+    """`log_text("user", prompt)` arrived as one mask, and the assistant's answers whole."""
+    assert masker.mask_logged_text("user", "Write to me@example.com") == "Write to [masked:email]"
+    assert masker.mask_logged_text("username", "ada") == "[masked:user]"
+    assert Masker(["user"]).mask_logged_text("user", "hello there") == "[masked:custom]"
+
+
 def test_containers(masker: Masker) -> None:
     """Whatever lies in a mapping called a secret is masked, and options tell about the argument that follows."""
     assert masker.mask_value("credentials", {"a": "x1", "b": ["y", 2.5]}) == {

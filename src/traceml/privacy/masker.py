@@ -83,6 +83,11 @@ class Masker:
         """
         return {name: self.mask_value(name, value) for name, value in values.items()}
 
+    def mask_logged_text(self, name: str, text: str) -> str:
+        """Return a text that was logged under a name, masked; one of a dialogue's `user` is no login name."""
+        is_said = name.lower() == "user" and not any(matches(name) for matches in self._names)
+        return self.mask_text(text) if is_said else str(self.mask_value(name, text))
+
     def mask_value(self, name: str, value: Any) -> Any:
         """Return the value, masked if necessary.
 

@@ -173,8 +173,7 @@ class TrackerSession:
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int, time_s: float | None = None) -> None:
         """Send a text, masked by its content and its name."""
-        masked = json_text(self._masker.mask_value(name, text))
-        self._call(experiment, "log_text", name, masked, step, time_s=time_s)
+        self._call(experiment, "log_text", name, self._masker.mask_logged_text(name, text), step, time_s=time_s)
 
     def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int, time_s: float | None) -> None:
         """Send an image."""
