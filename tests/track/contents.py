@@ -157,15 +157,15 @@ def tensorboard(run_dir: Path, number: str) -> Contents:
                 continue
             if value.ndim:
                 found.histograms.append((name, each.step, value[:, 2].tolist()))
-            elif name == "tags":
+            elif name == "traceml/tags":
                 tags |= _rows(value.item().decode())
             elif name.startswith("facts/"):
                 found.facts |= _rows(value.item().decode())
-            elif name in {"params", "run"}:
+            elif name in {"traceml/params", "traceml/run"}:
                 continue
             elif name.startswith("artifacts/"):
                 found.artifacts[name[10:]] = Path(json.loads(value.item())["path"]).read_bytes()
-            elif name == "state":
+            elif name == "traceml/state":
                 found.state = value.item().decode()
             else:
                 found.texts.append((name, each.step, value.item().decode()))

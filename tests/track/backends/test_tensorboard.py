@@ -72,8 +72,8 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert by_time[7][0] == 1.7e9 + 7
     texts = {tag: make_ndarray(read.Tensors(tag)[0].tensor_proto) for tag in read.Tags()["tensors"]}
     assert texts["note"].item() == b"zwei\nZeilen"
-    assert texts["params"].item() == b"| name | value |\n|---|---|\n| lr | 0.001 |\n| a/b | x \\| y |"
-    assert texts["tags"].item().decode().endswith("| team | ü |")
+    assert texts["traceml/params"].item() == b"| name | value |\n|---|---|\n| lr | 0.001 |\n| a/b | x \\| y |"
+    assert texts["traceml/tags"].item().decode().endswith("| team | ü |")
     assert json.loads(texts["artifacts/red.png"].item())["path"] == str(image)
     assert texts["h"].tolist() == [[0.0, 0.5, 1.0], [0.5, 1.0, 2.0]]
     (cat,) = read.Images("cat")
@@ -121,6 +121,21 @@ def test_a_continued_run_gets_one_more_file(make: Maker) -> None:
     second.end_experiment()
 
     assert _steps(folder, "loss") == [1, 2]
+
+
+def test_values_may_have_the_names_of_other_facts(make: Maker) -> None:
+    """TensorBoard shows a tag by what came first under it: beside a table of that name, values were in no chart."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    backend = make("tensorboard")
+    folder = backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "red"})
+    backend.log_params({"lr": 0.1})
+    names = {"run", "tags", "params", "state"}
+    backend.log_metrics([Metric(name, 1.0, 1) for name in names])
+    backend.end_state("finished")
+
+    assert set(EventAccumulator(folder).Reload().PluginTagToContent("scalars")) == names
 
 
 def test_values_after_the_end_erase_none_before(make: Maker) -> None:

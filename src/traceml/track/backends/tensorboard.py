@@ -68,7 +68,7 @@ class TensorBoardBackend(FileBackend):
         if not self._keep:
             started = self._experiment.get("started") or time.time()  # by it TensorBoard sorts runs
             self._write([Event(wall_time=started, file_version="brain.Event:2")])
-            self.log_text("run", _table({"name": name, "project": project, "id": self._experiment["id"]}), 0)
+            self.log_text("traceml/run", _table({"name": name, "project": project, "id": self._experiment["id"]}), 0)
 
         return str(self._path.parent)
 
@@ -85,7 +85,7 @@ class TensorBoardBackend(FileBackend):
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Write parameters as a table of the Text tab, nested ones as `model/depth`; keep them for the HParams tab."""
         flat = flattened(params, "/")
-        self.log_text("params", _table(flat), 0)
+        self.log_text("traceml/params", _table(flat), 0)
         self._hparams |= {name: _hparam(value) for name, value in flat.items()}
         self._hparams = dict(list(self._hparams.items())[:_MAX_HPARAMS])
 
@@ -97,7 +97,7 @@ class TensorBoardBackend(FileBackend):
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Write tags as a table of the Text tab."""
-        self.log_text("tags", _table(tags), 0)
+        self.log_text("traceml/tags", _table(tags), 0)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Write a text."""
@@ -134,7 +134,7 @@ class TensorBoardBackend(FileBackend):
         from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo, SessionStartInfo
 
-        self.log_text("state", state, 0)
+        self.log_text("traceml/state", state, 0)
         start = SessionStartInfo(start_time_secs=self._experiment.get("started") or time.time())
         for name, value in self._hparams.items():
             kind = "bool" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "string"
