@@ -309,6 +309,22 @@ def test_the_verdict_of_a_report_that_takes_long_is_sent_too(run: LoggedRun) -> 
     assert [line["type"] for line in lines_of(run.path)].count("end") == 1
 
 
+def test_an_experiment_that_ends_before_the_run_has_the_verdict_so_far(run: LoggedRun) -> None:
+    """With its words: the report's comes when the experiment has ended."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="first", name="first")
+    run.experiment(["jsonl"], 2, id="second", name="second")
+    run.metrics({"a": [1.0]}, 1)
+    run.writer.event("verdict", {"verdict": {"kind": "INPUT_BOUND", "summary": "It waits."}, "step": 0})
+    run.row("end", 1, values=1)
+    run.writer.commit()
+
+    assert deliver(run.path, "jsonl", "--once").returncode == 0
+    lines = lines_of(run.path, "jsonl/first.jsonl")
+    assert lines[-1]["type"] == "end"
+    assert {"traceml/verdict_summary": "It waits."} in [line["facts"] for line in lines if line["type"] == "facts"]
+
+
 def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun) -> None:
     for rank in range(2):
         run.experiment(["jsonl"], 1, rank=rank, id="first", name="first")

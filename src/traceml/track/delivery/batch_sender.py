@@ -386,6 +386,7 @@ class BatchSender:
                 main = self._main()
                 if main is not None and main.key == key:
                     self._send_derived_values(main, self._derived().finish())
+                    self._verdicts.send(main)  # that of the run so far: the report comes when nothing is open
 
                 self._session.end(experiment, own_state, ended)
 
