@@ -325,6 +325,25 @@ def test_an_experiment_that_ends_before_the_run_has_the_verdict_so_far(run: Logg
     assert {"traceml/verdict_summary": "It waits."} in [line["facts"] for line in lines if line["type"] == "facts"]
 
 
+def test_each_experiment_of_a_process_has_the_facts(run: LoggedRun) -> None:
+    """Collectors read once: of a loop over experiments the first one alone had its commit."""
+    names = ("first", "second", "inner")
+    for number, name in enumerate(names, 1):
+        run.experiment(["jsonl"], number, id=name, name=name, parent="second" if name == "inner" else None)
+        if number == 1:
+            run.row("collected", 1, name="git", facts={"commit": "0123abcd", "diff": "+ line\n- line"})
+
+        run.row("end", number, values=0)
+
+    run.end()
+    assert deliver(run.path, "jsonl").returncode == 0
+    facts = {
+        name: [line["facts"] for line in lines_of(run.path, f"jsonl/{name}.jsonl") if line["type"] == "facts"]
+        for name in names
+    }
+    assert facts == {"first": [{"git/commit": "0123abcd"}], "second": [{"git/commit": "0123abcd"}], "inner": []}
+
+
 def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun) -> None:
     for rank in range(2):
         run.experiment(["jsonl"], 1, rank=rank, id="first", name="first")

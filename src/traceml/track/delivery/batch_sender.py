@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from traceml.database.schema import METRICS, STEPS
+from traceml.database.schema import LOGGED, METRICS, STEPS
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.errors import BackendRefusedError
@@ -29,6 +29,7 @@ __all__ = ["BatchSender"]
 
 _PARAMS_REMEMBERED = 10_000
 _FACT_CHARS = 250
+_FACT_FRAMES = 64  # of a process, in which its collectors' facts are: they read at its start
 _LINGER_S = 10.0  # the last experiment stays open for this long
 _LATE_VALUES_S = 600.0  # longest wait for values that were logged before an end
 
@@ -75,6 +76,7 @@ class BatchSender:
             experiment = self._experiment_of(logged) if logged.row.get("kind") == "experiment" else None
             if experiment is not None:
                 self._session.connect(experiment)
+                self._send_earlier_facts(experiment, logged)
 
         # Rank 0 first: equal parameters of other ranks are not sent.
         for logged in sorted(filter(_has_no_step, batch.logged), key=lambda each: each.stream.rank):
@@ -307,17 +309,38 @@ class BatchSender:
 
     def _send_facts(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         """Send the facts of a collector, long ones as texts."""
-        facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
-        passing = self._params_of(experiment, facts, rank, "tags")
-        shown = {key: json_text(value) for key, value in passing.items()}
-        short = {key: passing[key] for key, text in shown.items() if len(text) <= _FACT_CHARS and "\n" not in text}
+        short, long = self._facts_of(experiment, row, rank)
         if short:
             self._session.facts(experiment, short)
             yield 0
 
-        for key in (each for each in shown if each not in short):
-            self._session.text(experiment, key, shown[key], 0, _time_of(row))
-            yield len(shown[key])
+        for key, text in long.items():
+            self._session.text(experiment, key, text, 0, _time_of(row))
+            yield len(text)
+
+    def _send_earlier_facts(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
+        """Send a further experiment of rank 0 the short facts that collectors have read for the first one."""
+        if logged.stream.rank or logged.row.get("parent"):
+            return
+
+        logged_first = self._reader.first_maps(LOGGED.name, logged.stream.id, _FACT_FRAMES)
+        collected = [row for row in logged_first if row.get("kind") == "collected"]
+        for row in {row.get("name"): row for row in collected if row.get("experiment") != experiment.number}.values():
+            short, _ = self._facts_of(experiment, row, 0)
+            if short:
+                self._session.facts(experiment, short)
+                self._audit.record("collected", short, 1)
+                self._state.derived += 1
+
+    def _facts_of(
+        self, experiment: PlannedExperiment, row: dict[str, Any], rank: int
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the facts in a row that pass: short ones, and long ones as texts."""
+        facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
+        passing = self._params_of(experiment, facts, rank, "tags")
+        shown = {key: json_text(value) for key, value in passing.items()}
+        long = {key: text for key, text in shown.items() if len(text) > _FACT_CHARS or "\n" in text}
+        return {key: value for key, value in passing.items() if key not in long}, long
 
     def _file(self, row: Mapping[str, Any]) -> Path:
         """Return the path of a logged file; a row may name one outside of the run's folder, which is not sent."""
