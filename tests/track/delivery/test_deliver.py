@@ -22,6 +22,7 @@ from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
 from traceml.track.delivery.audit import AuditLog
+from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.plugins.plugin_signature import sign
 from traceml.track.tracker_state import (
     EXIT_AGAIN,
@@ -323,6 +324,28 @@ def test_an_experiment_that_ends_before_the_run_has_the_verdict_so_far(run: Logg
     lines = lines_of(run.path, "jsonl/first.jsonl")
     assert lines[-1]["type"] == "end"
     assert {"traceml/verdict_summary": "It waits."} in [line["facts"] for line in lines if line["type"] == "facts"]
+
+
+def test_many_frames_are_few_batches(run: LoggedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The state is copied and written per batch, and of a job of many ranks it is large."""
+    monkeypatch.chdir(tmp_path)
+    run.experiment(["jsonl"], id="x")
+    for step in range(250):
+        run.metrics({"a": [1.0]}, first_step=step)
+
+    run.end()
+    saved: list[int] = []
+    save = TrackerState.save
+
+    def counted(state: TrackerState, run_dir: Path) -> None:
+        saved.append(state.passed)
+        save(state, run_dir)
+
+    monkeypatch.setattr(TrackerState, "save", counted)
+    assert DeliveryLoop(run.path, "jsonl").run() == EXIT_DONE
+
+    assert len(lines_of(run.path)) > 250
+    assert len(saved) < 10
 
 
 def test_each_experiment_of_a_process_has_the_facts(run: LoggedRun) -> None:

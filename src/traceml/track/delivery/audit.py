@@ -59,8 +59,8 @@ class AuditLog:
                 self._seen.add(name)
                 self._new.append(name)
 
-    def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> None:
-        """Write a line for everything since the last one, if a line is due.
+    def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> bool:
+        """Write a line for everything since the last one, if a line is due; return whether one was written.
 
         Where it cannot be written, the next one counts for it: the tracker has accepted the rows, which must not be
         sent again.
@@ -72,17 +72,20 @@ class AuditLog:
         counts = self._sent.get("counts", {})
         is_plain = not self._new and set(counts) <= {"metrics"}
         if not counts or (is_plain and not force and time.monotonic() - self._written_s < _EVERY_S):
-            return
+            return False
 
         line = {
             "time": time.time(), "backend": self._state.backend, "target": target, "sent": counts,
             "bytes": self._sent.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
             "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
         }  # fmt: skip
-        if self._append(json.dumps(line) + "\n"):
+        has_written = self._append(json.dumps(line) + "\n")
+        if has_written:
             self._state.resume["audit"] = {}
             self._new.clear()
             self._written_s = time.monotonic()
+
+        return has_written
 
     def _append(self, line: str) -> bool:
         """Append a line; return whether it could be written."""

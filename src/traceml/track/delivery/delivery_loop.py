@@ -273,9 +273,14 @@ class DeliveryLoop:
 
         self._passed(batch, time.monotonic() - began_s)
         self._save()
-        self._end_finished()
-        self._audit.write(self._state.target, dict(self._masker.counts))
-        self._save()
+        is_ending = self._sender.has_pending_closes
+        if is_ending:
+            self._end_finished()
+
+        has_written = self._audit.write(self._state.target, dict(self._masker.counts))
+        if is_ending or has_written:
+            self._save()
+
         return None
 
     def _end_finished(self) -> None:

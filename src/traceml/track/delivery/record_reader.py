@@ -21,7 +21,7 @@ __all__ = ["LoggedRecord", "MetricRows", "RecordBatch", "RecordReader", "logged_
 
 _S = 1_000_000_000
 _ROW = struct.Struct("<qqqdqq")
-_FRAMES = 64
+_FRAMES, _READS = 64, 4  # frames of one read, of which a batch needs few where they are full, and reads for a batch
 _BATCH_ROWS = 5_000
 
 
@@ -107,8 +107,8 @@ class RecordReader:
         after, done = int(cursor.get("frame", 0)), int(cursor.get("row", 0))
         batch = RecordBatch({"frame": after, "row": done})
         self._read_names_up_to(after)
-        found = self._reader.frames_of(self._tables, after, _FRAMES)
-        for frame in found:
+        taken = 0
+        for frame in self._frames(after):
             room = rows - batch.rows
             if until is not None and batch.cursor["frame"] >= until["frame"]:
                 room = min(room, until["row"] - done)
@@ -126,9 +126,20 @@ class RecordReader:
 
             done = 0
             batch.cursor = {"frame": frame.id, "row": 0}
+            taken += 1
 
-        batch.is_last = len(found) < _FRAMES
+        batch.is_last = taken < _FRAMES * _READS
         return batch
+
+    def _frames(self, after: int) -> Iterator[Frame]:
+        """Yield the frames after one, up to a limit."""
+        for _ in range(_READS):
+            found = self._reader.frames_of(self._tables, after, _FRAMES)
+            yield from found
+            if len(found) < _FRAMES:
+                return
+
+            after = found[-1].id
 
     def _take(self, batch: RecordBatch, frame: Frame, done: int, room: int) -> int | None:
         """Add a frame to a batch; return None when all of it is done, else the number of its rows that are."""
