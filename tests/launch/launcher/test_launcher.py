@@ -183,7 +183,8 @@ def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts, options: list[str]
     """
     python, path = hosts.launcher.command()[0], hosts.launcher.script(textwrap.dedent(code))
 
-    done = slurm.run("salloc", "--quiet", *options, python, path, env={"PYTHONPATH": PYTHONPATH})
+    login = {"SSH_CONNECTION": "192.0.2.1 5000 192.0.2.2 22"}  # Slurm passes on that of the user's session
+    done = slurm.run("salloc", "--quiet", *options, python, path, env={"PYTHONPATH": PYTHONPATH, **login})
 
     assert eval(done.stdout) == expected
 

@@ -118,9 +118,11 @@ def _identity(host: JobHost) -> tuple[str, str, Sequence[str]]:
 def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
     hello, hellos = first.hello, [other.hello for other in others if other.hello is not None]
     assert hello is not None
-    yield hello.address  # where ssh reached it
-    if first.spec.transport == "local":
-        yield from (other.peer for other in hellos)  # where ssh came from
+    # of hosts that our ssh reaches only: Slurm passes on the variable of the user's own session
+    if first.spec.transport == "ssh":
+        yield hello.address  # where ssh reached it
+    elif first.spec.transport == "local":
+        yield from (other.hello.peer for other in others if other.spec.transport == "ssh" and other.hello)
 
     own = [address for address in hello.addresses if not address.startswith("127.")]
     theirs = [address for other in hellos for address in other.addresses]
