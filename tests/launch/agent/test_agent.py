@@ -321,6 +321,19 @@ def test_other_variables_need_no_other_zygote(driver: Driver, tmp_path: Path) ->
     assert first[4] == second[4] != third[4]
 
 
+def test_a_worker_is_no_task_of_slurm(driver: Driver) -> None:
+    """The agent is the one task of its step: libraries that ask Slurm first would take each worker for rank 0."""
+
+    def look() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NUM_NODES": "2"}
+    task = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    driver.prepare(env={**os.environ, **job, **task, "SLURM_NNODES": "1"})
+
+    assert driver.run(look) == [{**job, "SLURM_NNODES": "2"}]
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 

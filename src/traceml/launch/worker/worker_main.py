@@ -41,6 +41,12 @@ __all__ = ["main"]
 _LEAVE_TIMEOUT_S = 5.0
 _MAX_NOTES = 16
 _MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's text, which is sent in one message
+# Variables of a task of Slurm: the agent is the only one of its step. Libraries that ask Slurm first, and then for RANK
+# (Lightning, timm), would take each worker for rank 0 of 1.
+_SLURM_TASK = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_PROCID", "SLURM_LOCALID",
+    "SLURM_NODEID",
+)  # fmt: skip
 _NO_RESULT = (
     "traceml: the function has closed the connection to its launcher, as os.closerange does: what it returns or raises "
     "cannot be sent. Close only descriptors that it has opened itself, or call os.closerange in a process it starts."
@@ -182,6 +188,7 @@ def _set_up_process(request: Fork, out: int, err: int, stacks_file: int) -> None
         os.environ.pop(name, None)
 
     os.environ.update(request.env)
+    _drop_slurm_task()
     if request.interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", request.interface)
 
@@ -198,6 +205,14 @@ def _set_up_process(request: Fork, out: int, err: int, stacks_file: int) -> None
 
     threading.current_thread().name = "MainThread"
     sys.argv = [""]
+
+
+def _drop_slurm_task() -> None:
+    for name in _SLURM_TASK:
+        os.environ.pop(name, None)
+
+    if "SLURM_JOB_NUM_NODES" in os.environ:  # in a step, the other one is 1
+        os.environ["SLURM_NNODES"] = os.environ["SLURM_JOB_NUM_NODES"]
 
 
 def _stream(fd: int, errors: str) -> io.TextIOWrapper:
