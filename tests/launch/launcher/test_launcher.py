@@ -337,6 +337,62 @@ def test_nothing_is_left_when_the_launcher_ends(
     assert ("ranks 0, 1 were here" in told or ("rank 0" in told and "in dawdle" in told)) is words
 
 
+_SAVE = """
+    import os, signal, subprocess, sys, time, traceml
+    from pathlib import Path
+
+    def train():
+        loader, calls = subprocess.Popen(["sleep", "600"]), []
+
+        def save(*_):
+            calls.append(1)
+            time.sleep(2)
+            Path("saved-" + os.environ["RANK"]).write_text(f"{len(calls)} {loader.poll()}")
+            sys.exit(1)
+
+        signal.signal(signal.SIGTERM, save)
+        Path("ready-" + os.environ["RANK"]).touch()
+        while True:
+            time.sleep(0.1)
+
+    if len(sys.argv) == 1:
+        train()
+    else:
+        traceml.launch(train, workers_per_host=1, backend=None, log_handlers=None)
+"""
+
+
+def _saved(folder: Path, send: Callable[[], object]) -> list[str]:
+    """Send a signal once both ranks run; return what they have saved."""
+    eventually(lambda: len(list(folder.glob("ready-*"))) == 2, "the workers to run")
+    send()
+    return [
+        eventually(lambda rank=rank: (path := folder / f"saved-{rank}").exists() and path.read_text(), "a checkpoint")
+        for rank in range(2)
+    ]
+
+
+def test_workers_may_save_when_the_launcher_gets_sigterm(tmp_path: Path) -> None:
+    """They alone get the signal: the death of a loader worker would be an exception in their handler."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(_SAVE))
+    command = [sys.executable, "-m", "traceml", "launch", "--hostnames=localhost", "--workers-per-host=2", "train.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert _saved(tmp_path, process.terminate) == ["1 None"] * 2
+
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_workers_may_save_when_slurm_ends_the_job(slurm: Any, tmp_path: Path) -> None:
+    """Also where its SIGTERM, which they get once, has ended the launcher first."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(_SAVE))
+    (tmp_path / "job.sh").write_text(f"#!/bin/sh\nexec {sys.executable} train.py launch\n")
+    job = slurm.run("sbatch", "-N2", "--parsable", "job.sh", cwd=tmp_path, env={"PYTHONPATH": PYTHONPATH}).stdout
+
+    saved = _saved(tmp_path, lambda: slurm.run("scancel", job.strip()))
+
+    assert [text.split()[0] for text in saved] == ["1", "1"]
+
+
 def test_a_child_forked_during_a_launch_does_not_keep_it_alive(tmp_path: Path) -> None:
     """It holds no end of the channel: when its parent is killed, the agents notice, and the workers end."""
     code = """

@@ -23,6 +23,7 @@ from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.channel_frames import ChannelClosedError
 from traceml.launch.shared.launch_messages import (
+    AskWorkers,
     Bye,
     ChildEnded,
     CollectStacks,
@@ -56,6 +57,9 @@ __all__ = ["Agent"]
 # An agent without work ends after this time: it holds the memory of torch.
 _IDLE_S = 600.0
 _LAST_GRACE_S = 1.0
+# In a step of Slurm: its SIGTERM for all may have ended the launcher first, and Slurm sends SIGKILL 30 s after it.
+_SLURM_GRACE_S = 25.0
+_SLURM_DELAY_S = 1.0  # between the launcher's end and Slurm's SIGTERM here
 _PAYLOAD_WINDOW_BYTES = 8 * 1024 * 1024
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -86,6 +90,7 @@ class Agent:
         self._signals: set[int] = set()
         # before its end Slurm sends SIGTERM to all processes of a step, and workers may have time to save until SIGKILL
         self._spares, self._parent = in_slurm_step(), os.getppid()
+        self._has_spared = False
         self._busy_s = time.monotonic()
         self._watches_write = False
 
@@ -153,8 +158,9 @@ class Agent:
             return
 
         signals, self._signals = self._signals, set()
-        if self._spares and os.getppid() == self._parent:
-            signals.discard(signal.SIGTERM)
+        if self._spares and os.getppid() == self._parent and signal.SIGTERM in signals:
+            signals.remove(signal.SIGTERM)
+            self._has_spared = True
 
         if signals & {signal.SIGTERM, signal.SIGHUP}:
             raise _EndAgent(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
@@ -168,15 +174,28 @@ class Agent:
 
     def _end(self) -> None:
         """End all workers, the processes that they have started, and the zygote."""
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # while Slurm's may still come, it is noted by the handler
+            if not self._spares:
+                signal.signal(number, signal.SIG_IGN)
 
-        zygote = self._zygote
-        spare = [] if zygote is None else [zygote.pid]
-        terminate_all(lambda: find_leftovers([os.getpid()], mark=self._mark, spare=spare), grace_s=_LAST_GRACE_S)
+        zygote, ask_s = self._zygote, time.monotonic() + self._delay_s
+        terminate_all(
+            lambda: find_leftovers([os.getpid()], mark=self._mark, spare=[] if zygote is None else [zygote.pid]),
+            grace_s=_SLURM_GRACE_S if self._spares else _LAST_GRACE_S,
+            asks=lambda: time.monotonic() >= ask_s and not self._is_slurm_ending(),
+        )
         if zygote is not None:
             zygote.close()
             terminate_all(lambda: find_leftovers([os.getpid()], mark=self._mark), grace_s=0)
+
+    @property
+    def _delay_s(self) -> float:
+        """The time until workers are sent SIGTERM: a second one of ours would come into a handler that saves."""
+        return _SLURM_DELAY_S if self._spares else 0
+
+    def _is_slurm_ending(self) -> bool:
+        """Return whether Slurm has sent SIGTERM to all processes of the step."""
+        return self._has_spared or (self._spares and signal.SIGTERM in self._signals)
 
     # --- messages of the launcher ------------------------------------------------------------------------------------
 
@@ -290,6 +309,10 @@ class Agent:
         if self._group is not None:
             self._group.release()
 
+    def _on_ask(self, message: AskWorkers) -> None:
+        if self._group is not None and self._group.job == message.job:
+            self._group.ask(self._delay_s, self._is_slurm_ending)
+
     def _on_stop(self, message: StopWorkers) -> None:
         if self._group is not None and self._group.job == message.job:
             self._group.stop(message.grace_s, message.exit_s)
@@ -396,6 +419,7 @@ _HANDLERS: Mapping[type[Message], Callable[[Agent, Any], None]] = {
     Start: Agent._on_start,
     Release: Agent._on_release,
     CollectStacks: Agent._on_collect_stacks,
+    AskWorkers: Agent._on_ask,
     StopWorkers: Agent._on_stop,
     Bye: Agent._on_bye,
 }

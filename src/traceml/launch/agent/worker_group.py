@@ -9,7 +9,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from traceml.inspection.cgroups import OomWatch
@@ -92,7 +92,9 @@ class WorkerGroup:
         self._silent = None if self._traced is None else self._silent_workers(self._traced)
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
-        self._stopping = self._exiting = False
+        self._stopping = self._exiting = self._released = False
+        self._ask_s: float | None = None  # when workers are sent SIGTERM
+        self._is_asked: Callable[[], bool] = lambda: False
         self._grace_s = self._exit_deadline_s = 0.0
         self._stack_requests: list[WorkerState] | None = None
         self.payload = start.payload
@@ -190,7 +192,7 @@ class WorkerGroup:
         """Record that a worker was forked."""
         self._ranks[rank].pid = pid
         self._channel.send(Started(job=self.job, rank=rank, pid=pid))
-        if self._stopping:
+        if self._released:
             self._ranks[rank].kill()
 
     def fork_failed(self, rank: int, text: str) -> None:
@@ -241,13 +243,13 @@ class WorkerGroup:
             self._on_raised(each, message, fds)
 
     def _on_done(self, each: WorkerState, fd: int) -> None:
-        each.reported = True
+        self._note_report(each)
         stream = self._send_memory(each, "result", fd)
         done = Done(job=self.job, rank=each.rank, result=stream.id)
         stream.on_ended = lambda: self._channel.send(done)
 
     def _on_raised(self, each: WorkerState, message: WorkerRaised, fds: list[int]) -> None:
-        each.reported = True
+        self._note_report(each)
         raised = Raised(job=self.job, rank=each.rank, tail=each.tail.lines(), **vars(message))
         if not fds:
             self._channel.send(raised)
@@ -256,6 +258,11 @@ class WorkerGroup:
         stream = self._send_memory(each, "error", fds[0])
         raised.error = stream.id
         stream.on_ended = lambda: self._channel.send(raised)
+
+    def _note_report(self, each: WorkerState) -> None:
+        each.reported = True
+        if self._released:
+            each.send(WorkerMayEnd())
 
     def _send_memory(self, each: WorkerState, kind: str, fd: int) -> OutgoingStream:
         """Send the contents of a memory file, which is freed once it is sent."""
@@ -281,6 +288,32 @@ class WorkerGroup:
         for each in self._ranks.values():
             each.send(WorkerMayEnd())
 
+    def ask(self, delay_s: float, is_asked: Callable[[], bool]) -> None:
+        """Have the workers end by themselves: by SIGTERM, or, if they have returned or raised, as they may end.
+
+        Loader workers and others that they have started get no signal: their death is an exception in a script that
+        is saving a checkpoint.
+
+        Args:
+            delay_s: time until the signal.
+            is_asked: whether workers have got it from another then.
+        """
+        self._ask_s, self._is_asked, self._released = time.monotonic() + delay_s, is_asked, True
+        for each in self._ranks.values():
+            if each.reported:
+                each.send(WorkerMayEnd())
+
+        self.tick()
+
+    def _ask_if_due(self) -> None:
+        if self._ask_s is None or time.monotonic() < self._ask_s:
+            return
+
+        self._ask_s = None
+        for each in self._ranks.values():
+            if not each.reported and not self._is_asked():
+                each.ask()
+
     def stop(self, grace_s: float, exit_s: float = 0) -> None:
         """End the workers and everything that they have started: by SIGTERM, after the grace period by SIGKILL.
 
@@ -290,7 +323,7 @@ class WorkerGroup:
         if self._stopping:
             return
 
-        self._stopping = self._exiting = True
+        self._stopping = self._exiting = self._released = True
         self._grace_s, self._exit_deadline_s = grace_s, time.monotonic() + exit_s
         for each in self._ranks.values():
             for stream in each.answers:
@@ -335,6 +368,7 @@ class WorkerGroup:
         if self._silent is not None and not self._stopping:  # a worker that is being ended does other things
             self._silent.check(each.pid for each in self._ranks.values() if each.running and each.pid)
 
+        self._ask_if_due()
         self._finish()
         busy = (
             self._stack_requests is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -161,6 +162,12 @@ class WorkerState:
             self.socket.send(message, fds)
         except OSError:  # it has ended, which is reported elsewhere
             return
+
+    def ask(self) -> None:
+        """Send SIGTERM to the worker alone."""
+        if self.running and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """Send SIGKILL to the worker's process group."""

@@ -21,7 +21,7 @@ from traceml.errors import ProtocolError
 from traceml.inspection.cgroups import OomPlace
 
 __all__ = [
-    "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "Bye", "ChildEnded", "CollectStacks", "Done", "Exited",
+    "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "AskWorkers", "Bye", "ChildEnded", "CollectStacks", "Done", "Exited",
     "FailedToFork", "Fork", "Forked", "GroupReady", "Idle", "M", "Message", "PackageRequest", "Ping", "Pong",
     "Prepare", "Prepared", "Probe", "Probed", "Raised", "Release", "Reserve", "Reserved", "Snapshot", "StackThread",
     "Stacks", "StacksRequest", "Start", "Started", "StopWorkers", "StreamOpened", "ThreadStacks", "TracedRun",
@@ -175,6 +175,12 @@ class Release(Message, t="release"):
 
 class CollectStacks(Message, t="stacks"):
     """Request of the workers' stacks, answered by `Stacks`."""
+
+    job: str
+
+
+class AskWorkers(Message, t="ask"):
+    """Request to have the workers end by themselves, by SIGTERM; `StopWorkers` follows."""
 
     job: str
 
@@ -447,7 +453,8 @@ class ThreadStacks(Message, t="stacks"):
 
 
 FROM_LAUNCHER: Sequence[type[Message]] = (
-    Ping, Pong, StreamOpened, Prepare, Tunnel, Reserve, Probe, Start, Release, CollectStacks, StopWorkers, Bye,
+    Ping, Pong, StreamOpened, Prepare, Tunnel, Reserve, Probe, Start, Release, CollectStacks, AskWorkers, StopWorkers,
+    Bye,
 )  # fmt: skip
 FROM_AGENT: Sequence[type[Message]] = (
     Ping, Pong, StreamOpened, PackageRequest, AgentHello, Prepared, TunnelReady, Reserved, Probed, Started, GroupReady,

@@ -85,36 +85,41 @@ class ProcessTermination:
 
     Args:
         grace_s: time between SIGTERM and SIGKILL; 0 kills at once.
+        asks: whether SIGTERM is sent now; another may have sent it.
     """
 
-    def __init__(self, find: Callable[[], set[int]], *, grace_s: float) -> None:
-        self._find, self._grace_s = find, grace_s
+    def __init__(
+        self, find: Callable[[], set[int]], *, grace_s: float, asks: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._find, self._grace_s, self._asks = find, grace_s, asks
         self._start_s = time.monotonic()
         self._limit_s = grace_s + _KILLED_S
         self._asked: set[int] = set()
+        self._known: set[int] = set()
         self.left: set[int] = set()
 
     def step(self) -> bool:
         """Search and send signals; return whether it is finished; `left` holds processes that could not be ended."""
         found = self._find()
         # A process loses its environment, by which it was found, some time before it has ended.
-        self.left = found | {pid for pid in self._asked - found if is_running(pid)}
+        self.left = found | {pid for pid in self._known - found if is_running(pid)}
         passed_s = time.monotonic() - self._start_s
         if not self.left or passed_s > self._limit_s:
             return True
 
         if passed_s >= self._grace_s:
             _signal(found, signal.SIGKILL)
-        else:
+        elif self._asks():
             _signal(found - self._asked, signal.SIGTERM)
+            self._asked |= found
 
-        self._asked |= found
+        self._known |= found
         return False
 
 
-def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> None:
-    """End the processes that `find` returns, and wait."""
-    ending = ProcessTermination(find, grace_s=grace_s)
+def terminate_all(find: Callable[[], set[int]], *, grace_s: float, asks: Callable[[], bool] = lambda: True) -> None:
+    """End the processes that `find` returns, and wait; see `ProcessTermination`."""
+    ending = ProcessTermination(find, grace_s=grace_s, asks=asks)
     while not ending.step():
         time.sleep(_TICK_S)
         _reap()

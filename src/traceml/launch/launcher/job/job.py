@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,16 @@ from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
 from traceml.launch.shared import payload
-from traceml.launch.shared.launch_messages import CollectStacks, Prepare, Probe, Release, Reserve, Start, StopWorkers
+from traceml.launch.shared.launch_messages import (
+    AskWorkers,
+    CollectStacks,
+    Prepare,
+    Probe,
+    Release,
+    Reserve,
+    Start,
+    StopWorkers,
+)
 from traceml.process_ends import BY_OTHERS, EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:
@@ -45,6 +55,9 @@ _STACKS_S = 5.0  # longer than an agent waits for a busy worker
 _SLOW_S = 15.0  # a step of the start-up that takes longer is reported, with what is late
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
+# From a SIGTERM or SIGHUP of ours: the time that workers have to save. Slurm and Kubernetes send SIGKILL after 30 s;
+# before it the report has to be written.
+_SAVE_S = 25.0
 _STOP_S = 6.0
 _CLEANUP_S = 8.0  # for new connections to hosts whose agents were lost: a busy host needs more than four
 _LOOPBACK = "127.0.0.1"
@@ -276,6 +289,9 @@ class LaunchJob:
             timed_out = [f.rank for f in state.failures if f.secondary and f.rank is not None]
             note_stacks(error, running, state.stacks, timed_out)
 
+        if isinstance(error, EndedBySignal) and error.number in BY_OTHERS:
+            self._ask(error.at_s + _SAVE_S - time.time())
+
         self._stop()
 
     def _collect_stacks(self, running: Sequence[Worker]) -> None:
@@ -285,6 +301,17 @@ class LaunchJob:
 
         self._loop.run_until(
             lambda: all(h.lost or h.name in self._state.stacks_received for h in asked.values()), _STACKS_S
+        )
+
+    def _ask(self, limit_s: float) -> None:
+        """Have the workers end by themselves, until the limit or Ctrl-C, which is held back and pending."""
+        self._state.stopping = True
+        asked = [host for host in self._hosts if host.started and not (host.lost or host.idle)]
+        for host in asked:
+            host.connection.channel.send(AskWorkers(job=self._id))
+
+        self._loop.run_until(
+            lambda: all(h.idle or h.lost for h in asked) or signal.SIGINT in signal.sigpending(), limit_s
         )
 
     def _stop(self, exit_s: float = _EXIT_S) -> None:
