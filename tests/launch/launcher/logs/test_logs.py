@@ -101,6 +101,13 @@ def test_a_warning_of_torch_is_no_error(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr() == ("", warning.decode())
 
 
+def test_a_progress_bar_stays_one_line_of_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each update was a new line, and pushed everything else away."""
+    routed(make_handlers("auto", {"node1": 1}, lambda: None, plain=True), (0, "err", b"\r 10%\r 20%\r100%\nend\n"))
+
+    assert capsys.readouterr().err == "\r 10%\r 20%\r100%\nend\n"
+
+
 def test_each_launch_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Two within one second do not share one; nothing is made before it begins."""
     environ = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs")}
@@ -170,7 +177,8 @@ def test_a_handler_of_ours_obeys_a_format_and_a_level_of_the_users(tmp_path: Pat
 PIECES = [
     ([b"a", b"b\nc", b"d"], ["ab", "cd"]),
     ([b"a\r\nb\r", b"\nc\r\n"], ["a", "b", "c"]),
-    ([b"\r 10%", b"\r 20%", b"\r100%\n"], [" 10%", " 20%", "100%"]),
+    ([b"\r 10%", b"\r 20%", b"\r 30%", b"\r100%\n"], [" 10%", "100%"]),
+    ([b" 10%\r", b" 20%\r", b" 30%\r"], [" 10%", " 30%"]),
     ([b"one\n\ntwo\n"], ["one", "", "two"]),
     (["ü".encode()[:1], "ü".encode()[1:], b"\xff\n"], ["ü�"]),
     ([b"", b"\n"], [""]),

@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ Handlers = (
 
 # Longer lines are split.
 _MAX_LINE_BYTES = 1024 * 1024
+_BAR_S = 10.0  # a progress bar, which carriage returns overwrite, is a line of a file this often, and at its end
 _log = logging.getLogger("traceml")
 _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
 # A line of torch's C++ libraries: `[W1120 23:59:04.123 socket.cpp:207] …`, under torchrun after `[rank0]:`; or of srun,
@@ -133,6 +135,7 @@ class LogStream:
         self._queue, self.source, self.kind = log_queue, source, kind
         self.grant: Callable[[int], object] | None = None  # called in the loop's thread
         self._partial = b""
+        self._next_bar_s = 0.0
         self._decoder = RecordDecoder() if kind == "records" else None
 
     def feed(self, data: memoryview | bytes) -> None:
@@ -152,8 +155,23 @@ class LogStream:
             return
 
         lines, self._partial = _whole_lines(self._partial + data, last=last)
-        for level, part in _by_level(lines, _LEVELS[self.kind]):
-            self.source.lines(part, level, self.kind)
+        for is_plain, each in ((True, lines), (False, self._without_bars(lines))):
+            for level, part in _by_level(each, _LEVELS[self.kind]):
+                self.source.lines(part, level, self.kind, is_plain=is_plain)
+
+    def _without_bars(self, lines: bytes) -> bytes:
+        """Return lines without what a carriage return has overwritten, and with few states of a progress bar."""
+        if b"\r" not in lines:
+            return lines
+
+        *whole, bar = lines.split(b"\n")
+        found = [_last_state(line) for line in whole]
+        now_s = time.monotonic()
+        if now_s >= self._next_bar_s and (state := _last_state(bar)):
+            self._next_bar_s = now_s + _BAR_S
+            found.append(state)
+
+        return b"".join(line + b"\n" for line in found)
 
 
 class LogRouter:
@@ -262,17 +280,26 @@ class LogSource:
         self._known: dict[str, Any] = {"hostname": hostname, "local_rank": local_rank, "rank": rank}
         wanting = [handler for handler in handlers if _may_want(handler, hostname, local_rank)]
         self._lined = [h for h in wanting if isinstance(h, LineHandler)]
-        self._fast = [h for h in self._lined if h.is_plain]
-        self._slow = [h for h in wanting if h not in self._fast]
+        self._plain = [h for h in self._lined if isinstance(h, PlainHandler)]
+        self._fast = [h for h in self._lined if h.is_plain and h not in self._plain]
+        self._slow = [h for h in wanting if h not in (*self._plain, *self._fast)]
 
-    def lines(self, lines: bytes, level: int, kind: str) -> None:
-        """Handle whole lines, each ended by a newline."""
+    def lines(self, lines: bytes, level: int, kind: str, *, is_plain: bool) -> None:
+        """Handle whole lines, each ended by a newline.
+
+        Args:
+            is_plain: whether they are for a `PlainHandler`, and may have carriage returns.
+        """
+        bulk, slow = (self._plain, []) if is_plain else (self._fast, self._slow)
+        if not bulk and not slow:
+            return
+
         text = lines.decode("utf-8", "replace")
-        for handler in self._fast:
+        for handler in bulk:
             if level >= handler.level:
                 handler.write_lines(text, level, kind)
 
-        if not self._slow:
+        if not slow:
             return
 
         for line in text.split("\n")[:-1]:
@@ -286,7 +313,7 @@ class LogSource:
 
     def record(self, record: logging.LogRecord) -> None:
         """Handle a record."""
-        self._hand_over(record, [*self._fast, *self._slow])
+        self._hand_over(record, [*self._plain, *self._fast, *self._slow])
 
     def _hand_over(self, record: logging.LogRecord, handlers: Sequence[logging.Handler]) -> None:
         record.__dict__.update(self._known)
@@ -330,9 +357,15 @@ def _by_level(lines: bytes, default: int) -> list[tuple[int, bytes]]:
 
 def _whole_lines(data: bytes, *, last: bool) -> tuple[bytes, bytes]:
     """Return the whole lines of `data`, and what follows them; a progress bar's carriage return ends one, too."""
-    end = len(data) if last or len(data) > _MAX_LINE_BYTES else max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1
-    lines, rest = data[:end], data[end:]
-    if b"\r" in lines:
-        lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(b"\n")
+    if last or len(data) > _MAX_LINE_BYTES:
+        lines, rest = data if not data or data.endswith(b"\n") else data + b"\n", b""
+    else:
+        end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1
+        lines, rest = data[:end], data[end:]
 
-    return lines if not lines or lines.endswith(b"\n") else lines + b"\n", rest
+    return lines.replace(b"\r\n", b"\n"), rest
+
+
+def _last_state(line: bytes) -> bytes:
+    """Return what a terminal shows of a line with carriage returns."""
+    return line.rstrip(b"\r").rpartition(b"\r")[2]
