@@ -189,6 +189,29 @@ def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts, options: list[str]
     assert eval(done.stdout) == expected
 
 
+def test_a_step_has_all_of_the_jobs_resources(slurm: Any, hosts: Hosts) -> None:
+    """Variables of a job's tasks are options for srun; a script reads them as they were."""
+    code = """
+        import os, traceml
+
+        def look():
+            return [os.environ.get(f"{name}_PER_TASK") for name in ("SRUN_CPUS", "SLURM_CPUS", "SLURM_TRES")]
+
+        def cores():
+            return os.environ["SLURM_CPUS_ON_NODE"]
+
+        if __name__ == "__main__":
+            options = {"workers_per_host": 1, "backend": None, "log_handlers": None}
+            print(traceml.launch(look, **options).rank(0), traceml.launch(cores, **options).rank(0))
+    """
+    python, path = hosts.launcher.command()[0], hosts.launcher.script(textwrap.dedent(code))
+    env = {"PYTHONPATH": PYTHONPATH, "SRUN_CPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu:1"}
+
+    done = slurm.run("salloc", "--quiet", "-N1", "-n2", "-c2", python, path, env=env)
+
+    assert done.stdout == "['1', '2', 'cpu:1'] 4\n"
+
+
 def test_options_come_from_the_command_line(tmp_path: Path) -> None:
     """`tyro.cli(traceml.Launcher)` offers the options of the document, with their defaults, and runs."""
     code = """

@@ -20,7 +20,7 @@ from traceml.inspection.kernel_state import process_info
 from traceml.launch.launcher.hosts import bootstrap
 from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
-from traceml.launch.launcher.hosts.slurm import step_command
+from traceml.launch.launcher.hosts.slurm import step_command, task_options
 from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.launch_messages import AgentHello
 from traceml.launch.shared.process_cleanup import end_job
@@ -126,11 +126,18 @@ class AgentConnection:
         os.set_blocking(self.errors_fd, False)
         bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
         self._command = command = _command(spec, python, ssh_config_file)
+        hidden = task_options(os.environ) if spec.transport == "srun" else {}
+        self._environ = {name: value for name, value in os.environ.items() if name not in hidden}
         self._cleanup: subprocess.Popen[bytes] | None = None
         try:
             # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
             self._process = subprocess.Popen(
-                command, stdin=inner_in, stdout=inner_out, stderr=inner_err, start_new_session=True
+                command,
+                stdin=inner_in,
+                stdout=inner_out,
+                stderr=inner_err,
+                env=self._environ,
+                start_new_session=True,
             )
         except OSError as error:
             for fd in (outer_in, outer_out, self.errors_fd):
@@ -264,7 +271,12 @@ class AgentConnection:
         with contextlib.suppress(OSError):  # also if the program ends at once, and its standard input is closed
             null = subprocess.DEVNULL
             self._cleanup = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=null,
+                stderr=null,
+                env=self._environ,
+                start_new_session=True,
             )
             assert self._cleanup.stdin is not None
             with self._cleanup.stdin as stdin:

@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 
 from traceml.errors import SlurmError
 
-__all__ = ["Allocation", "allocation", "step_command"]
+__all__ = ["Allocation", "allocation", "step_command", "task_options"]
 
 _SCONTROL_TIMEOUT_S = 30
 _MAX_DIGITS = 6  # of a number of CPUs, tasks or nodes
+
+# What a job's tasks get, of which srun would give our step one task's part, or refuse it.
+_TASK_OPTIONS = (
+    "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPUS", "SLURM_GPUS_PER_TASK",
+    "SLURM_GPUS_PER_SOCKET", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU", "SLURM_MEM_PER_GPU", "SLURM_GPU_BIND",
+)  # fmt: skip
 
 _log = logging.getLogger("traceml.launch")
 
@@ -97,7 +103,8 @@ def _counts(environ: Mapping[str, str], group: str) -> Sequence[int | None]:
 def step_command(node: str, group: int | None = None) -> list[str]:
     """Return the command prefix for a step of one task on a node, with all of the job's resources there.
 
-    Standard streams are passed through unchanged; `--overlap` lets it start while other steps run.
+    It must run without `task_options`. Standard streams are passed through unchanged; `--overlap` lets it start while
+    other steps run.
     """
     return [
         "srun",
@@ -113,6 +120,11 @@ def step_command(node: str, group: int | None = None) -> list[str]:
         "--export=ALL",
         "--quiet",
     ]
+
+
+def task_options(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a job that srun would take as options of the step."""
+    return {name: environ[name] for name in _TASK_OPTIONS if name in environ}
 
 
 def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:

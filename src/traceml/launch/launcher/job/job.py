@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
+from traceml.launch.launcher.hosts.slurm import task_options
 from traceml.launch.launcher.job.channel_loop import ChannelLoop
 from traceml.launch.launcher.job.failures import first_cause, note_stacks, worker_hung
 from traceml.launch.launcher.job.job_host import JobHost, Worker, rendezvous_address
@@ -388,7 +389,12 @@ class LaunchJob:
             self._state.host_errors.append(AgentFailedError(host.name, reason, advice=advice))
             return
 
-        local = host.spec.transport == "local"
+        local, environ = host.spec.transport == "local", dict(self._spec.environ)
+        if local:
+            environ = {**os.environ, **environ}
+        elif host.spec.transport == "srun":
+            environ = {**task_options(os.environ), **environ}
+
         if self._tracing is not None:
             self._tracing.add_host(
                 host.name,
@@ -402,7 +408,7 @@ class LaunchJob:
         host.connection.channel.send(
             Prepare(
                 job=self._id,
-                env={**os.environ, **self._spec.environ} if local else dict(self._spec.environ),
+                env=environ,
                 env_file=self._spec.env_file,
                 cwd=self._spec.cwd,
                 sys_path=list(self._spec.sys_path),
