@@ -247,6 +247,28 @@ def test_the_gpus_that_are_counted_are_those_of_the_jobs_workers(tmp_path: Path)
         assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": "3"}, env_file="all.sh") == 8
 
 
+@pytest.mark.parametrize(("built_for", "expected"), [("cuda = '12.4'", 8), ("cuda = None", 0), ("hip = '6.2'", 2)])
+def test_only_gpus_that_torch_can_use_are_counted(tmp_path: Path, built_for: str, expected: int) -> None:
+    """With a build for the CPU, nccl was chosen for the GPU of the host; with AMD's GPUs, a worker per core."""
+    for name in ("__init__", "distributed/__init__", "nn/__init__", "nn/parallel", "utils/__init__", "utils/data"):
+        path = tmp_path / "torch" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(f"__version__ = '2'\nclass version:\n    {built_for}\n" if name == "__init__" else "")
+
+    for node, simds in enumerate((0, 416, 416, 416)):
+        path = tmp_path / "nodes" / str(node) / "properties"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"cpu_cores_count 0\nsimd_count {simds}\nmem_banks_count 1\n")
+
+    changes = f"{_EIGHT_GPUS}; machine._KFD = machine.Path({str(tmp_path / 'nodes')!r})"
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    with Driver([sys.executable, "-c", _REMOTE.format(silence_s=60, changes=changes)], env=environ) as driver:
+        env = {**environ, "ROCR_VISIBLE_DEVICES": "0,GPU-55", "HIP_VISIBLE_DEVICES": "1,0"}
+        told = driver.prepare(env=env, sys_path=[str(tmp_path)], need_torch=True)
+
+    assert (told["torch"], told["gpus"]) == ("2", expected)
+
+
 def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
     """Workers get its exports, its output is forwarded, and a change takes effect at the next launch."""
     (tmp_path / "env.sh").write_text(

@@ -373,7 +373,7 @@ class Agent:
     def _send_prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
         self._preparing = False
         ready = None if self._zygote is None else self._zygote.ready
-        gpus = count_gpus(self._workers_environ(ready))
+        gpus = count_gpus(self._workers_environ(ready), None if ready is None else ready.gpus)
         output = "" if self._zygote is None else self._zygote.output.decode("utf-8", "replace")
         torch = None if ready is None else ready.torch
         self._channel.send(Prepared(job=job, torch=torch, gpus=gpus, error=error, env_file_log=output))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import itertools
 import os
+import re
 import socket
 import struct
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from pathlib import Path
 __all__ = ["addresses", "core_slices", "count_gpus", "interface_towards"]
 
 _SIOCGIFADDR = 0x8915
+_KFD = Path("/sys/class/kfd/kfd/topology/nodes")  # of AMD's driver: processors and GPUs
 
 
 def addresses() -> dict[str, str]:
@@ -80,10 +83,20 @@ def _position_of(cpu: int) -> tuple[int, int, int]:
         return 0, cpu, cpu
 
 
-def count_gpus(environ: Mapping[str, str]) -> int:
-    """Return the number of GPUs of a process with this environment, without torch or a CUDA context."""
-    installed = _nvidia_gpus()
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
+def count_gpus(environ: Mapping[str, str], built_for: str | None = None) -> int:
+    """Return the number of GPUs of a process with this environment, without torch or a CUDA context.
+
+    Args:
+        built_for: which its torch can use, see `ZygoteReady`; None: unknown, those of NVIDIA count.
+    """
+    if built_for == "hip":
+        visible = environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES"))
+        return _count_visible(visible, _count_visible(environ.get("ROCR_VISIBLE_DEVICES"), _amd_gpus()))
+
+    return 0 if built_for == "" else _count_visible(environ.get("CUDA_VISIBLE_DEVICES"), _nvidia_gpus())
+
+
+def _count_visible(visible: str | None, installed: int) -> int:
     if visible is None or not installed:
         return installed
 
@@ -93,6 +106,16 @@ def count_gpus(environ: Mapping[str, str]) -> int:
             break  # CUDA ignores all after the first invalid one
 
         count += 1
+
+    return count
+
+
+def _amd_gpus() -> int:
+    count = 0
+    for path in _KFD.glob("*/properties"):
+        with contextlib.suppress(OSError):  # not ours to use
+            found = re.search(r"^simd_count (\d+)$", path.read_text(), re.MULTILINE)
+            count += found is not None and found[1] != "0"
 
     return count
 

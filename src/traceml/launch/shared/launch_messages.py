@@ -376,6 +376,7 @@ class ZygoteReady(Message, t="ready"):
     """Modules are imported in the zygote."""
 
     torch: str | None  # version; None: not imported
+    gpus: str | None  # which it was built for: `cuda`, `hip`, or none (empty); None: not imported
     cuda_visible_devices: str | None  # as env_file has set it
 
 

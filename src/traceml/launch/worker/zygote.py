@@ -81,13 +81,13 @@ def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     agent.send(ZygoteUp())
     own_path = list(sys.path)
     sys.path[:0] = [folder for folder in settings.sys_path if folder not in own_path]
-    version = None
+    version = gpus = None
     try:
         for name in _WARM:
             importlib.import_module(name)
 
         if settings.need_torch > 1 or (settings.need_torch and find_spec("torch") is not None):
-            version = _import_torch()
+            version, gpus = _import_torch()
     except BaseException as error:  # noqa: BLE001 - any failure is reported
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         text = f"{sys.executable}: {error}" if missing else traceback.format_exc()
@@ -99,16 +99,18 @@ def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     _drop_finalizers()
     gc.collect()
     gc.freeze()  # else a collection in a worker would write to, and so copy, each page
-    agent.send(ZygoteReady(torch=version, cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    agent.send(ZygoteReady(torch=version, gpus=gpus, cuda_visible_devices=visible))
 
 
-def _import_torch() -> str:
-    """Import torch without starting a thread."""
+def _import_torch() -> tuple[str, str]:
+    """Import torch without starting a thread; return its version, and which GPUs it was built for."""
     with one_blas_thread():
         for module in _WARM_TORCH:
             importlib.import_module(module)
 
-    return str(sys.modules["torch"].__version__)
+    torch = sys.modules["torch"]
+    return str(torch.__version__), next((name for name in ("cuda", "hip") if getattr(torch.version, name, None)), "")
 
 
 def _drop_finalizers() -> None:
