@@ -149,7 +149,8 @@ def _connect_host(options: LaunchOptions, spec: HostSpec) -> JobHost:
     key = (spec.name, spec.transport, python, None if config is None else str(Path(config).absolute()), job_id)
 
     def start() -> AgentConnection:
-        return AgentConnection(spec, python, config)
+        sent = matching(os.environ, (*options.default_env_vars, *options.extra_env_vars))
+        return AgentConnection(spec, python, config, library_path=sent.get("LD_LIBRARY_PATH", ""))
 
     kept = AGENT_POOL.pop(key)
     if kept is not None:

@@ -65,6 +65,34 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
+def test_a_python_that_needs_libraries_gets_their_path(hosts: Hosts, tmp_path: Path) -> None:
+    """By ssh it starts without the modules of the user's shell; the loader's words were taken for a missing command."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$LD_LIBRARY_PATH" = "/opt/a b" ] && exec ' + sys.executable + ' "$@"\n'
+        "echo 'python: error while loading shared libraries: libpython3.so: cannot open' >&2; exit 127\n"
+    )
+    python.chmod(0o755)
+    code = f"""
+        import sys, traceml
+        from tests.launch import jobs
+        options = {{"hostnames": ["node1"], "workers_per_host": 1, "backend": None, "log_handlers": None}}
+        options |= {{"python": {str(python)!r}, "ssh_config_file": sys.argv[1], "keep_agents": False}}
+        try:
+            print(traceml.launch(jobs.rank, **options).rank(0))
+        except traceml.AgentFailedError as error:
+            print(error.reason)
+    """
+
+    def tell(**env: str) -> str:
+        return hosts.launcher.python(
+            textwrap.dedent(code), hosts.ssh_config, env={"PYTHONPATH": PYTHONPATH, **env}
+        ).stdout
+
+    assert tell(LD_LIBRARY_PATH="/opt/a b") == "0\n"
+    assert "error while loading shared libraries: libpython3.so" in tell()
+
+
 def test_each_kind_of_bad_host_is_reported_as_such(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
     """Output of ssh, the shell or Python there is recognized, kept, and shown with advice."""
     fake = tmp_path / "python"

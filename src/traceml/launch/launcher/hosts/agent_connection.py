@@ -37,6 +37,10 @@ if ssh "$@" -G "$host" 2>/dev/null | grep -q "^connecttimeout none"; then set --
 exec ssh "$@" -- "$host" "$command"
 """
 
+# Python itself may need this variable; the first line of its standard input has the value.
+_WITH_LIBRARIES = 'IFS= read -r LD_LIBRARY_PATH; export LD_LIBRARY_PATH; exec "$@"'
+_NO_LIBRARY = re.compile(r"^.*error while loading shared libraries: .*$", re.MULTILINE)
+
 _KEPT_LINES = 20
 _LONGEST_LINE = 1000
 _READ_BYTES = 65536
@@ -110,11 +114,21 @@ class AgentConnection:
         errors_fd: stderr of ssh, srun and the agent; to be waited on, and read by `read_errors`.
         hello: the agent's description of itself and its host.
 
+    Args:
+        library_path: LD_LIBRARY_PATH for a Python that ssh starts; empty: as it is there.
+
     Raises:
         AgentFailedError: the program that connects cannot be started.
     """
 
-    def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        spec: HostSpec,
+        python: str,
+        ssh_config_file: str | os.PathLike[str] | None,
+        *,
+        library_path: str = "",
+    ) -> None:
         self.spec = spec
         self.hello: AgentHello | None = None
         self._python, self._ssh_config_file = python, ssh_config_file
@@ -125,7 +139,9 @@ class AgentConnection:
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
         bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
-        self._command = command = _command(spec, python, ssh_config_file)
+        library_path = library_path if spec.transport == "ssh" else ""
+        self._head = f"{library_path}\n".encode() if library_path else b""
+        self._command = command = _command(spec, python, ssh_config_file, has_head=bool(self._head))
         hidden = task_options(os.environ) if spec.transport == "srun" else {}
         self._environ = {name: value for name, value in os.environ.items() if name not in hidden}
         self._cleanup: subprocess.Popen[bytes] | None = None
@@ -155,7 +171,8 @@ class AgentConnection:
         self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
         _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
         # made when it is written: comparing files takes time, and connections begin on all hosts meanwhile
-        self.channel.open_with(bootstrap.remote_program if bundled else bootstrap.local_program)
+        program = bootstrap.remote_program if bundled else bootstrap.local_program
+        self.channel.open_with(lambda: self._head + program())
 
     def __repr__(self) -> str:
         pid = self._process.pid
@@ -280,7 +297,7 @@ class AgentConnection:
             )
             assert self._cleanup.stdin is not None
             with self._cleanup.stdin as stdin:
-                stdin.write(bootstrap.cleanup_program(mark, agent))
+                stdin.write(self._head + bootstrap.cleanup_program(mark, agent))
 
     def _explain(self, status: int | None, output: str, reason: str, silence_s: float, during: str) -> tuple[str, str]:
         """Return what happened, and advice."""
@@ -294,6 +311,11 @@ class AgentConnection:
         program = re.escape(self._python)
         if status == 126 or re.search(rf"execve\(\).*Permission denied|{program}: (line )?\d+: ", output):
             return f"the command is not executable there: {self._python}", advice  # or a shell interprets it
+
+        if missing := _NO_LIBRARY.search(output):
+            return missing[
+                0
+            ].strip(), "Set LD_LIBRARY_PATH here, which is sent, or in a start-up file of the shell there."
 
         if status == 127 or re.search(r"execve\(\).*No such file", output):
             return f"command not found there: {self._python}", advice
@@ -360,8 +382,14 @@ def _release_all() -> None:
 os.register_at_fork(after_in_child=_release_all)
 
 
-def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> list[str]:
-    """Return the command that starts a host's agent."""
+def _command(
+    spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None, *, has_head: bool
+) -> list[str]:
+    """Return the command that starts a host's agent.
+
+    Args:
+        has_head: whether a line with the LD_LIBRARY_PATH precedes the program.
+    """
     agent = bootstrap.agent_command(python)
     if spec.transport == "local":
         return agent
@@ -370,7 +398,7 @@ def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str
         return [*step_command(spec.name, spec.het_group), *agent]
 
     _, *options, host = _reach(spec, ssh_config_file)
-    command = "exec " + shlex.join(agent)
+    command = "exec " + shlex.join(["/bin/sh", "-c", _WITH_LIBRARIES, "sh", *agent] if has_head else agent)
     return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", host, command, str(_CONNECT_TIMEOUT_S), *options, *_SSH_OPTIONS]
 
 
