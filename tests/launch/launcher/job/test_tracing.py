@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -91,6 +93,37 @@ def report_of(folder: Path) -> dict[str, Any]:
 def wait_until_clean(hosts: Hosts) -> None:
     """Wait until nothing runs on a host: an agent that starts while its launcher gives up is not waited for."""
     eventually(lambda: not any(hosts[name].processes() for name in hosts.names), "the hosts to be clean")
+
+
+def test_a_stopped_terminal_does_not_stop_the_launch(folder: Path) -> None:
+    """Nobody reads it, as after Ctrl-S; agents of other hosts took a launcher that waited for it for a lost one."""
+    (folder / "talk.py").write_text(
+        "import atexit, pathlib, time\natexit.register(pathlib.Path('released').touch)\n"
+        "print('word\\n' * 10_000)\ntime.sleep(2)\n"  # meanwhile the terminal is full
+    )
+    command = [sys.executable, "-m", "traceml", "launch", "--hostnames", "localhost", "--workers-per-host", "1"]
+    terminal, end = pty.openpty()
+    job = subprocess.Popen(
+        [*command, "--live", "terminal", "talk.py"],
+        cwd=folder,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+    )
+    os.close(end)
+    try:
+        eventually((folder / "released").exists, "the launcher to release the rank")
+    finally:
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(terminal, 65536):
+                shown += data
+
+        os.close(terminal)
+
+    assert job.wait(240) == 0
+    assert shown.count(b"word") == 10_000
 
 
 def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:

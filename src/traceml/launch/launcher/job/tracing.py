@@ -31,9 +31,8 @@ from traceml.launch.shared.tunnel import TunnelConnector
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
-from traceml.supervise.launch_screen import MakeScreen, Output, terminal_screen
+from traceml.supervise.launch_screen import MakeScreen, Output, ScreenThread, terminal_screen
 from traceml.supervise.slurm_jobs import scheduler_facts
-from traceml.supervise.supervisor import Screen
 from traceml.transport.exit_report import ExitReport
 from traceml.transport.run_line import print_start, stuck_line
 
@@ -132,7 +131,7 @@ class Tracing:
         self._abort_watch = AbortWatch(self.run_dir) if config.on_hang == "abort" else None
         self._make_screen, self._report, self._program = make_screen, report, program
         self._quiet = config.quiet
-        self._screen: Screen | None = None
+        self._screen: ScreenThread | None = None
         self._waiting: deque[str] = deque()
         self._begun = False
         self._finished: bool | None = None
@@ -167,17 +166,17 @@ class Tracing:
         return self._begun and self._abort_watch is not None and self._abort_watch.is_overdue()
 
     def tick(self) -> None:
-        """Restart the aggregator if it died, print what no rank can, and draw."""
+        """Restart the aggregator if it died, print what no rank can, and have the view drawn."""
         if not self._begun:
             return
 
         self._aggregator.restart_if_dead()
         for facts in filter(None, self._aggregator.rank_messages()):
             if not self._quiet:
-                self.errors.write(f"{stuck_line(facts)}\n")
+                line = f"{stuck_line(facts)}\n"
+                self.errors.write(line) if self._screen is None else self._waiting.append(line)
 
         if self._screen is not None:
-            self._show_output()
             self._screen.tick()
 
     # --- hosts -------------------------------------------------------------------------------------------------------
@@ -298,12 +297,11 @@ class Tracing:
 
     def close(self) -> None:
         """Restore the terminal, print the verdict, end the aggregator. May be called again."""
-        self._show_output()
-        self.output.redirected = self.errors.redirected = None
         if self._screen is not None:
             self._screen.close()
             self._screen = None
 
+        self.output.redirected = self.errors.redirected = None
         for known in self._hosts.values():
             if known.tunnel is not None:
                 known.tunnel.close()
@@ -343,10 +341,7 @@ class Tracing:
             if not self._quiet:
                 print_start(self.run_dir)
 
-            self._screen = self._make_screen(self.run_dir)
-            if self._screen is not None:
+            screen = self._make_screen(self.run_dir)
+            if screen is not None:
                 self.output.redirected = self.errors.redirected = self._waiting
-
-    def _show_output(self) -> None:
-        while self._screen is not None and self._waiting:
-            self._screen.write(self._waiting.popleft().encode(errors="replace"))
+                self._screen = ScreenThread(screen, self._waiting)
