@@ -343,6 +343,17 @@ def test_other_variables_need_no_other_zygote(driver: Driver, tmp_path: Path) ->
     assert first[4] == second[4] != third[4]
 
 
+def test_a_deleted_variable_does_not_come_back(tmp_path: Path) -> None:
+    """An agent of this host is kept from an earlier launch, when the launcher still had it."""
+    code = _REMOTE.format(silence_s=60, changes=_EIGHT_GPUS)
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    with Driver([sys.executable, "-c", code], env={**environ, "CUDA_VISIBLE_DEVICES": "0"}) as driver:
+        told = driver.prepare(env=environ, is_whole=True)
+        (found,) = driver.run(os.environ.get, "CUDA_VISIBLE_DEVICES")
+
+    assert (told["gpus"], found) == (8, None)
+
+
 def test_a_worker_is_no_task_of_slurm(driver: Driver) -> None:
     """The agent is the one task of its step: libraries that ask Slurm first would take each worker for rank 0."""
 

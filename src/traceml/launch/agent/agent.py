@@ -215,7 +215,9 @@ class Agent:
             return
 
         path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
-        spec = ZygoteSpec(message.env, path, tuple(message.sys_path), message.need_torch, cwd, _stamp(path))
+        spec = ZygoteSpec(
+            message.env, path, tuple(message.sys_path), message.need_torch, cwd, _stamp(path), message.is_whole
+        )
         self._wanted = (message, spec)
         if self._zygote is not None and self._zygote.ready is not None and self._zygote.spec.serves(spec):
             self._send_prepared(message.job)
@@ -380,12 +382,11 @@ class Agent:
 
     def _workers_environ(self, ready: ZygoteReady | None) -> dict[str, str]:
         """Return the variables of the job's workers, as far as they decide which GPUs these see."""
-        environ = dict(os.environ)
         if self._wanted is None:
-            return environ
+            return dict(os.environ)
 
         _, spec = self._wanted
-        environ |= spec.env
+        environ = spec.environ
         if spec.env_file is not None and ready is not None:
             environ.pop(_VISIBLE_GPUS, None)
             if ready.cuda_visible_devices is not None:

@@ -46,12 +46,18 @@ ZYGOTE_MESSAGES: Sequence[type[Message]] = (ZygoteUp, ZygoteReady, ZygoteFailed,
 class ZygoteSpec(NamedTuple):
     """The environment and imports of a zygote."""
 
-    env: Mapping[str, str]  # variables, over the agent's own
+    env: Mapping[str, str]  # variables, over the agent's own unless `is_whole`
     env_file: str | None  # a file that bash sources before it starts
     sys_path: tuple[str, ...]  # folders that are searched for modules first
     need_torch: int  # see `Prepare`
     folder: str = "/"  # the working directory for that
     stamp: tuple[int, ...] = ()  # changes when env_file changes
+    is_whole: bool = False  # whether `env` is the whole environment
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables before env_file is sourced."""
+        return {**({} if self.is_whole else os.environ), **self.env}
 
     def serves(self, other: ZygoteSpec) -> bool:
         """Return whether a zygote of this spec can make workers of another."""
@@ -153,8 +159,7 @@ class ZygoteClient:
             (os.POSIX_SPAWN_DUP2, write_fd, 2),
         ]
         try:
-            environ = {**os.environ, **self.spec.env, MARK: self.mark}
-            return os.posix_spawn(command[0], command, environ, file_actions=actions)
+            return os.posix_spawn(command[0], command, {**self.spec.environ, MARK: self.mark}, file_actions=actions)
         finally:
             os.close(code_fd)
 

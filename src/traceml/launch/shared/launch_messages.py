@@ -111,6 +111,7 @@ class Prepare(Message, t="prepare"):
 
     job: str
     env: dict[str, str]  # variables, over the agent's own
+    is_whole: bool = False  # whether they are all that workers have, without the agent's
     env_file: str | None = None  # a file that bash sources first
     cwd: str
     sys_path: Sequence[str]  # folders that are searched for modules first

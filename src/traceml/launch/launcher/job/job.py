@@ -409,6 +409,7 @@ class LaunchJob:
             Prepare(
                 job=self._id,
                 env=environ,
+                is_whole=local,
                 env_file=self._spec.env_file,
                 cwd=self._spec.cwd,
                 sys_path=list(self._spec.sys_path),
