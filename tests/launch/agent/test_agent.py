@@ -505,6 +505,17 @@ def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) ->
 # --- passing on ------------------------------------------------------------------------------------------------------
 
 
+def test_an_agent_that_waits_for_other_hosts_is_not_idle() -> None:
+    """Its launcher pings it; the import of torch may take a host longer than an agent without work stays."""
+    changes = "from traceml.launch.agent import agent; agent._IDLE_S = 1.5"
+    with Driver([sys.executable, "-c", _REMOTE.format(silence_s=60, changes=changes)]) as driver:
+        driver.prepare()
+        until_s = time.monotonic() + 4
+        driver.until(lambda: driver.closed or time.monotonic() > until_s)
+
+        assert driver.closed is None
+
+
 def _stacks(driver: Driver, ranks: Sequence[int] = (0,)) -> dict[int, dict[str, Any]]:
     """Request stacks until these ranks have told theirs; one that has no core for a second has told none."""
 

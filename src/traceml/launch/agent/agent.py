@@ -200,6 +200,7 @@ class Agent:
     # --- messages of the launcher ------------------------------------------------------------------------------------
 
     def _receive(self, _events: int) -> None:
+        self._busy_s = time.monotonic()  # a launcher that waits for other hosts pings us; one that keeps us does not
         for message in self._channel.receive():
             _HANDLERS[type(message)](self, message)
 
