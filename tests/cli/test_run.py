@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,25 @@ def test_each_task_of_a_launcher_makes_a_run_of_its_own(
 
     printed = capsys.readouterr().err
     assert printed.startswith(f"traceml: {told}") if told else printed == ""
+
+
+def test_variables_of_torchrun_count_as_its_options() -> None:
+    """Kubeflow sets them, and torchrun reads them; a program that one of its ranks starts is no job of its own."""
+    pet = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "8", "PET_RDZV_ID": "", "PET_STANDALONE": "0"}
+
+    def parsed(*words: str, **environ: str) -> argparse.Namespace:
+        parser = run.make_parser()
+        parser.set_defaults(**run._torchrun_defaults(environ))
+        return parser.parse_args([*words, "train.py"])
+
+    options = parsed(**pet)
+    assert run._has_other_nodes(options)
+    assert run._torchrun_words(options) == ["--nproc-per-node=8", "--nnodes=2", "--"]
+    assert run._torchrun_words(parsed("--nnodes=1", **{**pet, "PET_STANDALONE": "1"}))[1:3] == [
+        "--nnodes=1",
+        "--standalone",
+    ]
+    assert not run._uses_torchrun(parsed(TORCHELASTIC_RUN_ID="x", **pet))
 
 
 @pytest.mark.parametrize(

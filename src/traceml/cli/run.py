@@ -33,7 +33,7 @@ from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from traceml.supervise.joined_run import JoinedRun
     from traceml.supervise.listen_address import ListenAddress
@@ -91,7 +91,9 @@ The exit status is that of the rank that failed first, 128 + n for signal n."""
 
 def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    parser.set_defaults(**_torchrun_defaults(os.environ))
+    options = parser.parse_args(argv)
     target, *arguments = script_words(options, example="traceml run train.py")
     check_report(options.report)
     config = settings.load(**given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
@@ -255,8 +257,25 @@ def make_parser() -> argparse.ArgumentParser:
             name, name.replace("-", "_").replace("__", "--", 1), action="store_true", help=argparse.SUPPRESS
         )
 
-    torchrun.description = "All options of torchrun but --no-python are accepted and passed on."
+    torchrun.description = "All options of torchrun but --no-python and --run-path are passed on; PET_ variables count."
     return parser
+
+
+def _torchrun_defaults(environ: Mapping[str, str]) -> dict[str, object]:
+    """Return torchrun's options by the PET_ variables that it reads, which operators of Kubernetes set.
+
+    A program that a rank of torchrun starts has them, too; it is not one more job.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return {}
+
+    found: dict[str, object] = {}
+    for option in ("--nproc-per-node", *_TORCHRUN_WITH_VALUE, *_TORCHRUN_FLAGS):
+        name = option.strip("-").replace("-", "_")
+        if value := environ.get(f"PET_{name.upper()}"):
+            found[name] = value != "0" if option in _TORCHRUN_FLAGS else value
+
+    return found
 
 
 def _uses_torchrun(options: argparse.Namespace) -> bool:
