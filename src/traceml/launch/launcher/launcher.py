@@ -165,7 +165,7 @@ def launch(
         hostnames: host names for ssh (`node1:2222` with its port), or names of this host (`localhost`); the path of a
             hostfile; `auto`: the Slurm allocation, else this host; `slurm`: the allocation.
         workers_per_host: for all hosts, or one number for each; `auto`: the slots of a hostfile, else one per GPU of
-            the host, else as requested from Slurm, else one per CPU core; `slurm`: as requested, and there must be an
+            the host, else as requested from Slurm, else one per CPU core; `slurm`: the same, and there must be an
             allocation.
         ssh_config_file: configuration that ssh reads instead of ~/.ssh/config.
         backend: backend of the process group; `auto`: nccl where each worker has a GPU, else gloo; None: no group.

@@ -2,7 +2,7 @@
 
 This module opens the log. Its lines are written where the events are, by the logger `traceml.launch`: what the launch
 waits for, every 5 s, in `job.job` (`_tick`), with each host's state from `job.job_host` (`activity`); changes of the
-states in `job.job_state` and `job.channel_loop`; messages in `wire.channel`; lost agents in `hosts.agent_connection`.
+states in `job.job_state` and `job.channel_loop`; messages in `shared.channel`; lost agents in `hosts.agent_connection`.
 """
 
 from __future__ import annotations
