@@ -458,6 +458,12 @@ def test_the_level_of_workers_comes_from_the_environment(monkeypatch: pytest.Mon
         log_level({"TRACEML_LOG_LEVEL": "loud"})
 
 
+def test_a_level_is_no_stream() -> None:
+    """It is the third argument of torchrunx's handler; the output was lost, with a warning at the first line."""
+    with pytest.raises(UsageError, match=r"stream=20 is no stream: .* setLevel"):
+        stream_handler("node1", 0, logging.INFO)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("text", "number"), [("WARN", 30), ("fatal", 50), ("NOTSET", 0)])
 def test_a_launch_takes_every_word_of_logging(text: str, number: int) -> None:
     """As torchrunx did, whose variable it is."""

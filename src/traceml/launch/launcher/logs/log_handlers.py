@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from traceml.coerce import BAD, coerce
-from traceml.errors import SettingsError
+from traceml.errors import SettingsError, UsageError
 from traceml.settings import declarations, level_number, load
 
 __all__ = [
@@ -61,7 +61,13 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent.
         stream: the target; None: the `sys.stdout` of the time of writing.
+
+    Raises:
+        UsageError: nothing can be written to it.
     """
+    if stream is not None and not hasattr(stream, "write"):
+        raise UsageError(f"stream={stream!r} is no stream: give one, and set a level by the handler's setLevel")
+
     return _StreamHandler(hostname, local_rank, stream)
 
 
