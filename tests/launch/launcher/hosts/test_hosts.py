@@ -107,6 +107,18 @@ def test_an_allocation_that_cannot_be_read_is_reported() -> None:
         resolve_hosts("auto", "auto", None, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/none"})
 
 
+def test_without_slurms_programs_hosts_are_reached_as_elsewhere() -> None:
+    """A container in a job has its variables and no scontrol and srun: this host, and those that are named, work."""
+    own = socket.gethostname()
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "4", "PATH": "/none"}
+
+    assert resolve_hosts("auto", "auto", None, {**job, "SLURM_JOB_NODELIST": own}) == [HostSpec(own, "local", None, 4)]
+    places = resolve_hosts(["n1", "n2"], 1, None, {**job, "SLURM_JOB_NODELIST": "n[1-2]"})
+    assert [place.transport for place in places] == ["ssh", "ssh"]
+    with pytest.raises(SlurmError, match=r"srun is not on the PATH; name the hosts, such as \['localhost'\]"):
+        resolve_hosts("slurm", 1, None, {**job, "SLURM_JOB_NODELIST": own})
+
+
 @pytest.mark.parametrize(
     ("options", "asked", "expected"),
     [

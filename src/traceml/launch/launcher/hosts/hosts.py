@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from traceml.errors import SlurmError, UsageError
 from traceml.formatting import plural
 from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
-from traceml.launch.launcher.hosts.slurm import Allocation, allocation
+from traceml.launch.launcher.hosts.slurm import Allocation, ScontrolMissingError, allocation
 
 __all__ = ["HostSpec", "Transport", "resolve_hosts"]
 
@@ -60,13 +61,24 @@ def resolve_hosts(
         hostnames = list(slots)
 
     asked = "slurm" in (hostnames, workers_per_host)
-    found = None if not asked and _all_here(hostnames) else allocation(environ)
+    found = None
+    if asked or not _all_here(hostnames):
+        try:
+            found = allocation(environ)
+        except ScontrolMissingError:
+            if asked or isinstance(hostnames, str):
+                raise
+
     if asked and found is None:
         which = "hostnames" if hostnames == "slurm" else "workers_per_host"
         raise SlurmError(
             f"{which}='slurm', but this process is in no Slurm allocation (SLURM_JOB_ID is not set). "
             "Start it with sbatch, or under salloc; or name the hosts."
         )
+
+    has_srun = shutil.which("srun", path=environ.get("PATH")) is not None
+    if hostnames == "slurm" and not has_srun:
+        raise SlurmError("hostnames='slurm', but srun is not on the PATH; name the hosts, such as ['localhost']")
 
     names = _names(hostnames, found)
     numbers = [slots.get(n) for n in names] if workers_per_host == "auto" else _numbers(workers_per_host, names)
@@ -77,7 +89,9 @@ def resolve_hosts(
             raise SlurmError(f"workers_per_host='slurm', but host {name} is not part of Slurm's job {found.job_id}")
 
         group = found.groups.get(name) if found else None
-        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, default, group))
+        specs.append(
+            HostSpec(name, _transport(name, found if has_srun else None, ssh_config_file), number, default, group)
+        )
 
     return specs
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from traceml.errors import SlurmError
 
-__all__ = ["Allocation", "allocation", "step_command", "task_options"]
+__all__ = ["Allocation", "ScontrolMissingError", "allocation", "step_command", "task_options"]
 
 _SCONTROL_TIMEOUT_S = 30
 _MAX_DIGITS = 6  # of a number of CPUs, tasks or nodes
@@ -22,6 +22,10 @@ _TASK_OPTIONS = (
 )  # fmt: skip
 
 _log = logging.getLogger("traceml.launch")
+
+
+class ScontrolMissingError(SlurmError):
+    """The nodes of a job cannot be told: containers often have none of Slurm's programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +132,17 @@ def task_options(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:
+    if "[" not in listed:
+        return listed.split(",")
+
     command = ["scontrol", "show", "hostnames", listed]
     try:
         done = subprocess.run(
             command, env=dict(environ), capture_output=True, text=True, timeout=_SCONTROL_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmError(f"`{' '.join(command)}` cannot be run, so the job's nodes are unknown: {error}") from error
+        text = f"`{' '.join(command)}` cannot be run, so the job's nodes are unknown: {error}; or name the hosts"
+        raise ScontrolMissingError(text) from error
 
     if done.returncode or not done.stdout.split():
         raise SlurmError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
