@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+import time
 
 import pytest
 
 from traceml.launch.shared.process_cleanup import ProcessTermination
+
+
+def test_a_long_end_is_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look reads files of every process of the host: at 100 Hz it took a core while exit handlers ran."""
+    ending, now_s = ProcessTermination(set, grace_s=3600), time.monotonic()
+    assert ending.pause_s == 0.01
+
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 2)
+    assert ending.pause_s == 0.1
 
 
 @pytest.mark.process

@@ -93,6 +93,7 @@ class WorkerGroup:
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
         self._stopping = self._exiting = self._released = False
+        self._is_over = False
         self._ask_s: float | None = None  # when workers are sent SIGTERM
         self._is_asked: Callable[[], bool] = lambda: False
         self._grace_s = self._exit_deadline_s = 0.0
@@ -375,9 +376,10 @@ class WorkerGroup:
             or self._ending is not None
             or any(not e.end_sent and e.status is not None for e in self._ranks.values())
         )
-        return (
-            0.01 if busy else 0.2 if any(reader.paused for e in self._ranks.values() for reader in e.readers) else 1.0
-        )
+        if busy:
+            return 0.01 if self._ending is None else self._ending.pause_s
+
+        return 0.2 if any(reader.paused for e in self._ranks.values() for reader in e.readers) else 1.0
 
     def _finish(self) -> None:
         """Once all workers have ended, end the processes that they have left."""
@@ -394,10 +396,11 @@ class WorkerGroup:
             self._exiting = False
             self._ending = ProcessTermination(self._find, grace_s=self._grace_s)
 
-        over = self._ending.step()
-        if not over or not all(
-            each.end_sent and all(stream.ended for stream in each.streams) for each in self._ranks.values()
-        ):
+        if not self._is_over:  # then nothing can start another process: only streams are still read
+            are_ended = not self._exiting and all(each.end_sent for each in self._ranks.values())
+            self._is_over = self._ending.step() and are_ended
+
+        if not self._is_over or not all(stream.ended for each in self._ranks.values() for stream in each.streams):
             return
 
         if self._ending.left:

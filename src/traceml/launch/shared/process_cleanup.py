@@ -31,7 +31,8 @@ AGENT_NAME = "traceml-agent"
 MARK = "TRACEML_LAUNCH_MARK"
 _OUTLIVES = b"TRACEML_OUTLIVES=1"
 _PR_SET_CHILD_SUBREAPER = 36
-_TICK_S = 0.01
+_TICK_S, _LATE_TICK_S = 0.01, 0.1  # a search reads files of every process of the host
+_LATE_S = 1.0
 _KILLED_S = 5.0  # longest wait for processes that SIGKILL does not end
 
 
@@ -98,6 +99,11 @@ class ProcessTermination:
         self._known: set[int] = set()
         self.left: set[int] = set()
 
+    @property
+    def pause_s(self) -> float:
+        """Time until the next step: longer where the end takes long."""
+        return _TICK_S if time.monotonic() - self._start_s < _LATE_S else _LATE_TICK_S
+
     def step(self) -> bool:
         """Search and send signals; return whether it is finished; `left` holds processes that could not be ended."""
         found = self._find()
@@ -121,7 +127,7 @@ def terminate_all(find: Callable[[], set[int]], *, grace_s: float, asks: Callabl
     """End the processes that `find` returns, and wait; see `ProcessTermination`."""
     ending = ProcessTermination(find, grace_s=grace_s, asks=asks)
     while not ending.step():
-        time.sleep(_TICK_S)
+        time.sleep(ending.pause_s)
         _reap()
 
 
