@@ -18,7 +18,7 @@ from traceml.launch.shared import channel as module
 from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.channel_frames import GREETING, ChannelClosedError
 from traceml.launch.shared.channel_streams import STREAM_WINDOW_BYTES
-from traceml.launch.shared.launch_messages import Bye, Idle, Message, Ping, Reserve, Snapshot, StreamOpened
+from traceml.launch.shared.launch_messages import Idle, Message, Ping, Release, Reserve, Snapshot, StreamOpened
 
 
 class Pair:
@@ -123,7 +123,7 @@ def test_a_stream_that_was_over_before_it_was_accepted_is_kept(pair: Pair) -> No
     stream.write(b"last words")
     stream.end({"why": "the disk is full"})
     pair.run(lambda: bool(pair.heard[pair.launcher]) and not pair.agent.wants_write)
-    pair.launcher.send(Bye())
+    pair.launcher.send(Release(job="j"))
     pair.run(lambda: bool(pair.heard[pair.agent]))
     got, ends = bytearray(), []
     pair.run(lambda: not pair.agent.wants_write)
@@ -184,11 +184,11 @@ def test_messages_overtake_streams(pair: Pair) -> None:
     stream.write(bytes(32 << 20))
     stream.end()
     pair.launcher.flush()
-    pair.launcher.send(Bye())
+    pair.launcher.send(Release(job="j"))
     pair.run(lambda: bool(ends))
 
     assert ends == [2]
-    assert _names(pair.heard[pair.agent]) == ["stream", "bye"]
+    assert _names(pair.heard[pair.agent]) == ["stream", "release"]
 
 
 def test_the_owner_hears_when_more_may_be_written(pair: Pair) -> None:

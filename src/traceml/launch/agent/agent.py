@@ -24,7 +24,6 @@ from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.channel_frames import ChannelClosedError
 from traceml.launch.shared.launch_messages import (
     AskWorkers,
-    Bye,
     ChildEnded,
     CollectStacks,
     FailedToFork,
@@ -339,9 +338,6 @@ class Agent:
 
         self._channel.send(TunnelReady(job=job, port=listener.port))
 
-    def _on_bye(self, _message: Bye) -> None:
-        raise _EndAgent("the launcher asked for it")
-
     # --- messages of the zygote --------------------------------------------------------------------------------------
 
     def _on_zygote(self, message: Message) -> None:
@@ -423,7 +419,6 @@ _HANDLERS: Mapping[type[Message], Callable[[Agent, Any], None]] = {
     CollectStacks: Agent._on_collect_stacks,
     AskWorkers: Agent._on_ask,
     StopWorkers: Agent._on_stop,
-    Bye: Agent._on_bye,
 }
 
 

@@ -21,7 +21,7 @@ from traceml.errors import ProtocolError
 from traceml.inspection.cgroups import OomPlace
 
 __all__ = [
-    "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "AskWorkers", "Bye", "ChildEnded", "CollectStacks", "Done", "Exited",
+    "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "AskWorkers", "ChildEnded", "CollectStacks", "Done", "Exited",
     "FailedToFork", "Fork", "Forked", "GroupReady", "Idle", "M", "Message", "PackageRequest", "Ping", "Pong",
     "Prepare", "Prepared", "Probe", "Probed", "Raised", "Release", "Reserve", "Reserved", "Snapshot", "StackThread",
     "Stacks", "StacksRequest", "Start", "Started", "StopWorkers", "StreamOpened", "ThreadStacks", "TracedRun",
@@ -192,10 +192,6 @@ class StopWorkers(Message, t="stop"):
     job: str
     grace_s: float  # between SIGTERM and SIGKILL
     exit_s: float  # for exit handlers of workers that have returned or raised
-
-
-class Bye(Message, t="bye"):
-    """Request to end the agent."""
 
 
 # --- channel: agent to launcher ---------------------------------------------------------------------------------------
@@ -456,7 +452,6 @@ class ThreadStacks(Message, t="stacks"):
 
 FROM_LAUNCHER: Sequence[type[Message]] = (
     Ping, Pong, StreamOpened, Prepare, Tunnel, Reserve, Probe, Start, Release, CollectStacks, AskWorkers, StopWorkers,
-    Bye,
 )  # fmt: skip
 FROM_AGENT: Sequence[type[Message]] = (
     Ping, Pong, StreamOpened, PackageRequest, AgentHello, Prepared, TunnelReady, Reserved, Probed, Started, GroupReady,
