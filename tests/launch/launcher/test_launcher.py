@@ -405,11 +405,15 @@ def test_workers_may_save_when_the_launcher_gets_sigterm(tmp_path: Path) -> None
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_workers_may_save_when_slurm_ends_the_job(slurm: Any, tmp_path: Path) -> None:
-    """Also where its SIGTERM, which they get once, has ended the launcher first."""
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [("2", "train.py launch"), ("1", "-m traceml launch --hostnames localhost --workers-per-host 2 train.py")],
+)
+def test_workers_may_save_when_slurm_ends_the_job(slurm: Any, tmp_path: Path, nodes: str, words: str) -> None:
+    """Also where its SIGTERM, which they get once, has ended the launcher first, or reaches the agent as well."""
     (tmp_path / "train.py").write_text(textwrap.dedent(_SAVE))
-    (tmp_path / "job.sh").write_text(f"#!/bin/sh\nexec {sys.executable} train.py launch\n")
-    job = slurm.run("sbatch", "-N2", "--parsable", "job.sh", cwd=tmp_path, env={"PYTHONPATH": PYTHONPATH}).stdout
+    (tmp_path / "job.sh").write_text(f"#!/bin/sh\nexec {sys.executable} {words}\n")
+    job = slurm.run("sbatch", "-N", nodes, "--parsable", "job.sh", cwd=tmp_path, env={"PYTHONPATH": PYTHONPATH}).stdout
 
     saved = _saved(tmp_path, lambda: slurm.run("scancel", job.strip()))
 

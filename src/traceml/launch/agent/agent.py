@@ -47,7 +47,7 @@ from traceml.launch.shared.launch_messages import (
     ZygoteReady,
 )
 from traceml.launch.shared.payload_buffer import PayloadBuffer
-from traceml.launch.shared.process_cleanup import find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.process_cleanup import find_leftovers, in_slurm_job, terminate_all
 from traceml.launch.shared.tunnel import TunnelListener
 from traceml.process_ends import end_of_status
 
@@ -88,7 +88,7 @@ class Agent:
         self._listeners: dict[str, TunnelListener] = {}
         self._signals: set[int] = set()
         # before its end Slurm sends SIGTERM to all processes of a step, and workers may have time to save until SIGKILL
-        self._spares, self._parent = in_slurm_step(), os.getppid()
+        self._spares, self._parent = in_slurm_job(), os.getppid()
         self._has_spared = False
         self._busy_s = time.monotonic()
         self._watches_write = False

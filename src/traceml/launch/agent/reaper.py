@@ -9,7 +9,7 @@ import os
 import signal
 from typing import NoReturn
 
-from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_job, terminate_all
 from traceml.process_ends import die_with_parent
 
 __all__ = ["fork_under_reaper"]
@@ -25,7 +25,7 @@ def fork_under_reaper() -> None:
     Call it early: the parent keeps the memory that this process has now.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have blocked some
-    if in_slurm_step():
+    if in_slurm_job():
         for number in _WARNINGS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -20,7 +20,7 @@ __all__ = [
     "become_subreaper",
     "end_job",
     "find_leftovers",
-    "in_slurm_step",
+    "in_slurm_job",
     "terminate_all",
 ]
 
@@ -36,9 +36,9 @@ _LATE_S = 1.0
 _KILLED_S = 5.0  # longest wait for processes that SIGKILL does not end
 
 
-def in_slurm_step() -> bool:
-    """Return whether this process belongs to a step of Slurm, which sends its signals to all processes of the step."""
-    return "SLURM_STEP_ID" in os.environ
+def in_slurm_job() -> bool:
+    """Return whether this process belongs to a job of Slurm, which sends its signals to all processes of each step."""
+    return "SLURM_JOB_ID" in os.environ  # a batch script is a step, too, without the variable of one
 
 
 def become_subreaper() -> None:

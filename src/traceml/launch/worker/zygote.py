@@ -32,7 +32,7 @@ from traceml.launch.shared.launch_messages import (
     ZygoteSettings,
     ZygoteUp,
 )
-from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_job, terminate_all
 from traceml.process_ends import die_with_parent
 
 __all__ = ["main"]
@@ -75,7 +75,7 @@ def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     """Import the modules that workers share; report the result to the agent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker without a handler must not die of it
-    if in_slurm_step():
+    if in_slurm_job():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the workers, as for the agent
 
     agent.send(ZygoteUp())
