@@ -274,7 +274,7 @@ _TUTORIALS = (
     _tutorial("meta_learning", *QUIET, "RESIDUAL_HEAVY", steps=60),  # the inner updates
     # Sampling is evaluation, and takes about a quarter of the time after the start-up.
     _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", "EVAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
-    _tutorial("sharpness", steps=200),
+    _tutorial("sharpness", *QUIET, "RESIDUAL_HEAVY", steps=200),  # its first step, in the loop
     _tutorial("full_graph", *QUIET, "EVAL_HEAVY", steps=150, never=_LOUD),
 )
 
