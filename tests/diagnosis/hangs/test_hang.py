@@ -1125,3 +1125,26 @@ def test_an_exception_of_a_rank_that_waits_is_no_cause():
 
     assert "handling" not in summary(finding)
     assert "handled_exception" not in finding.evidence
+
+
+def test_the_right_rank_of_a_mesh_is_not_blamed_for_the_wrong_one() -> None:
+    """Rank 3 has left out an all_reduce of its replicas; nobody waits for it, as it goes on in its other groups."""
+
+    def in_mesh(rank: int, dp: tuple[int, str], tp: tuple[int, str], at: str) -> RankSnapshot:
+        replicas, shards = (rank % 2, rank % 2 + 2), (rank // 2 * 2, rank // 2 * 2 + 1)
+        groups = (
+            GroupSnapshot(name="mesh_dp", members=replicas, number=dp[0], operation=dp[1], in_flight=at == "dp"),
+            GroupSnapshot(name="mesh_tp", members=shards, number=tp[0], operation=tp[1], in_flight=at == "tp"),
+        )
+        return snapshot(rank, call((dp if at == "dp" else tp)[1]), line(21), groups=groups)
+
+    hang = found(
+        in_mesh(0, (5, "all_reduce"), (6, "all_gather"), "tp"),
+        in_mesh(1, (5, "all_reduce"), (5, "all_gather"), "dp"),
+        in_mesh(2, (6, "reduce_scatter"), (6, "all_gather"), "dp"),
+        in_mesh(3, (5, "reduce_scatter"), (6, "all_gather"), "dp"),
+        ranks=4,
+    )
+
+    assert (hang.evidence["cause"], hang.ranks) == ("mismatch", (1, 3))
+    assert "Call the same collectives" in hang.next

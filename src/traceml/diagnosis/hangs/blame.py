@@ -119,7 +119,9 @@ def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: i
     targets = _targets(waits, snapshots, ended, world_size, waits)
     blockers = {rank for missing in set(targets.values()) for rank in missing if not targets.get(rank)}
     cycle = () if blockers else _cycle(targets)
-    last = waits if not blockers else {rank: waits[rank] for rank in blockers} if blockers <= waits.keys() else {}
+    # Ranks that wait for none elsewhere; in a mesh some of them may have nobody who waits for them.
+    last = {rank: wait for rank, wait in waits.items() if not blockers or not targets[rank]}
+    last = last if blockers <= waits.keys() else {}
     different = _between_calls(waits, world_size) or _different(last, waits)
     if different is not None:
         return different
