@@ -140,3 +140,15 @@ def test_equal_batches_are_no_finding():
     found = kinds(of, job)
     assert Kind.DATA_IMBALANCE not in found
     assert Kind.COMPUTE_STRAGGLER in found
+
+
+@pytest.mark.parametrize("every", [4, 16])
+def test_sizes_explain_the_steps_that_measured_own_backward(every: int) -> None:
+    """In the others it is a mean, which follows no size: the gain is that of a job which measures all."""
+    finding, of_all = (
+        diagnose(steps_of(job, uneven(8, 400)), JobFacts(world_size=8))[0]
+        for job in (Job(ranks=8, steps=400, callback_every=every), Job(ranks=8, steps=400))
+    )
+
+    assert finding.kind is of_all.kind is Kind.DATA_IMBALANCE
+    assert finding.speedup_if_fixed == pytest.approx(of_all.speedup_if_fixed, rel=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -27,6 +28,8 @@ ALWAYS_SHARE = 0.9
 MIN_RATIO = 1.2
 """Batches of late ranks are mentioned if they are larger than those of the others by this factor."""
 
+_MIN_MEASURED = 20
+
 _EVEN_BATCHES = (
     "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack short ones "
     "together, or fill batches up to a number of tokens."
@@ -48,18 +51,26 @@ def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], 
         return [], {}
 
     parts = [part for part in COMPUTE if part in work.parts]
-    own_ns = sum((work.parts[part] for part in parts), np.zeros_like(work.own))
-    away = sizes - sizes.mean()
-    slope, explained = _fit(away, own_ns)
+    away, judged = sizes - sizes.mean(), _judged_steps(work)
+    of_judged, away_judged = (work, away) if judged.all() else (work.of_steps(judged), away[:, judged])
+    own_ns = sum((of_judged.parts[part] for part in parts), np.zeros_like(of_judged.own))
+    slope, explained = _fit(away_judged, own_ns)
     if not 0 < slope * sizes.mean() <= MAX_GROWTH * own_ns.mean() or explained < MIN_EXPLAINED:
         return [], {}
 
-    even = {part: _without(work.parts[part], away) for part in parts}
-    cost = work.step_ns - float(new_step_times(work, even).mean())
+    slopes = {part: np.float32(max(_fit(away_judged, of_judged.parts[part])[0], 0.0)) for part in parts}
+    even = {part: _without(of_judged.parts[part], away_judged, slopes[part]) for part in parts}
+    cost = of_judged.step_ns - float(new_step_times(of_judged, even).mean())
+    # In the other steps backward is a mean, and on devices all that they compute.
+    in_all = () if work.device else tuple(part for part in parts if part != "backward")
+    of_all = {
+        part: np.where(judged | (part in in_all), _without(work.parts[part], away, slope), work.parts[part])
+        for part, slope in slopes.items()
+    }
     if not work.grouped or len(work.ranks) < 2 or cost < least_cost_ns(work.step_ns):
-        return [], even
+        return [], of_all
 
-    return [_finding(work, sizes, explained, cost)], even
+    return [_finding(of_judged, sizes[:, judged], explained, cost)], of_all
 
 
 def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
@@ -99,10 +110,16 @@ def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
     return slope, slope**2 * variance / whole if whole else 0.0
 
 
-def _without(own_ns: Floats, away: Floats) -> Floats:
+def _judged_steps(work: OwnWork) -> NDArray[np.bool_]:
+    """Return the steps in which work can follow the size: in those without a measurement it is a mean."""
+    each_is_one = len(work.sync_intervals) == len(work.step)
+    some = work.measured.size == len(work.step) and each_is_one and int(work.measured.sum()) >= _MIN_MEASURED
+    return work.measured if some else np.ones(len(work.step), bool)
+
+
+def _without(own_ns: Floats, away: Floats, slope: np.float32) -> Floats:
     """Return the work of one part at the mean size."""
-    slope, _ = _fit(away, own_ns)
-    return np.asarray(np.maximum(own_ns - np.float32(max(slope, 0.0)) * away, 0), dtype=own_ns.dtype)
+    return np.asarray(np.maximum(own_ns - slope * away, 0), dtype=own_ns.dtype)
 
 
 def _always_largest(work: OwnWork, sizes: Floats) -> tuple[int, ...]:

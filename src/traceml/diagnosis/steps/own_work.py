@@ -131,6 +131,22 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Mean own computation of a step, over ranks."""
         return float(sum(self.parts[part].mean() for part in COMPUTE if part in self.parts))
 
+    def of_steps(self, columns: NDArray[np.bool_]) -> OwnWork:
+        """Return the work of some steps, each of which ends with a sync point."""
+        return replace(
+            self,
+            parts={part: values[:, columns] for part, values in self.parts.items()},
+            own=self.own[:, columns],
+            step=self.step[columns],
+            measured=self.measured[columns],
+            begins=self.begins[columns],
+            sync_intervals=np.arange(int(columns.sum())),
+            excess_of_represented=self.excess_of_represented[:, columns]
+            if len(self.excess_of_represented)
+            else self.excess_of_represented,
+            leveled_ns=self.leveled_ns[columns] if len(self.leveled_ns) else self.leveled_ns,
+        )
+
     def changed(self, parts: Mapping[str, Floats], step: Floats) -> OwnWork:
         """Return the window with some parts' own work and the steps' wall time replaced."""
         merged = {**self.parts, **parts}
