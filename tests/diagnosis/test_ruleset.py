@@ -1080,3 +1080,24 @@ def test_rare_waits_of_one_rank_are_not_those_of_all() -> None:
     found = verdict(Job(ranks=4, steps=70), adds("input_wait", 80.0, (1,), every=10))
 
     assert found.kind is not Kind.INPUT_BOUND
+
+
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("part", ["other", "user"])
+def test_stalls_by_chance_in_the_scripts_code_are_no_rare_steps(ranks: int, part: str) -> None:
+    """On each rank they are in 5 % of the steps, and in most steps some rank has one, for which the others wait."""
+    job = Job(ranks=ranks, steps=400, sigma=0.05)
+    step, without = (window_of(job, *faults).total.mean() for faults in ((adds(part, 20, chance=0.05),), ()))
+
+    found = verdict(job, adds(part, 20, chance=0.05))
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.RESIDUAL_HEAVY, (), part)
+    assert found.speedup_if_fixed == pytest.approx(step / without, rel=0.1)
+
+
+def test_loading_in_advance_saves_what_ranks_wait_for_each_other() -> None:
+    """Each waits 1.4 ms of a step for its data, and steps lose 7 ms: the gain is no bound by what one waits."""
+    waits = verdict(Job(ranks=8, steps=200), adds("input_wait", 20, chance=0.05), seed=1)
+
+    assert waits.kind is Kind.INPUT_BOUND
+    assert waits.speedup_if_fixed > 1.3

@@ -101,14 +101,20 @@ def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np
 
 
 def without_rare(values: Floats, share: float = 0.05) -> Floats:
-    """Return the values with the largest `share` of each rank's steps cut to the next largest."""
+    """Return the values with a `share` of the steps, the longest on any rank, cut to each rank's next largest.
+
+    What ranks do by chance, each in other steps, is in most steps of some rank, and stays.
+    """
     steps = values.shape[1]
     keep = steps - max(2, int(np.ceil(share * steps)))
     if keep < 1:
         return values
 
-    ceiling = np.partition(values, keep - 1, axis=1)[:, keep - 1 : keep]
-    return np.minimum(values, ceiling)
+    order = np.argpartition(values.max(axis=0), keep - 1)
+    ceiling = values[:, order[:keep]].max(axis=1, keepdims=True)
+    cut = values.copy()
+    cut[:, order[keep:]] = np.minimum(values[:, order[keep:]], ceiling)
+    return cut
 
 
 def without_more_passes(window: AlignedSteps, work: OwnWork) -> dict[str, Floats]:

@@ -55,7 +55,8 @@ def input_bound(
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
     rare = share_of_long_waits(work)
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
-    pipeline = pipeline_of(work, facts, float(cost.removed.mean()), step_ns)
+    # Ranks that wait in turns wait for each other, too: loading in advance saves what the steps lose.
+    pipeline = pipeline_of(work, facts, max(float(cost.removed.mean()), cost.saved_ns), step_ns)
     line = cost.line(facts) or cost.line_beside(hidden_ns, facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
