@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import pytest
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
+from traceml.track.delivery import delivery_loop
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.plugins.plugin_signature import sign
@@ -341,7 +343,17 @@ def test_many_frames_are_few_batches(run: LoggedRun, monkeypatch: pytest.MonkeyP
         saved.append(state.passed)
         save(state, run_dir)
 
+    class Unwatched:
+        """No thread that would end this process."""
+
+        def __init__(self, on_hang: object) -> None: ...
+        def end_within(self, seconds: float) -> None: ...
+
+        def watch(self, name: str, allowed_s: float) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
+
     monkeypatch.setattr(TrackerState, "save", counted)
+    monkeypatch.setattr(delivery_loop, "CallWatchdog", Unwatched)
     assert DeliveryLoop(run.path, "jsonl").run() == EXIT_DONE
 
     assert len(lines_of(run.path)) > 250
