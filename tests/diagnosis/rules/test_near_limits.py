@@ -15,10 +15,11 @@ from traceml.diagnosis.ruleset import diagnose
 FOLDERS = {0: "/data/run"}
 
 
-def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1.0, steps: int = 10, rank: int = 0):
-    """Return the findings about samples that are `seconds` and `steps` apart."""
+def found(resource: Resource, used: list[int], limit: int, *, seconds=1.0, steps: int = 10, rank: int = 0):
+    """Return the findings about samples that are `seconds` and `steps` apart, or at these seconds."""
     rows = np.zeros(len(used), LIMITS.dtype)
-    rows["t_ns"], rows["step"] = np.arange(len(used)) * seconds * 1e9, np.arange(len(used)) * steps
+    at_s = np.arange(len(used)) * seconds if isinstance(seconds, float) else seconds
+    rows["t_ns"], rows["step"] = at_s * 1e9, np.arange(len(used)) * steps
     rows["resource"], rows["used"], rows["limit"] = resource, used, limit
     history = UseHistory()
     for part in np.array_split(rows, 3):
@@ -116,3 +117,12 @@ def test_what_the_start_opens_is_not_growing(resource: Resource):
 
     assert found(resource, used, 64, steps=2) == []
     assert found(resource, used[:8], 64, steps=10) != []
+
+
+def test_growth_that_has_ended_is_no_finding():
+    """A data set is cached in 10 minutes; 5 minutes later its use has many rows of growth, and one a minute since."""
+    seconds = np.concatenate([np.arange(0, 600, 20), np.arange(600, 901, 60)])
+    used = np.minimum(20 + seconds / 20, 50).astype(np.int64) << 30
+
+    assert found(Resource.MEMORY, used, 64 << 30, seconds=seconds, steps=20) == []
+    assert found(Resource.MEMORY, used[:30], 64 << 30, seconds=seconds[:30], steps=20) != []

@@ -14,7 +14,9 @@ __all__ = ["SOON_S", "ResourceUse", "UseHistory"]
 FULL_SHARE = 0.90
 """A resource is near its limit from this share on. A disk is often that full: it must be growing too."""
 GROWN_SHARE = 0.05
-"""Growth during the run that counts: this share of the limit, in three thirds of the samples."""
+"""Growth during the run that counts: this share of the limit, in three thirds of the time."""
+LATE_SHARE = 1 / 6
+"""Share of the growth that the last third of the time must have: less is growth that has ended."""
 SOON_S = 3600.0
 """A growing resource is reported if it ends within this time."""
 THROTTLED_SHARE = 0.25
@@ -22,6 +24,7 @@ THROTTLED_SHARE = 0.25
 _KNOWN = frozenset(int(each) for each in Resource)
 _MIN_ROWS = 6
 _KEPT_ROWS = 60
+_PER_THIRD = 20  # points, evenly spread over the time: level use has few rows
 _MIN_PERIODS = 50
 _WARM_UP = 10  # steps: until then libraries open files, models are loaded, and optimizers make their state
 _OF_WARM_UP = (Resource.OPEN_FILES, Resource.PROCESSES, Resource.MEMORY)
@@ -89,13 +92,13 @@ def _left(rows: NDArray[np.void]) -> tuple[float, float | None] | None:
     if len(rows) < _MIN_ROWS:
         return None
 
-    used = rows["used"].astype(float)
+    times, limit = rows["t_ns"].astype(float), float(rows["limit"][-1])
+    even = np.linspace(times[0], times[-1], 3 * _PER_THIRD + 1)
+    used, steps = (np.interp(even, times, rows[name]) for name in ("used", "step"))
     thirds = [float(part.mean()) for part in np.array_split(used, 3)]
-    grown = used[-1] - used[0]
-    if not thirds[0] < thirds[1] < thirds[2] or grown < GROWN_SHARE * rows["limit"][-1]:
+    grown, lately = (float(used[-1] - used[since]) for since in (0, -1 - _PER_THIRD))
+    if not thirds[0] < thirds[1] < thirds[2] or grown < GROWN_SHARE * limit or lately < LATE_SHARE * grown:
         return None
 
-    share = (float(rows["limit"][-1]) - float(used[-1])) / float(grown)
-    seconds = (int(rows["t_ns"][-1]) - int(rows["t_ns"][0])) / 1e9
-    steps = int(rows["step"][-1]) - int(rows["step"][0])
-    return share * seconds, share * steps if steps > 0 else None
+    share, made = (limit - float(used[-1])) / lately, float(steps[-1] - steps[-1 - _PER_THIRD])
+    return share * float(times[-1] - times[0]) / 3e9, share * made if made > 0 else None
