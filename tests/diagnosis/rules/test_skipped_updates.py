@@ -46,6 +46,14 @@ def test_the_first_step_is_that_of_the_dense_part():
     assert finding.evidence["since_step"] == 150
 
 
+def test_a_part_of_all_steps_is_skipped_since_the_first_one():
+    """Each second batch, also the last one: the end of the run is no dense part."""
+    (finding,) = steps_skipped(JobFacts(skipped=skipped(list(range(1, 300, 2)))))
+
+    assert finding.evidence["since_step"] == 1
+    assert "skipped 150 of 300 steps (50 %), since step 1, and still does" in finding.summary
+
+
 @pytest.mark.parametrize(
     "steps", [[], [0, 1, 2, 3, 4, 5, 6], list(range(10, 60)), list(range(0, 300, 40)), [297, 298, 299]]
 )

@@ -270,6 +270,7 @@ def steps_skipped(facts: JobFacts) -> list[Finding]:
 
     since = _since(skipped.steps, last, skipped.taken_share)
     share = count / max(skipped.rows, count)
+    most = "most of them " if since > skipped.steps[0] else ""
     loss = _loss_since(since, facts.losses)
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
     return [
@@ -278,7 +279,7 @@ def steps_skipped(facts: JobFacts) -> list[Finding]:
             phase="optimizer",
             summary=(
                 f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
-                f"({percent_text(share)}), most of them since step {count_text(since)}, and still does: {cause} "
+                f"({percent_text(share)}), {most}since step {count_text(since)}, and still does: {cause} "
                 "not finite, so these steps trained nothing."
             ),
             next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
@@ -305,7 +306,7 @@ def _loss_since(since: int, losses: LossHistory) -> str | None:
 
 
 def _since(steps: NDArray[np.int64], end: int, taken: float) -> int:
-    """Return the step from which on nearly all steps were skipped; else the first skipped one."""
+    """Return the step from which on nearly all steps were skipped, most of those that were; else the first one."""
     left = np.arange(len(steps), 0, -1)
-    dense = left >= _DENSE_SHARE * taken * (end - steps)
-    return int(steps[np.argmax(dense)]) if dense.any() else int(steps[0])
+    dense = (left >= _DENSE_SHARE * taken * (end - steps)) & (2 * left >= len(steps))
+    return int(steps[np.argmax(dense)])
