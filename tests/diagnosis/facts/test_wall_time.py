@@ -304,6 +304,14 @@ def test_a_short_check_is_no_evaluation(
     assert (time.evaluations, time.short_evaluations_s) == (counted, pytest.approx(short_s))
 
 
+def test_evaluations_are_those_of_all_attempts_of_a_rank(tmp_path: Path) -> None:
+    """Their time is, too: one of 2 s in each of three attempts, on both ranks."""
+    with closing(StoreReader(store(tmp_path / "run", attempts=3) / STORE_NAME)) as reader:
+        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 155.0, WallTimeFacts())
+
+    assert (time.evaluations, time.seconds["evaluation"]) == (3, pytest.approx(6))
+
+
 @pytest.mark.parametrize(
     ("steps", "before", "only_first"),
     [

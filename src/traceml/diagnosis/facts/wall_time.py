@@ -107,7 +107,8 @@ def wall_time(
     set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
     spent_s = _with_compiling(spent_s, more_s, is_restarted=attempt > 0)
-    evaluations, short_s = max((_evaluations(each.evals) for each in sums.values()), default=(0, 0.0))
+    of_ranks = [[sums[each.id].evals for each in of_rank if each.id in sums] for of_rank in ranks]
+    evaluations, short_s = max(map(_evaluations, of_ranks), default=(0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
     early_s = min(_mean([*known.early_compile_s.values()]), time.seconds["startup"])
     return replace(
@@ -264,17 +265,19 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
     return some, _mean([seconds[rank] for rank in some])
 
 
-def _evaluations(evals: TableSums) -> tuple[int, float]:
-    """Return how many evaluations there were, without short ones, and the seconds of those.
+def _evaluations(attempts: Sequence[TableSums]) -> tuple[int, float]:
+    """Return how many evaluations there were in the attempts of a rank, without short ones, and the seconds of those.
 
     Short are Lightning's check before the first epoch, and evaluations on some batches next to one of all data. One on
     as many batches as the others, which took longer on a busy host, is one of them.
     """
-    rows, ns = evals.bins["rows"], evals.bins["ns"]
+    rows, ns, batches = (
+        np.concatenate([np.empty(0), *(each.bins[name] for each in attempts)]) for name in ("rows", "ns", "batches")
+    )
     if not len(rows):
         return 0, 0.0
 
-    means, batches = ns / rows, evals.bins["batches"] / rows
+    means, batches = ns / rows, batches / rows
     short = (means < _SHORT_EVALUATION * means.max()) & (batches <= _FEW_BATCHES * batches.max())
     if ns[short].sum() > _SHORT_ONES_SHARE * ns.sum():
         return int(rows.sum()), 0.0
