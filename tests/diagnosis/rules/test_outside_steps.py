@@ -747,16 +747,24 @@ def test_one_rank_that_calls_a_model_before_the_training_can_share_that() -> Non
     assert found.speedup_if_fixed == pytest.approx(1 / 0.8)
 
 
-@pytest.mark.parametrize(("short_s", "said"), [(9.0, "once 51 s, besides shorter ones."), (0.4, "once 60 s.")])
-def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str) -> None:
+@pytest.mark.parametrize(
+    ("short_s", "said", "saved"),
+    [
+        (9.0, "once 51 s, and 3 times 3.0 s.", "Evaluate on half as many batches: that saves 30 % of the run."),
+        (48.0, "once 12 s, and 3 times 16 s.", "Evaluate half as often: that saves 24 % of the run."),
+        (0.4, "once 60 s.", "Evaluate on half as many batches: that saves 30 % of the run."),
+    ],
+)
+def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str, saved: str) -> None:
     """Validation on some batches of each epoch, and all data at the end; a check before them needs no word."""
     parts = {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}
-    time = structs.replace(RunTime.of(100.0, parts, 1), short_evaluations_s=short_s)
+    time = structs.replace(RunTime.of(100.0, parts, 4), short_evaluations=3, short_evaluations_s=short_s)
 
     found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1, state="finished"))[0]
 
     assert found.kind == Kind.EVAL_HEAVY
     assert found.summary.endswith(said)
+    assert found.next.startswith(saved)
 
 
 def test_an_evaluation_that_is_not_over_does_not_count():

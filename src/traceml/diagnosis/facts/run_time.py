@@ -73,7 +73,7 @@ class RunTime(msgspec.Struct, frozen=True):
     wall_s: float  # from its start to its end, or until now
     # by part (`PARTS`), the mean over the ranks that determine it; the parts add up to `wall_s`
     seconds: Mapping[str, float] = {}
-    evaluations: int = 0  # times that evaluation interrupted the training, on one rank, without short ones
+    evaluations: int = 0  # times that evaluation interrupted the training, on one rank
     evaluating_s: float = 0.0  # of the evaluation, in one that is not over, which does not count as one
     # steps that count, and those that an attempt repeats
     useful: UsefulTime = msgspec.field(default_factory=UsefulTime)
@@ -83,7 +83,8 @@ class RunTime(msgspec.Struct, frozen=True):
     evaluators: tuple[int, ...] = ()  # ranks that evaluate where most others do not, in order
     evaluators_s: float = 0.0  # their seconds of evaluation, the mean
     others_evaluate_s: float = 0.0  # those of the other ranks, less than half as long
-    short_evaluations_s: float = 0.0  # seconds of those short ones
+    short_evaluations: int = 0  # evaluations that were much shorter than the longest one
+    short_evaluations_s: float = 0.0  # seconds of those
     evaluates_before: bool = False  # whether each of them comes before training steps, the first before all
     evaluates_only_first: bool = False  # whether all of them come before the first training step
     evaluation_parts: EvaluationParts = EvaluationParts()
@@ -111,6 +112,12 @@ class RunTime(msgspec.Struct, frozen=True):
     def share(self, *parts: str) -> float:
         """Return the share of the wall time that some parts have, 0..1."""
         return sum(self.seconds.get(part, 0.0) for part in parts) / self.wall_s if self.wall_s > 0 else 0.0
+
+    def repeated_evaluation(self, seconds: float) -> float:
+        """Return the share of an evaluation time that comes several times: not that of one test, or one check."""
+        short = min(self.short_evaluations_s / seconds, 1.0) if seconds > 0 else 0.0
+        long = 1 - short if self.evaluations - self.short_evaluations > 1 else 0.0
+        return long + (short if self.short_evaluations > 1 else 0.0)
 
     @property
     def in_steps(self) -> float:

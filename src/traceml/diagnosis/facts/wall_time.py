@@ -26,8 +26,6 @@ _EVALUATES_SHARE = 0.5
 """A rank with a smaller share of the longest evaluation does not evaluate: it is a first pass, or a check."""
 _SHORT_EVALUATION, _FEW_BATCHES = 0.25, 0.5
 """An evaluation is short that takes less than this share of the longest one, with at most this share of its batches."""
-_SHORT_ONES_SHARE = 0.2
-"""Short evaluations with at most this share of all are not counted with the others."""
 _SEVERAL = 3  # evaluations that show when they come
 _COUNTED_SHARE = 0.01
 """Share of the run from which on evaluation and saving of some ranks count as time of all."""
@@ -108,7 +106,7 @@ def wall_time(
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
     spent_s = _with_compiling(spent_s, more_s, is_restarted=attempt > 0)
     of_ranks = [[sums[each.id].evals for each in of_rank if each.id in sums] for of_rank in ranks]
-    evaluations, short_s = max(map(_evaluations, of_ranks), default=(0, 0.0))
+    evaluations, short, short_s = max(map(_evaluations, of_ranks), default=(0, 0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
     early_s = min(_mean([*known.early_compile_s.values()]), time.seconds["startup"])
     return replace(
@@ -120,6 +118,7 @@ def wall_time(
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
         others_evaluate_s=_mean(of_others),
+        short_evaluations=short,
         short_evaluations_s=short_s,
         evaluating_s=_evaluating_s(processes, opened, ended_s),
         evaluation_parts=_evaluation_parts([each.evals.bins for each in sums.values()]),
@@ -265,8 +264,8 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
     return some, _mean([seconds[rank] for rank in some])
 
 
-def _evaluations(attempts: Sequence[TableSums]) -> tuple[int, float]:
-    """Return how many evaluations there were in the attempts of a rank, without short ones, and the seconds of those.
+def _evaluations(attempts: Sequence[TableSums]) -> tuple[int, int, float]:
+    """Return how many evaluations there were in the attempts of a rank, how many were short, and the seconds of those.
 
     Short are Lightning's check before the first epoch, and evaluations on some batches next to one of all data. One on
     as many batches as the others, which took longer on a busy host, is one of them.
@@ -275,14 +274,11 @@ def _evaluations(attempts: Sequence[TableSums]) -> tuple[int, float]:
         np.concatenate([np.empty(0), *(each.bins[name] for each in attempts)]) for name in ("rows", "ns", "batches")
     )
     if not len(rows):
-        return 0, 0.0
+        return 0, 0, 0.0
 
     means, batches = ns / rows, batches / rows
     short = (means < _SHORT_EVALUATION * means.max()) & (batches <= _FEW_BATCHES * batches.max())
-    if ns[short].sum() > _SHORT_ONES_SHARE * ns.sum():
-        return int(rows.sum()), 0.0
-
-    return int(rows[~short].sum()), float(ns[short].sum()) / _S
+    return int(rows.sum()), int(rows[short].sum()), float(ns[short].sum()) / _S
 
 
 def _evaluation_parts(evals: Sequence[NDArray[np.void]]) -> EvaluationParts:

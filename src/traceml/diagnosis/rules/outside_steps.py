@@ -52,6 +52,7 @@ _REPORTED_SET_UP = 0.1
 _MOST = 0.5
 """Share of the start-up from which on waiting for data is its cause."""
 _REPORTED_SHORT = 0.05
+_REPEATED_SHARE = 0.5  # of evaluation that comes several times, from which on it can be rarer
 """Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
 
 
@@ -81,7 +82,8 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
     # With ranks that evaluate alone, it is waiting in the steps of the others; a start-up is long in short runs only.
     is_longest = evaluation_s > time.in_steps * time.wall_s > 0
     least = WARNING_SHARE if alone or is_longest else HEAVY_SHARE
-    is_typical = not is_running or time.evaluations > 1  # else the training that it belongs to continues, or follows
+    # Else the training that it belongs to continues, or follows.
+    is_typical = not is_running or time.repeated_evaluation(evaluation_s) >= _REPEATED_SHARE
     if is_typical and evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
@@ -285,9 +287,12 @@ def _for_startup(line: BlamedLine | None) -> str:
 def _evaluation(
     time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], facts: JobFacts
 ) -> Finding:
-    share, times = seconds / time.wall_s, max(time.evaluations, 1)
+    share, repeated = seconds / time.wall_s, time.repeated_evaluation(seconds)
+    once = repeated < _REPEATED_SHARE
     others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
-    saved = share * (1 - others) * (1 - len(alone) / facts.world_size) if alone else share / 2
+    saved = (
+        share * (1 - others) * (1 - len(alone) / facts.world_size) if alone else share / 2 * (1.0 if once else repeated)
+    )
     saves = f"that saves {percent_text(saved)} of the run."
     gradients = "" if facts.plain_evaluation or facts.evaluates_gradients else ", without gradients (torch.no_grad())"
     elsewhere = f"with larger ones{gradients}, or in another process."
@@ -306,7 +311,7 @@ def _evaluation(
     evaluated = facts.other_loader or (facts.loader, facts.worker_lines)
     loading = None if alone else for_evaluation(facts, time, share, line)
     if loading is not None:
-        advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and times > 1)
+        advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and not once)
     elif time.in_steps == 0:
         saved, advice = 0.0, f"{_for_inference(other_code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
     elif time.evaluates_only_first:
@@ -323,13 +328,13 @@ def _evaluation(
             f"batches, {elsewhere}"
         )
     elif data := _for_awaited_workers(
-        evaluated, facts, "evaluate on fewer batches." if times == 1 else f"evaluate half as often: {saves}"
+        evaluated, facts, "evaluate on fewer batches." if once else f"evaluate half as often: {saves}"
     ):
         advice = data
     elif other_code:
-        rarer = "run it less often." if times == 1 else f"run it half as often, with the evaluation: {saves}"
+        rarer = "run it less often." if once else f"run it half as often, with the evaluation: {saves}"
         advice = f"Make {other_code.place} cheaper, or {rarer}"
-    elif times == 1:
+    elif once:
         advice = f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
     else:
         advice = f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}"
@@ -429,16 +434,17 @@ def _play(time: RunTime, line: BlamedLine | None) -> Finding:
 def _evaluation_finding(
     time: RunTime, seconds: float, line: BlamedLine | None, what: str, advice: str, limits: str = ""
 ) -> Finding:
-    share, times, parts = seconds / time.wall_s, max(time.evaluations, 1), time.evaluation_parts
+    share, parts = seconds / time.wall_s, time.evaluation_parts
+    times, short = max(time.evaluations - time.short_evaluations, 1), max(time.short_evaluations, 1)
     others_s = min(time.short_evaluations_s + time.evaluating_s, seconds)
     is_running = time.evaluating_s >= _REPORTED_SHORT * seconds
     running = f", and one has run for {duration_text(time.evaluating_s)} so far" if is_running else ""
-    often = "once" if times == 1 else f"{count_text(times)} times"
-    others = ", besides shorter ones" if time.short_evaluations_s >= _REPORTED_SHORT * seconds else ""
+    others = f", and {_often(short)} {duration_text(time.short_evaluations_s / short)}"
+    others *= time.short_evaluations_s >= _REPORTED_SHORT * seconds
     return Finding.of(
         Kind.EVAL_HEAVY,
         summary=(
-            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
+            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {_often(times)} "
             f"{duration_text((seconds - others_s) / times)}{others}{limits}"
             + (f", mostly at {line.place}" if line else "")
             + f"{running}."
@@ -456,6 +462,10 @@ def _evaluation_finding(
         },
         cost_share=share,
     )
+
+
+def _often(times: int) -> str:
+    return "once" if times == 1 else f"{count_text(times)} times"
 
 
 def uncovered_time_text(facts: JobFacts) -> str:
