@@ -182,7 +182,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *ended,
         *worker_lost(facts, explained),
         *steps_skipped(facts),
-        *limits_near(facts.limits, facts.save_folders),
+        *limits_near(facts),
         *throttled(facts),
         *device_contention(facts),
         *device_faults(facts),

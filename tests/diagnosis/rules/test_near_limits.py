@@ -8,8 +8,9 @@ import pytest
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import LIMITS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.resource_use import UseHistory
+from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.ruleset import diagnose
 
 FOLDERS = {0: "/data/run"}
@@ -100,6 +101,16 @@ def test_a_resource_of_a_newer_version_is_ignored():
     history.add(0, rows)
 
     assert history.uses() == ()
+
+
+def test_what_ends_first_is_told_with_its_host():
+    """A larger share that lasts does not hide a host whose memory is full in two minutes."""
+    uses = (ResourceUse(0, Resource.MEMORY, 58, 64), ResourceUse(8, Resource.MEMORY, 40, 64, left_s=120.0))
+
+    (finding,) = limits_near(JobFacts(limits=uses, hosts={0: "node0", 8: "node1"}))
+
+    assert (finding.severity, finding.evidence["host"]) == ("critical", "node1")
+    assert "memory of the container of node1 in use, and it grows" in finding.summary
 
 
 def test_memory_that_the_start_takes_is_not_growing():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
 
 from traceml.database.schema import Resource
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
@@ -53,25 +54,29 @@ _ADVICE = {
 }
 
 
-def limits_near(uses: Iterable[ResourceUse], save_folders: Mapping[int, str] | None = None) -> list[Finding]:
-    """Return a finding per resource that runs out, of the rank that is nearest to its limit."""
+def limits_near(facts: JobFacts) -> list[Finding]:
+    """Return a finding per resource that runs out, of the rank that is the first to reach its limit."""
     near: dict[Resource, ResourceUse] = {}
-    for use in uses:
-        worst = near.get(use.resource)
-        if use.is_near and (worst is None or use.share > worst.share):
-            near[use.resource] = use
+    for use in sorted((use for use in facts.limits if use.is_near), key=_urgency):
+        near.setdefault(use.resource, use)
 
-    return [_finding(use, save_folders or {}) for use in near.values()]
+    return [_finding(use, facts) for use in near.values()]
 
 
-def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
-    folder = folders.get(use.rank) if use.resource is Resource.CHECKPOINT_DISK else None
+def _urgency(use: ResourceUse) -> tuple[float, float]:
+    left_s = use.left_s if use.left_s is not None and use.left_s <= SOON_S else math.inf
+    return left_s, -use.share
+
+
+def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
+    folder = facts.save_folders.get(use.rank) if use.resource is Resource.CHECKPOINT_DISK else None
     soon = use.left_s is not None and use.left_s <= VERY_SOON_S
-    words = _WORDS[use.resource] + (f" in {folder}" if folder else "")
+    of_host = "" if use.resource in _OF_RANK else facts.of_host(use.rank)
+    words = _WORDS[use.resource] + (f" in {folder}" if folder else "") + of_host
     if use.resource is Resource.CPU_QUOTA:
         summary = (
-            f"The container was throttled in {percent_text(use.share)} of its scheduling periods, because its CPU "
-            "quota was used up."
+            f"The container{of_host} was throttled in {percent_text(use.share)} of its scheduling periods, because its "
+            "CPU quota was used up."
         )
     else:
         where = f" on {ranks_text((use.rank,))}" if use.resource in _OF_RANK else ""
@@ -87,7 +92,12 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
             "resource": use.resource.name.lower(),
             "used": use.used,
             "limit": use.limit,
-            **known_facts(folder=folder, left_s=use.left_s, left_steps=use.left_steps),
+            **known_facts(
+                folder=folder,
+                host=facts.hosts[use.rank] if of_host else None,
+                left_s=use.left_s,
+                left_steps=use.left_steps,
+            ),
         },
     )
 
