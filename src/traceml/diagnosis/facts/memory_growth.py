@@ -43,8 +43,8 @@ _NEWEST = 3
 _MAX_RISE = 2.5  # of the median rise of a part, of growth that begins late
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
-_MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
-
+_MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter; of a part, for the newest ones
+_LATELY = 6  # the newest parts are one in this many
 _RECENT = 12
 _Points = NDArray[np.int64]  # rows of (step, t_ns, bytes)
 
@@ -197,7 +197,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
     grown = quarters[-1] - quarters[0]
     least = _least_bytes(values[-1])
     level = _LEVEL_SHARE * grown / count
-    is_grown = _all_rise(quarters) and grown >= least and _is_long(points)
+    is_grown = _all_rise(quarters) and _rises_lately(steps, values) and grown >= least and _is_long(points)
     in_stairs = float((rises > 0).mean()) < STEADY
     is_even = not in_stairs or _is_in_stairs(steps, values, rises, level)
     return GrowthEstimate(
@@ -227,6 +227,13 @@ def _all_rise(quarters: list[float]) -> bool:
     """Return whether each quarter is above the one before, by an amount that counts."""
     least = _MIN_RISE * (quarters[-1] - quarters[0]) / 3
     return min(later - earlier for earlier, later in pairwise(quarters)) >= least
+
+
+def _rises_lately(steps: NDArray[np.float64], values: NDArray[np.float64]) -> bool:
+    """Return whether the newest parts rise, by time or by steps: a quarter's median does so after growth has ended."""
+    since = -1 - max(len(values) // _LATELY, 2)
+    share = min((-1 - since) / (len(values) - 1), (steps[-1] - steps[since]) / max(steps[-1] - steps[0], 1.0))
+    return bool(values[-1] - values[since] >= _MIN_RISE * share * (values[-1] - values[0]))
 
 
 def _of_steps(steps: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
