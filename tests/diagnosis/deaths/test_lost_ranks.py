@@ -390,6 +390,25 @@ def test_a_rank_with_the_same_exception_is_no_follower(exception, line, alike):
     assert finding.summary == f"{ranks} ended with KeyError: 'x' at a.py:3, before the first step{because}."
 
 
+def test_ranks_that_fail_together_did_not_end_because_of_each_other():
+    """Memory that ends is one cause, whatever the line; an exception elsewhere, at the same time, is another one."""
+
+    def failed(rank: int, exception: str, line: int, at_s: float) -> RankExit:
+        return RankExit(rank=rank, state="failed", code=1, exception=exception, file="a.py", line=line, at_s=at_s)
+
+    memory = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    for other, ranks, words in (
+        (memory, (0, 1), "an allocation of 2.00 GiB failed at a.py:3 on rank 1, before the first step."),
+        ("KeyError: 9", (1,), "; rank 0 ended with KeyError: 9 at a.py:4, too."),
+    ):
+        exits = (failed(0, other, 4, 1.05), failed(1, memory, 3, 1.0))
+        finding = rank_lost(JobFacts(exits=exits))[0]
+
+        assert finding.ranks == ranks
+        assert finding.summary.endswith(words)
+        assert "followed" not in finding.evidence
+
+
 def test_ranks_that_the_launcher_killed_are_no_cause():
     """The signal with which a launcher ends the others is no cause."""
     exits = (

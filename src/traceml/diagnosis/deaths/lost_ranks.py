@@ -11,7 +11,7 @@ from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.deaths.end_wording import end_text, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
-from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, memory_end, memory_end_of_worker
+from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -26,6 +26,7 @@ __all__ = ["rank_lost", "root_causes", "was_stopped"]
 
 # Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
 _SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
+_TOGETHER_S = 1.0  # within this time of the first, an exception of a rank's own is not for that one
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
@@ -41,11 +42,12 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     first, at_end = causes[0], _in_common(causes)
     worker = worker_causing_end(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
-    followed = [ended.rank for ended in bad if ended not in causes]
+    beside = _beside(causes, bad)
+    followed = [ended.rank for ended in bad if ended not in causes and ended not in beside]
     lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else memory_end_of_worker(worker, first.rank, facts)
     grown = _grown_container(first, memory, facts)
-    because = f"; {ranks_text(followed)} ended because of that" if followed else ""
+    because = _beside_text(beside) + (f"; {ranks_text(followed)} ended because of that" if followed else "")
     summary = f"{_summary(causes, memory, worker)}{lost_steps_text(lost)}{because}."
     return [
         Finding.of(
@@ -58,6 +60,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
             evidence={
                 **({} if worker is None else worker_evidence(worker)),
                 **_evidence(first, memory, followed, lost),
+                **({"failed_too": [ended.rank for ended in beside]} if beside else {}),
                 **_of_container(first, grown),
             },
             cost_share=1.0,
@@ -79,7 +82,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     causes = own or [ended for ended in unforced if not failed_because_of_peer(ended)] or unforced
     # A lost rank may be a consequence of the others' end, so known causes come first.
     causes = sorted(causes, key=lambda ended: (ended.state == "lost", ended.at_s or 0.0, ended.rank))
-    # Ranks with the same cause ended together; another cause later is a consequence.
+    # Ranks with the same cause ended together; another one is a consequence, or `_beside` them.
     also = [ended for ended in bad if ended not in causes and _failed_by_itself(ended)]
     return [ended for ended in [*causes, *also] if _cause(ended) == _cause(causes[0])] if causes else []
 
@@ -105,9 +108,28 @@ def was_stopped(exits: Sequence[RankExit]) -> bool:
 
 def _cause(ended: RankExit) -> tuple[object, ...]:
     if ended.exception:
-        return ("exception", ended.exception.partition(":")[0], ended.file, ended.line)
+        kind = ended.exception.partition(":")[0]
+        return ("exception", kind, *(() if is_out_of_memory(ended.exception) else (ended.file, ended.line)))
 
     return (ended.state, ended.signal, ended.code)
+
+
+def _beside(causes: Sequence[RankExit], bad: Sequence[RankExit]) -> list[RankExit]:
+    """Return the ranks whose own exception came with that of the first: it is no consequence."""
+    first_s = causes[0].at_s
+    if first_s is None or not _failed_by_itself(causes[0]):
+        return []
+
+    others = [ended for ended in bad if ended not in causes and _failed_by_itself(ended) and not ended.stopped]
+    return [ended for ended in others if ended.at_s is not None and abs(ended.at_s - first_s) <= _TOGETHER_S]
+
+
+def _beside_text(beside: Sequence[RankExit]) -> str:
+    if not beside:
+        return ""
+
+    ranks = ranks_text([ended.rank for ended in beside])
+    return f"; {ranks} {end_text(beside[0], None, many=False)}, too" if len(beside) == 1 else f"; {ranks} failed, too"
 
 
 def _failed_by_itself(ended: RankExit) -> bool:
@@ -154,6 +176,8 @@ def _summary(causes: Sequence[RankExit], memory: MemoryEnd | None, worker: LostW
     first = causes[0]
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
     how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
+    if len({ended.place for ended in causes}) > 1 and first.exception and worker is None:
+        how += f" on {ranks_text((first.rank,))}"
     seen = seen_text(first) if worker is None and len(causes) == 1 else ""
     used = memory.words() if memory is not None and len(causes) == 1 else ""
     return f"{subject} {how}{step_text(_in_common(causes))}{seen}{used}"

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import bytes_text
 
-__all__ = ["MemoryEnd", "memory_end", "memory_end_of_worker"]
+__all__ = ["MemoryEnd", "is_out_of_memory", "memory_end", "memory_end_of_worker"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"(?P<size>\d+(?:\.\d*)?) ?(?P<unit>[KMGT]?)i?(?:B|b|bytes)\b"
@@ -92,6 +92,11 @@ class MemoryEnd(msgspec.Struct, frozen=True):
             "limit_bytes": self.limit_bytes,
             "limit_of": self.limit_of if self.limit_bytes is not None else None,
         }
+
+
+def is_out_of_memory(exception: str) -> bool:
+    """Return whether an exception is that of an allocation that failed."""
+    return bool(_OF_DEVICE.search(exception) or _OF_HOST.search(exception))
 
 
 def memory_end(ended: RankExit, facts: JobFacts) -> MemoryEnd | None:
