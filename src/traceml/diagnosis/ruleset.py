@@ -48,6 +48,7 @@ from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdowns.related_findings import (
+    depends_on_model,
     is_continued,
     is_of_the_host,
     with_steps_from_history,
@@ -414,6 +415,10 @@ def _with_slowdown(
         if timed != found:  # those ranks are the cause: one finding
             return _Timing(timed, slow_until)
 
+    if _has_several(window, facts):  # its cost there is a part of what they cost in all trainings
+        told = {(one.ranks, one.phase) for one in found if one.blames_ranks and one.ranks}
+        slower = [each for each in slower if (each.ranks, each.phase) not in told]
+
     if not slower:
         found = _with_own_steps(found, window, work, facts)
         slow_until = max(slow_until, _slow_until(found) if only_now else 0)
@@ -483,12 +488,18 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
 
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
-    is_late = any(each.blames_ranks and each.ranks for each in found)
-    if not is_late or len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
+    if not _late_ranks(found):
         return found
 
     bins = StepHistory.of(window, work)
-    return [with_steps_from_history(each, bins) for each in found]
+    if not _has_several(window, facts):
+        return [with_steps_from_history(each, bins) for each in found]
+
+    return [each if depends_on_model(each.phase) else with_steps_from_history(each, bins) for each in found]
+
+
+def _has_several(window: AlignedSteps, facts: JobFacts) -> bool:
+    return len(trainings_of(window, facts.other_models, facts.same_models)) > 1
 
 
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:

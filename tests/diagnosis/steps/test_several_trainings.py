@@ -66,6 +66,24 @@ def test_the_rest_of_the_loop_is_still_compared():
     assert abs(found[0].evidence["since_step"] - 300) <= 20
 
 
+def test_a_rank_that_is_late_from_some_step_on_is_told_once():
+    """From step 182 on, 11 steps after the second model begins and 62 before the third: what it costs is of the run."""
+    starts = (171, 244)
+
+    def late(own, _) -> None:
+        for part in ("forward", "backward", "optimizer"):
+            for start in starts:
+                own[part][:, start:] *= 0.25
+
+        own["other"][0, 182:] += 45
+
+    window = window_of(Job(ranks=4, steps=600, own=OWN), late)
+    found = diagnose(window, JobFacts(world_size=4, other_models=starts))
+
+    (told,) = (each for each in found if each.phase == "other")
+    assert (told.kind, told.ranks, told.evidence["since_step"]) == (Kind.STRAGGLER, (0,), pytest.approx(182, abs=5))
+
+
 def test_a_slowdown_within_a_training_is_found():
     """From step 500 on, 100 steps after the last model."""
 

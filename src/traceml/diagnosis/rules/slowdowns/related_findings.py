@@ -17,7 +17,7 @@ from traceml.diagnosis.steps.own_work import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, ns_text
 
-__all__ = ["is_continued", "is_of_the_host", "with_steps_from_history", "with_steps_from_slowdown"]
+__all__ = ["depends_on_model", "is_continued", "is_of_the_host", "with_steps_from_history", "with_steps_from_slowdown"]
 
 SAME_CHANGE = 0.1
 """Changes whose first steps differ by less than this share of their number are the same."""
@@ -76,9 +76,14 @@ def _is_same_cause(late: Finding, slower: Finding) -> bool:
     return late.blames_ranks and bool(slower.ranks) and slower.ranks == late.ranks and same
 
 
+def depends_on_model(phase: str | None) -> bool:
+    """Return whether the time of a phase, or of all, may differ between trainings because of their models."""
+    return phase in (None, COMM, *COMPUTE)
+
+
 def is_continued(of_training: Finding, of_run: Finding) -> bool:
     """Return whether the slowdown in one of several trainings is that of the whole run, not caused by another model."""
-    if of_run.phase in (None, COMM, *COMPUTE) or of_run.phase != of_training.phase:
+    if depends_on_model(of_run.phase) or of_run.phase != of_training.phase:
         return False
 
     since, same = (each.evidence["since_step"] for each in (of_run, of_training))
