@@ -52,8 +52,9 @@ _REPORTED_SET_UP = 0.1
 _MOST = 0.5
 """Share of the start-up from which on waiting for data is its cause."""
 _REPORTED_SHORT = 0.05
-_REPEATED_SHARE = 0.5  # of evaluation that comes several times, from which on it can be rarer
 """Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
+_REPEATED_SHARE = 0.5
+"""Share of the evaluation that comes several times, from which on it can be rarer."""
 
 
 def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) -> list[Finding]:

@@ -313,9 +313,8 @@ class AgentConnection:
             return f"the command is not executable there: {self._python}", advice  # or a shell interprets it
 
         if missing := _NO_LIBRARY.search(output):
-            return missing[
-                0
-            ].strip(), "Set LD_LIBRARY_PATH here, which is sent, or in a start-up file of the shell there."
+            remedy = "Set LD_LIBRARY_PATH here, which is sent, or in a start-up file of the shell there."
+            return missing[0].strip(), remedy
 
         if status == 127 or re.search(r"execve\(\).*No such file", output):
             return f"command not found there: {self._python}", advice
