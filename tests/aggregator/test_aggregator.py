@@ -606,7 +606,10 @@ def serving_once(tmp_path_factory):
 
 
 def test_steady_memory_and_no_torch(serving):
-    """With 8 ranks the aggregator stays within 100 MB, and has imported neither torch nor pydantic."""
+    """With 8 ranks the aggregator stays within 125 MB, and has imported neither torch nor pydantic.
+
+    It takes 70 to 95 MB, by when its threads allocate, and more on a busy host; with torch it would be 250 MB.
+    """
     aggregator = serving()
     ranks = [aggregator.rank(rank, 8) for rank in range(8)]
     for number in range(20):
@@ -618,7 +621,7 @@ def test_steady_memory_and_no_torch(serving):
 
     maps = Path(f"/proc/{aggregator.process.pid}/maps").read_text()
     pages = int(Path(f"/proc/{aggregator.process.pid}/statm").read_text().split()[1])
-    assert pages * os.sysconf("SC_PAGE_SIZE") < 100e6
+    assert pages * os.sysconf("SC_PAGE_SIZE") < 125e6
     assert "libtorch" not in maps
     assert "pydantic_core" not in maps
     assert STEPS.row_bytes == STEPS.struct.size

@@ -428,7 +428,7 @@ def test_samples_of_a_large_job_are_sent_less_often(flight: FlightFile, monkeypa
     """The welcome says how often; steps are sent as before, and all at a flush."""
     now_ns = 10**15
     monkeypatch.setattr(module, "monotonic_ns", lambda: now_ns)
-    monkeypatch.setattr(module.random, "random", lambda: 0.5)
+    monkeypatch.setattr(module, "random_share", lambda: 0.5)
     wire = Wire()
     wire.welcome["sample_interval_s"] = 40.0
     sender = make(flight, wire, flush_interval_s=1.0)
