@@ -18,6 +18,7 @@ __all__ = [
     "boot_id",
     "boot_time_s",
     "clock_pair",
+    "jittered",
     "machine_name",
     "monotonic_ns",
     "pid_namespace",
@@ -146,3 +147,8 @@ def random_share() -> float:
     a rank 2 ms.
     """
     return int.from_bytes(os.urandom(2), "little") / 0xFFFF
+
+
+def jittered(longest_s: float) -> float:
+    """Return a random wait of half of `longest_s` to all of it: a thousand ranks must not try again in one instant."""
+    return longest_s * (0.5 + 0.5 * random_share())

@@ -13,7 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from traceml.clock import clock_pair, monotonic_ns, random_share
+from traceml.clock import clock_pair, jittered, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate
@@ -86,7 +86,7 @@ def connect(
             raise AggregatorUnavailableError(host, port, waited_s, last.reason, refused=last.refused)
 
         # A thousand ranks that lost one aggregator must not reconnect in the same instant. The last try is at the end.
-        time.sleep(min(pause_s * (0.5 + 0.5 * random_share()), left_s))
+        time.sleep(min(jittered(pause_s), left_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from traceml.clock import monotonic_ns, random_share
+from traceml.clock import jittered, monotonic_ns, random_share
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINES, SAMPLED_TABLES
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
@@ -404,7 +404,7 @@ class RowSender:
 
     def _retry_after(self, pause_s: float) -> None:
         _log.debug("the next try to connect follows after at most %.1f s", pause_s)
-        self._next_try_ns = monotonic_ns() + int(pause_s * (0.5 + 0.5 * random_share()) * 1e9)
+        self._next_try_ns = monotonic_ns() + int(jittered(pause_s) * 1e9)
 
     def _warn_once(self, key: str, text: str, error: object) -> None:
         _log.log(logging.DEBUG if key in self._warned else logging.WARNING, text, error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from traceml.clock import random_share
+from traceml.clock import jittered
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
@@ -53,7 +53,7 @@ class RetryPolicy:
 
     def _wait_s(self, failures: int) -> float:
         longest_s: float = min(_FIRST_WAIT_S * self.backoff_factor ** min(failures, 60), self.max_backoff)
-        return longest_s * (0.5 + 0.5 * random_share())
+        return jittered(longest_s)
 
 
 def succeeded(state: TrackerState) -> None:
