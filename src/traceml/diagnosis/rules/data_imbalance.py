@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -61,12 +63,7 @@ def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], 
     slopes = {part: np.float32(max(_fit(away_judged, of_judged.parts[part])[0], 0.0)) for part in parts}
     even = {part: _without(of_judged.parts[part], away_judged, slopes[part]) for part in parts}
     cost = of_judged.step_ns - float(new_step_times(of_judged, even).mean())
-    # In the other steps backward is a mean, and on devices all that they compute.
-    in_all = () if work.device else tuple(part for part in parts if part != "backward")
-    of_all = {
-        part: np.where(judged | (part in in_all), _without(work.parts[part], away, slope), work.parts[part])
-        for part, slope in slopes.items()
-    }
+    of_all = even if of_judged is work else _without_where_known(work, away, slopes, judged)
     if not work.grouped or len(work.ranks) < 2 or cost < least_cost_ns(work.step_ns):
         return [], of_all
 
@@ -113,8 +110,22 @@ def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
 def _judged_steps(work: OwnWork) -> NDArray[np.bool_]:
     """Return the steps in which work can follow the size: in those without a measurement it is a mean."""
     each_is_one = len(work.sync_intervals) == len(work.step)
-    some = work.measured.size == len(work.step) and each_is_one and int(work.measured.sum()) >= _MIN_MEASURED
+    some = each_is_one and int(work.measured.sum()) >= _MIN_MEASURED
     return work.measured if some else np.ones(len(work.step), bool)
+
+
+def _without_where_known(
+    work: OwnWork, away: Floats, slopes: Mapping[str, np.float32], judged: NDArray[np.bool_]
+) -> dict[str, Floats]:
+    """Return the parts at the mean size, but for what is a mean in steps without a measurement.
+
+    On devices that is all that they compute, else backward.
+    """
+    in_all = () if work.device else tuple(part for part in slopes if part != "backward")
+    return {
+        part: np.where(judged | (part in in_all), _without(work.parts[part], away, slope), work.parts[part])
+        for part, slope in slopes.items()
+    }
 
 
 def _without(own_ns: Floats, away: Floats, slope: np.float32) -> Floats:

@@ -261,8 +261,7 @@ def _jitter(
 
 def _is_measured(work: OwnWork, events: _LongSteps) -> bool:
     """Return whether most of the long steps have measured what of their backward is own work."""
-    is_of_these = work.measured.size == len(work.step)
-    return not is_of_these or 2 * int(work.measured[events.columns].sum()) >= len(events.columns)
+    return 2 * int(work.measured[events.columns].sum()) >= len(events.columns)
 
 
 def _with_waits(events: _LongSteps, long: Floats, usual_ns: float) -> Floats:

@@ -66,14 +66,13 @@ class FactReports:
             return
 
         facts = loader_facts(loader)
-        number = None if token is None else self._numbers.get(repr(facts))
-        if token is not None and number is not None:
-            token.number, self._reported[InfoKind.LOADER] = number, facts
+        key = repr(facts)
+        if token is not None and key in self._numbers:
+            token.number, self._reported[InfoKind.LOADER] = self._numbers[key], facts
         else:
             self.report(InfoKind.LOADER, {"number": None if token is None else token.number}, **facts)
-
-        if token is not None and len(self._numbers) < _MAX_LOADERS:
-            self._numbers[repr(facts)] = token.number
+            if token is not None and len(self._numbers) < _MAX_LOADERS:
+                self._numbers[key] = token.number
 
         self._count(loader, facts)
 
