@@ -144,6 +144,24 @@ def test_an_iterator_that_takes_most_of_the_time_gains_what_cores_give():
     assert finding.speedup_if_fixed == pytest.approx(2.0, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("forward", "number", "trains", "runs_model"),
+    [
+        ("collect", 7, "main", True),
+        ("collect", 8, "main", True),
+        ("collect", 8, "collect", False),
+        ("main", 7, "main", False),
+    ],
+)
+def test_an_iterator_that_calls_the_model_is_not_moved_to_workers(forward, number, trains, *, runs_model):
+    """As one that collects experience: a loader worker has no model that learns."""
+    calls, step = line("forward", forward, 57, number=number), line("backward", trains, 20, number=9)
+    finding = found(Kind.INPUT_BOUND, line("input_wait", "collect", 43), calls, step, job=UNFED)
+
+    assert finding.next.startswith("The iterator calls a model.") is runs_model
+    assert ("num_workers" in finding.next) is not runs_model
+
+
 def test_what_the_thread_that_fills_a_queue_does_is_named():
     """The line that waits says nothing about why."""
     library = "/lib/python3.11/threading.py:295 Condition.wait"

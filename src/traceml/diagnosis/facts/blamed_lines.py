@@ -59,6 +59,7 @@ __all__ = [
     "own_line_share",
     "reads_loader",
     "runs_backward",
+    "runs_forward",
     "sends_objects",
     "threads_line",
     "torch_share",
@@ -89,6 +90,7 @@ _PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
 _SECOND_SHARE = 0.1  # of a phase, for the second of two functions
+_CALLS_MODEL = 0.1  # of the time of code that is in forward, or a model is called by chance
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
 _AS_LONG = 0.8  # ranks with this share of the longest start-up begin at about the same time
@@ -311,6 +313,16 @@ def reads_loader(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> b
 def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user calls autograd's engine, which a hook that runs in it does not."""
     return _library_share(lines, part, line, _ENGINE) >= _SEEN_SHARE
+
+
+def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether code of a part of the step calls a model: the line, or its function if that does not train."""
+    trains = any(_seen_in(lines, each, line) for each in ("backward", "optimizer"))
+    here, calls = (
+        sum(each.samples for each in _seen_in(lines, of, line) if not trains or each.line == line.line)
+        for of in (part, "forward")
+    )
+    return calls >= _CALLS_MODEL * (calls + here)
 
 
 def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:

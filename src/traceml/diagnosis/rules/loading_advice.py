@@ -105,8 +105,24 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     return _more_workers(facts, loader, pipeline, cores, line) or _cheaper_samples(loader, pipeline, line, cores)
 
 
-def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | None = None) -> LoadingAdvice:
-    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue."""
+def for_iterator(
+    facts: JobFacts, wait_ns: float, step_ns: float, called: str | None = None, *, runs_model: bool = False
+) -> LoadingAdvice:
+    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
+
+    Args:
+        called: the library function that takes most of the time.
+        runs_model: whether the iterator calls a model, as one that collects experience does.
+    """
+    if runs_model:
+        gain = step_ns / max(step_ns - wait_ns / 2, 1.0)
+        return LoadingAdvice(
+            "The iterator calls a model. If that is the one in training, collect from more environments or prompts at "
+            "once, in several processes, or less often; if it is not trained, store what it gives for the next epochs. "
+            f"Half the time makes the run {gain_text(gain)}.",
+            gain,
+        )
+
     rest_ns = max(step_ns - wait_ns, 1.0)
     if called in WAITS_FOR_OTHERS:
         threads, gain = in_threads(facts), step_ns / max(step_ns / 2, rest_ns)

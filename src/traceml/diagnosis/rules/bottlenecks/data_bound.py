@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from traceml.database.schema import Phase
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import main_library, workers_line
+from traceml.diagnosis.facts.blamed_lines import main_library, runs_forward, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import iterator_share
@@ -121,7 +121,8 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
     lines = _as_code(facts.lines)
     line = own_line(lines, "other", phase_share, cost.ranks)
     called = main_library(lines, "other", line) if line else None
-    advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called)
+    is_model = line is not None and runs_forward(lines, "other", line)
+    advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called, runs_model=is_model)
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     without = f"; without any of it steps would be {cost.faster}" if is_part else ""
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}{without}."
