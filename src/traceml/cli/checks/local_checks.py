@@ -38,7 +38,7 @@ _TORCH_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 2.0
 
 _REQUIRED = (
-    "cloudpickle", "msgpack", "msgspec", "numpy", "psutil", "pydantic-settings", "rich", "shtab", "tyro", "zstandard",
+    "cloudpickle", "msgpack", "msgspec", "numpy", "pydantic-settings", "rich", "shtab", "tyro", "zstandard",
 )  # fmt: skip
 _ASK_TORCH = (
     "import torch; d = torch.distributed; print(torch.__version__, torch.cuda.device_count(), d.is_available())"
