@@ -39,7 +39,7 @@ class Driver:
     Attributes:
         messages: all messages, in order, as they were sent.
         said: bytes of log streams by (rank, fd).
-        parcels: received results and errors by stream id.
+        parcels: received results, errors and flight files by (kind, rank).
         closed: why the channel has ended, or None.
     """
 
@@ -65,7 +65,7 @@ class Driver:
 
         self.messages: list[dict[str, Any]] = []
         self.said: dict[tuple[int, str], bytearray] = {}
-        self.parcels: dict[int, bytearray] = {}
+        self.parcels: dict[tuple[str, int], bytearray] = {}
         self.ended: set[int] = set()
         self.closed: str | None = None
         self.job = ""
@@ -211,11 +211,13 @@ class Driver:
 
     def result(self, rank: int) -> Any:
         """Return what a worker returned."""
-        return payload.load(self.parcels[self.of("done", rank=rank)[0]["result"]])
+        assert self.of("done", rank=rank)
+        return payload.load(self.parcels["result", rank])
 
     def error(self, rank: int) -> BaseException:
         """Return what a worker raised."""
-        found: BaseException = payload.load(self.parcels[self.of("raised", rank=rank)[0]["error"]])
+        assert self.of("raised", rank=rank)
+        found: BaseException = payload.load(self.parcels["error", rank])
         return found
 
     def text(self, rank: int, fd: str = "out") -> str:
@@ -239,7 +241,7 @@ class Driver:
         if message.kind == "log":
             kept = self.said[message.rank, message.fd] = bytearray()
         else:
-            kept = self.parcels[number] = bytearray()
+            kept = self.parcels[message.kind, message.rank] = bytearray()
 
         self.channel.accept(number, kept.extend, lambda _: self.ended.add(number), window_bytes=4 << 20)
 

@@ -374,8 +374,7 @@ class Agent:
         ready = None if self._zygote is None else self._zygote.ready
         gpus = count_gpus(self._workers_environ(ready), None if ready is None else ready.gpus)
         output = "" if self._zygote is None else self._zygote.output.decode("utf-8", "replace")
-        torch = None if ready is None else ready.torch
-        self._channel.send(Prepared(job=job, torch=torch, gpus=gpus, error=error, env_file_log=output))
+        self._channel.send(Prepared(job=job, gpus=gpus, error=error, env_file_log=output))
 
     def _workers_environ(self, ready: ZygoteReady | None) -> dict[str, str]:
         """Return the variables of the job's workers, as far as they decide which GPUs these see."""

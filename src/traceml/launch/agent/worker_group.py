@@ -245,20 +245,16 @@ class WorkerGroup:
 
     def _on_done(self, each: WorkerState, fd: int) -> None:
         self._note_report(each)
-        stream = self._send_memory(each, "result", fd)
-        done = Done(job=self.job, rank=each.rank, result=stream.id)
-        stream.on_ended = lambda: self._channel.send(done)
+        done = Done(job=self.job, rank=each.rank)
+        self._send_memory(each, "result", fd).on_ended = lambda: self._channel.send(done)
 
     def _on_raised(self, each: WorkerState, message: WorkerRaised, fds: list[int]) -> None:
         self._note_report(each)
         raised = Raised(job=self.job, rank=each.rank, tail=each.tail.lines(), **vars(message))
-        if not fds:
+        if fds:
+            self._send_memory(each, "error", fds[0]).on_ended = lambda: self._channel.send(raised)
+        else:
             self._channel.send(raised)
-            return
-
-        stream = self._send_memory(each, "error", fds[0])
-        raised.error = stream.id
-        stream.on_ended = lambda: self._channel.send(raised)
 
     def _note_report(self, each: WorkerState) -> None:
         each.reported = True

@@ -222,7 +222,6 @@ class Prepared(Message, t="prepared"):
     """Answer to `Prepare`: the zygote is ready, or `error`."""
 
     job: str
-    torch: str | None = None  # version
     gpus: int  # that the job's workers see
     error: dict[str, str] | None = None  # `kind`, see `failures.preparation_failed`, and `text`
     env_file_log: str = ""  # output of the zygote and of env_file
@@ -268,19 +267,17 @@ class GroupReady(Message, t="group_ready"):
 
 
 class Done(Message, t="done"):
-    """A worker has returned. It runs until `Release`."""
+    """A worker has returned, and its result has been sent. It runs until `Release`."""
 
     job: str
     rank: int
-    result: int  # id of the stream with its result, which has ended
 
 
 class Raised(Message, t="raised"):
-    """A worker has raised an exception. It runs until `StopWorkers`."""
+    """A worker has raised an exception, which has been sent if it can be pickled. It runs until `StopWorkers`."""
 
     job: str
     rank: int
-    error: int | None = None  # id of the stream with the exception, which has ended; None: it cannot be pickled
     tail: Sequence[str]  # last lines of the worker's output
     type: str
     message: str
@@ -372,8 +369,7 @@ class ZygoteUp(Message, t="up"):
 class ZygoteReady(Message, t="ready"):
     """Modules are imported in the zygote."""
 
-    torch: str | None  # version; None: not imported
-    gpus: str | None  # which it was built for: `cuda`, `hip`, or none (empty); None: not imported
+    gpus: str | None  # which torch was built for: `cuda`, `hip`, or none (empty); None: it is not imported
     cuda_visible_devices: str | None  # as env_file has set it
 
 

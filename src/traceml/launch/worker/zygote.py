@@ -81,13 +81,13 @@ def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     agent.send(ZygoteUp())
     own_path = list(sys.path)
     sys.path[:0] = [folder for folder in settings.sys_path if folder not in own_path]
-    version = gpus = None
+    gpus = None
     try:
         for name in _WARM:
             importlib.import_module(name)
 
         if settings.need_torch > 1 or (settings.need_torch and find_spec("torch") is not None):
-            version, gpus = _import_torch()
+            gpus = _import_torch()
     except BaseException as error:  # noqa: BLE001 - any failure is reported
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         text = f"{sys.executable}: {error}" if missing else traceback.format_exc()
@@ -100,17 +100,17 @@ def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     gc.collect()
     gc.freeze()  # else a collection in a worker would write to, and so copy, each page
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    agent.send(ZygoteReady(torch=version, gpus=gpus, cuda_visible_devices=visible))
+    agent.send(ZygoteReady(gpus=gpus, cuda_visible_devices=visible))
 
 
-def _import_torch() -> tuple[str, str]:
-    """Import torch without starting a thread; return its version, and which GPUs it was built for."""
+def _import_torch() -> str:
+    """Import torch without starting a thread; return which GPUs it was built for."""
     with one_blas_thread():
         for module in _WARM_TORCH:
             importlib.import_module(module)
 
-    torch = sys.modules["torch"]
-    return str(torch.__version__), next((name for name in ("cuda", "hip") if getattr(torch.version, name, None)), "")
+    built_for = sys.modules["torch"].version
+    return next((name for name in ("cuda", "hip") if getattr(built_for, name, None)), "")
 
 
 def _drop_finalizers() -> None:
