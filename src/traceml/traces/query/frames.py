@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from traceml.errors import UsageError
 from traceml.traces.query.fields import FieldContext, field_of
 from traceml.traces.reader.columns import NO_TIME, EventBatch
 
-__all__ = ["EVENT_FIELDS", "decoded", "to_pandas", "to_polars"]
+__all__ = ["EVENT_FIELDS", "decoded", "frame_of"]
 
 EVENT_FIELDS = ("name", "cat", "ph", "pid", "tid")
 _INT64 = 2**63
@@ -43,32 +44,18 @@ def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mas
     return columns
 
 
-def to_polars(columns: Mapping[str, Sequence[Any]]) -> Any:
-    """Return a polars frame.
+def frame_of(columns: Mapping[str, Sequence[Any]], library: str) -> Any:
+    """Return a frame of polars or pandas.
 
     Raises:
-        UsageError: polars is not installed.
+        UsageError: the library is not installed.
     """
     try:
-        import polars
+        made = import_module(library).DataFrame
     except ImportError as error:
-        raise UsageError("to_polars() needs polars: pip install polars") from error
+        raise UsageError(f"to_{library}() needs {library}: pip install {library}") from error
 
-    return polars.DataFrame({name: polars.Series(name, _uniform(values)) for name, values in columns.items()})
-
-
-def to_pandas(columns: Mapping[str, Sequence[Any]]) -> Any:
-    """Return a pandas frame.
-
-    Raises:
-        UsageError: pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise UsageError("to_pandas() needs pandas: pip install pandas") from error
-
-    return pd.DataFrame({name: _uniform(values) for name, values in columns.items()})
+    return made({name: _uniform(values) for name, values in columns.items()})
 
 
 def _uniform(values: Sequence[Any]) -> list[Any]:

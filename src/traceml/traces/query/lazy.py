@@ -100,15 +100,15 @@ class Traces:
 
     def to_polars(self, *args: str) -> Any:
         """Return all events as one polars frame, which has to fit in memory; `args` as in `batches`."""
-        from traceml.traces.query.frames import to_polars
+        from traceml.traces.query.frames import frame_of
 
-        return to_polars(_all(self.batches(*args)))
+        return frame_of(_all(self.batches(*args)), "polars")
 
     def to_pandas(self, *args: str) -> Any:
         """Return all events as one pandas frame, which has to fit in memory; `args` as in `batches`."""
-        from traceml.traces.query.frames import to_pandas
+        from traceml.traces.query.frames import frame_of
 
-        return to_pandas(_all(self.batches(*args)))
+        return frame_of(_all(self.batches(*args)), "pandas")
 
     def facts(self) -> list[TraceFileFacts]:
         """Read the files, and return facts about each, including its damage."""
@@ -164,15 +164,15 @@ class AggregatedTraces:
 
     def to_polars(self) -> Any:
         """Return a polars frame."""
-        from traceml.traces.query.frames import to_polars
+        from traceml.traces.query.frames import frame_of
 
-        return to_polars(self._columns())
+        return frame_of(self._columns(), "polars")
 
     def to_pandas(self) -> Any:
         """Return a pandas frame."""
-        from traceml.traces.query.frames import to_pandas
+        from traceml.traces.query.frames import frame_of
 
-        return to_pandas(self._columns())
+        return frame_of(self._columns(), "pandas")
 
     def _columns(self) -> dict[str, list[Any]]:
         rows = self.rows()
