@@ -17,7 +17,7 @@ from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank, stacks_text
 from traceml.settings import Config
 
-__all__ = ["ask_ranks", "main", "stacks_document"]
+__all__ = ["ask_ranks", "main"]
 
 _ANSWER_S = 15.0
 
@@ -40,17 +40,17 @@ def main(argv: list[str]) -> int:
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = options.config
     run_dir = running_job(options.run, config, only_there=options.runs_dir is not None, of_other_nodes=True)
-    ranks, missing = ask_ranks(run_dir, config)
+    found = ask_ranks(run_dir, config)
     if options.json:
-        print(json.dumps(msgspec.to_builtins(stacks_document(run_dir, ranks, missing))))
+        print(json.dumps(msgspec.to_builtins(found)))
     else:
-        print(stacks_text(ranks, missing))
+        print(stacks_text(found.ranks, found.missing))
 
     return 0
 
 
-def ask_ranks(run_dir: Path, config: Config) -> tuple[list[StacksRank], list[MissingRank]]:
-    """Ask the ranks of a running job for their stacks; return them, and the ranks of which there is no snapshot.
+def ask_ranks(run_dir: Path, config: Config) -> StacksDocument:
+    """Ask the ranks of a running job for their stacks.
 
     Raises:
         TraceMLError: its aggregator cannot be asked.
@@ -60,9 +60,5 @@ def ask_ranks(run_dir: Path, config: Config) -> tuple[list[StacksRank], list[Mis
 
     missing = [MissingRank(each["rank"], str(each["host"]), str(each["why"])) for each in reply["missing"]]
     stacks = reply["stacks"]
-    return [StacksRank.from_row({**row, "frames": stacks[row["stack"]]}) for row in reply["ranks"]], missing
-
-
-def stacks_document(run_dir: Path, ranks: list[StacksRank], missing: list[MissingRank]) -> StacksDocument:
-    """Return the stacks of a job as the document `traceml.stacks/1`."""
+    ranks = [StacksRank.from_row({**row, "frames": stacks[row["stack"]]}) for row in reply["ranks"]]
     return StacksDocument(run=run_dir.name, ranks=ranks, missing=missing)

@@ -15,7 +15,6 @@ from tests.runs.fabricated_store import STARTED, store_run
 from tests.whatif.generated_job import GeneratedJob, usual_s
 from traceml import cli
 from traceml.cli.assistants.json_documents import DOCUMENTS, StacksDocument, document_schema
-from traceml.cli.stacks import stacks_document
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, WorkerSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank
 
@@ -125,7 +124,7 @@ def test_stacks():
         host="h0", rank=1, pid=7, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),),
         workers=(worker,),
     )  # fmt: skip
-    made = stacks_document(Path("run"), [rank], [MissingRank(0, "h1", "does not answer")])
+    made = StacksDocument(run="run", ranks=[rank], missing=[MissingRank(0, "h1", "does not answer")])
 
     document = json.loads(msgspec.json.encode(made))
     valid("stacks", document)

@@ -12,7 +12,7 @@ import msgspec
 
 from traceml.cli.jobs.running_job import running_job
 from traceml.cli.report import current_report
-from traceml.cli.stacks import ask_ranks, stacks_document
+from traceml.cli.stacks import ask_ranks
 from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError
@@ -118,7 +118,7 @@ class RunTools:
         """
         config = load(runs_dir=str(self._runs_dir))
         run_dir = running_job(self._find(run).name, config) if run else running_job(self._newest_running(), config)
-        return bounded(msgspec.to_builtins(stacks_document(run_dir, *ask_ranks(run_dir, config))))
+        return bounded(msgspec.to_builtins(ask_ranks(run_dir, config)))
 
     def compare(self, run: str = "latest", baseline: str = "last-healthy") -> dict[str, Any]:
         """Return what got slower from a baseline to a run, by how much, and whether that is significant.
