@@ -9,7 +9,7 @@ import pytest
 
 from tests.ports import free_port
 from tests.track.conftest import Script, Stored, ended_run, runs_in
-from traceml.track.rank.capture_lifecycle import TrackerWarnings
+from traceml.track.rank.capture_lifecycle import warn_of_trackers
 from traceml.track.tracker_state import DeliveryPhase, TrackerState, states_of
 
 
@@ -23,11 +23,10 @@ def test_each_tracker_that_fails_is_reported_once(tmp_path: Path, caplog: pytest
     ):
         TrackerState(backend, phase, error=error, target="there").save(tmp_path)
 
-    warnings = TrackerWarnings()
+    warned: set[str] = set()
     with caplog.at_level(logging.WARNING, "traceml"):
-        warnings.show(tmp_path)
-        warnings.show(tmp_path)
-        warnings.show(tmp_path / "elsewhere")
+        for run_dir in (tmp_path, tmp_path, tmp_path / "elsewhere"):
+            warn_of_trackers(run_dir, warned)
 
     mlflow, wandb = (record.getMessage() for record in caplog.records)
     assert mlflow.startswith("mlflow at there does not accept what is logged (Connection refused)")

@@ -7,7 +7,6 @@ after the start, when a wrong address or key has shown, or at the end.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from traceml.settings import Config
     from traceml.track.rank.auto_capture import AutoCapture
 
-__all__ = ["TrackerWarnings", "follow_recorder", "pause", "start"]
+__all__ = ["follow_recorder", "pause", "start", "warn_of_trackers"]
 
 _log = logging.getLogger("traceml")
 _ANNOUNCE_AFTER_S = 10.0
@@ -84,7 +83,11 @@ def start(config: Config | None = None, *, collect: bool = True, numbers_only: b
     own = recorder.rank_identity
     _capturing_recorder = recorder
     if own.rank == 0:
-        warn = partial(_warn, recorder, TrackerWarnings())
+        warned: set[str] = set()
+
+        def warn() -> None:
+            warn_of_trackers(recorder.run_dir, warned)
+
         recorder.after(_WARN_AFTER_S, warn)
         recorder.before_stop(warn)
 
@@ -105,11 +108,6 @@ def pause() -> None:
         _capture.unpatch()
 
 
-def _warn(recorder: Recorder, warnings: TrackerWarnings) -> None:
-    if recorder.run_dir is not None:
-        warnings.show(recorder.run_dir)
-
-
 def _stop() -> None:
     global _capture
     stopping, _capture = _capture, None
@@ -117,27 +115,22 @@ def _stop() -> None:
         stopping.stop()
 
 
-class TrackerWarnings:
-    """Warnings of one process about its run's trackers, each shown once."""
+def warn_of_trackers(run_dir: Path | None, warned: set[str]) -> None:
+    """Warn about each tracker that fails now.
 
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
+    Args:
+        run_dir: the run's folder; when it is on another host, nothing is known here.
+        warned: those that were reported, extended here.
+    """
+    for state in states_of(run_dir) if run_dir is not None else ():
+        if state.phase not in FAILING_PHASES or not state.error or state.backend in warned:
+            continue
 
-    def show(self, run_dir: Path) -> None:
-        """Warn about each tracker that fails now and was not reported yet.
-
-        Args:
-            run_dir: the run's folder; when it is on another host, nothing is known here.
-        """
-        for state in states_of(run_dir):
-            if state.phase not in FAILING_PHASES or not state.error or state.backend in self._warned:
-                continue
-
-            self._warned.add(state.backend)
-            error = state.error if len(state.error) <= _TEXT_CHARS else f"{state.error[:_TEXT_CHARS]}..."
-            is_broken = state.phase is DeliveryPhase.BROKEN
-            next_try = "once that is fixed, " if is_broken else "it is tried again, and "
-            _log.warning(
-                "%s%s does not accept what is logged (%s). The rows are kept in %s: %s`traceml sync` delivers them.",
-                state.backend, f" at {state.target}" if state.target else "", error, run_dir, next_try,
-            )  # fmt: skip
+        warned.add(state.backend)
+        error = state.error if len(state.error) <= _TEXT_CHARS else f"{state.error[:_TEXT_CHARS]}..."
+        is_broken = state.phase is DeliveryPhase.BROKEN
+        next_try = "once that is fixed, " if is_broken else "it is tried again, and "
+        _log.warning(
+            "%s%s does not accept what is logged (%s). The rows are kept in %s: %s`traceml sync` delivers them.",
+            state.backend, f" at {state.target}" if state.target else "", error, run_dir, next_try,
+        )  # fmt: skip
