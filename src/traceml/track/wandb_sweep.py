@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -29,7 +28,7 @@ def variables(environ: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return the parameters that the sweep chose; empty without a sweep, or when its file cannot be read."""
+    """Return the parameters that the sweep chose; empty without one, or if its file cannot be read."""
     environ = dict(os.environ) if environ is None else environ
     path = environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not environ.get("WANDB_SWEEP_ID"):
@@ -43,7 +42,8 @@ def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
     try:
         import yaml  # W&B needs it
     except ImportError:
-        return _values(text)
+        _log.warning("Experiment.config has no parameters of the sweep: pip install pyyaml")
+        return {}
 
     try:
         loaded = yaml.safe_load(text)
@@ -52,42 +52,3 @@ def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
 
     given = loaded.items() if isinstance(loaded, dict) else ()
     return {str(name): each["value"] for name, each in given if isinstance(each, dict) and "value" in each}
-
-
-def _values(text: str) -> dict[str, Any]:
-    """Parse the form that the agent writes: `name:` followed by an indented `value: …` (YAML, one line each)."""
-    found: dict[str, Any] = {}
-    left_out: set[str] = set()
-    name = ""
-    for line in text.splitlines():
-        key, separator, value = line.strip().partition(":")
-        if not separator or line.lstrip().startswith("#"):
-            continue
-
-        if not line.startswith((" ", "\t")):
-            name = key.strip("'\"")
-        elif key == "value" and value.strip():
-            found[name] = _scalar(value.strip())
-        elif key == "value":
-            left_out.add(name)
-
-    if left_out:
-        _log.warning("Experiment.config has no %s of the sweep: pip install pyyaml", ", ".join(sorted(left_out)))
-
-    return found
-
-
-def _scalar(text: str) -> Any:
-    words = {"true": True, "false": False, "null": None, "~": None, ".nan": float("nan"), ".inf": float("inf")}
-    if text.lower() in words:
-        return words[text.lower()]
-
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-
-    try:
-        return float(text)
-    except ValueError:
-        return text.strip("'\"")
