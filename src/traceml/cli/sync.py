@@ -34,9 +34,10 @@ from traceml.runs.find import find_run, list_runs, why_unreadable
 from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import UNREADABLE_STATES, is_watched
 from traceml.settings import Config
-from traceml.track.delivery.delivery_plan import DeliveryPlan, delivery_settings
+from traceml.track.delivery.delivery_plan import DeliveryPlan
 from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.record_reader import logged_rows
+from traceml.track.filters import delivery_settings
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
 from traceml.track.rank.announcement import check_options, refuse_secrets

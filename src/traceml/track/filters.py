@@ -11,17 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml.errors import PluginError
 from traceml.track.plugins.metric import Metric
 
+if TYPE_CHECKING:
+    from traceml.settings import Config
+
 __all__ = [
     "DELIVERY_OPTIONS",
+    "DELIVERY_SETTINGS",
     "Aggregation",
     "DeliveryFilter",
     "backend_options",
     "check_delivery_options",
+    "delivery_settings",
     "timeout_of",
     "variables_of",
 ]
@@ -30,8 +35,18 @@ __all__ = [
 DELIVERY_OPTIONS = frozenset(
     {"routes", "include", "exclude", "sample", "aggregate", "fallback", "timeout_s", "api_key_file", "env"}
 )
+# Settings of an experiment that apply to delivery; its announcement has them.
+DELIVERY_SETTINGS = (
+    "include", "exclude", "mask", "local_only", "metrics_interval", "track_system", "max_retries", "backoff_factor",
+    "max_backoff",
+)  # fmt: skip
 _CACHED_NAMES = 131_072
 _AGGREGATES = ("mean", "min", "max", "sum", "last")
+
+
+def delivery_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that apply to delivery, as JSON values."""
+    return {name: getattr(config, name) for name in DELIVERY_SETTINGS}
 
 
 def backend_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class DeliveryLoop:
         backend: a backend's name or import path.
         once: deliver what is there and end, even if the run is not over.
         options: options of the backend, in place of those of the experiments; if given, every experiment is delivered.
-        settings: current settings from `plan.delivery_settings`, for a run that did not request this backend.
+        settings: current settings from `filters.delivery_settings`, for a run that did not request this backend.
         installed_only: import nothing from the folders that the run names.
 
     Raises:

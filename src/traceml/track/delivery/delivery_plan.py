@@ -14,17 +14,12 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
+from traceml.track.filters import DELIVERY_SETTINGS
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN, check_name, is_sent
 from traceml.track.plugins.plugin_signature import SIGNED, is_signed
 
-__all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
-
-# Settings that an experiment's row may contain; the defaults apply to the others.
-_SETTINGS = (
-    "include", "exclude", "mask", "local_only", "metrics_interval", "track_system", "max_retries", "backoff_factor",
-    "max_backoff",
-)  # fmt: skip
+__all__ = ["DeliveryPlan", "PlannedExperiment", "requested_backends", "restricted", "settings_of"]
 
 
 class PlannedExperiment(msgspec.Struct):
@@ -82,14 +77,9 @@ def requested_backends(reader: StoreReader, run_dir: Path) -> set[str]:
 
 def settings_of(row: Mapping[str, Any]) -> Config:
     """Return the settings in a row, with defaults for missing ones."""
-    given = {name: row[name] for name in _SETTINGS if row.get(name) is not None}
+    given = {name: row[name] for name in DELIVERY_SETTINGS if row.get(name) is not None}
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return Config(**{**given, **lists})
-
-
-def delivery_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that `settings_of` reads, as JSON values."""
-    return {name: getattr(config, name) for name in _SETTINGS}
 
 
 def restricted(config: Config, current: Config) -> Config:

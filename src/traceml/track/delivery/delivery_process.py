@@ -44,7 +44,7 @@ class DeliveryProcess:
         once: deliver what is there and end, rather than follow.
         forced: options that replace those of the run; everything is then delivered. They are part of the command
             line, so none may be a secret.
-        settings: the current settings from `plan.delivery_settings`, with `forced`.
+        settings: the current settings from `filters.delivery_settings`, with `forced`.
         installed_only: import nothing from the working directory, nor from folders that the run names.
         profile: write a profile of each process next to its state.
     """

@@ -65,6 +65,7 @@ def announcement(
     Raises:
         UsageError: an option holds a secret.
     """
+    from traceml.track.filters import delivery_settings
     from traceml.track.plugins.plugin_registry import sent_backends
     from traceml.track.plugins.plugin_signature import sign
 
@@ -75,15 +76,7 @@ def announcement(
         "projects": {} if is_named else projects_in({*backends, *_fallbacks(options, backends)}),
         "backends": list(backends),
         "options": _with_environment(_with_places(options, backends), backends),
-        "include": list(config.include),
-        "exclude": list(config.exclude),
-        "mask": list(config.mask),
-        "local_only": config.local_only,
-        "metrics_interval": config.metrics_interval,
-        "track_system": config.track_system,
-        "max_retries": config.max_retries,
-        "backoff_factor": config.backoff_factor,
-        "max_backoff": config.max_backoff,
+        **delivery_settings(config),
         "registered": sent_backends({*backends, *_fallbacks(options, backends)}),
         "sys_path": [entry or working_folder() for entry in sys.path],
         "folder": working_folder(),
