@@ -173,13 +173,11 @@ class DeliveryLoop:
     def _make_session(self, filters: DeliveryFilter) -> TrackerSession:
         """Create the session of the backend, or of its fallback while it fails."""
         state, fallback = self._state, str(self._options.get("fallback") or "")
-        uses_fallback = (
+        self._uses_fallback = uses_fallback = (
             bool(fallback)
             and state.phase in {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
             and (state.fallback_due or time.time() < state.retry_at)
         )
-        timeout_s = timeout_of(self._options, _TIMEOUT_S)
-        self._uses_fallback = uses_fallback
         if uses_fallback and self._requested_by is not None:
             _read_key(fallback, self._requested_by.options(fallback), self._requested_by)
 
@@ -193,7 +191,7 @@ class DeliveryLoop:
             self._masker,
             filters,
             self._audit,
-            timeout_s=timeout_s,
+            timeout_s=timeout_of(self._options, _TIMEOUT_S),
             options=None if uses_fallback else self._given_options,
             is_fallback=uses_fallback,
             local_only=self._config.local_only,
@@ -215,8 +213,10 @@ class DeliveryLoop:
                 return self._stopped()
             # A process may start after `retry_at`: it delivers a batch before the failed backend is probed.
             may_probe = time.time() >= self._state.retry_at and (is_empty or not self._state.fallback_due)
-            if self._uses_fallback and may_probe:
-                return self._fallback_rests()
+            if self._uses_fallback and may_probe:  # by the next process
+                self._state.fallback_due = False
+                self._save()
+                return EXIT_AGAIN
             if is_empty:
                 self._record_idle()
                 if self._sender.has_pending_closes:
@@ -339,12 +339,6 @@ class DeliveryLoop:
         self._state.phase = DeliveryPhase.DONE
         self._save()
         return EXIT_DONE
-
-    def _fallback_rests(self) -> int:
-        """End this process, for the next one to probe the backend that failed."""
-        self._state.fallback_due = False
-        self._save()
-        return EXIT_AGAIN
 
     def _stopped(self) -> int:
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
