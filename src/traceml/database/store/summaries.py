@@ -225,13 +225,9 @@ class StepSums(msgspec.Struct, frozen=True, eq=False):
         """Number of step rows."""
         return self.steps.rows
 
-    @property
-    def _tables(self) -> tuple[TableSums, ...]:
-        return (self.steps, self.device_steps, self.user_phases, self.evals, self.epochs)
-
     def join(self, *others: StepSums) -> StepSums:
         """Return the sums of these steps and those of others, for example of all ranks."""
-        columns = zip(self._tables, *(each._tables for each in others), strict=True)
+        columns = zip(*(msgspec.structs.astuple(each) for each in (self, *others)), strict=True)
         return StepSums(*(first.join(*rest) for first, *rest in columns))
 
     def quantiles_ns(self, shares: Sequence[float]) -> list[float]:
