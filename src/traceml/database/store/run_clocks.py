@@ -51,24 +51,17 @@ class RunClocks:
         return epoch_ns + self._shifts[stream]
 
 
-def _pair(stream: StreamRecord) -> tuple[int, int] | None:
-    pair: Any = stream.facts.get("clock")
-    return (int(pair[0]), int(pair[1])) if pair and len(pair) == 2 and any(pair) else None
-
-
 def _measured(stream: StreamRecord) -> tuple[int, int] | None:
     offset = stream.facts.get("clock_offset_ns")
     return None if offset is None else (int(offset), int(stream.facts.get("clock_rtt_ns", 0)))
 
 
 def _own(stream: StreamRecord) -> int:
-    if (measured := _measured(stream)) is not None:
-        return measured[0]
-
-    return _wall(stream, 0)
+    measured = _measured(stream)
+    return _wall(stream, 0) if measured is None else measured[0]
 
 
 def _wall(stream: StreamRecord, otherwise: int) -> int:
     """Return the offset of the host's wall clock from its monotonic clock."""
-    pair = _pair(stream)
-    return pair[1] - pair[0] if pair is not None else otherwise
+    pair: Any = stream.facts.get("clock")
+    return int(pair[1]) - int(pair[0]) if pair and len(pair) == 2 and any(pair) else otherwise
