@@ -65,13 +65,13 @@ def trace_page(result: Mapping[str, Any], top: int) -> str:
     svg = trace_picture(result, top, "svg").decode()
     groups = result["groups"][:top]
     columns = [(head, key) for head, key in _COLUMNS if any(key in group for group in groups)]
-    heads = ["".join(f"<th>{escaped(text)}</th>" for text in (_title(result), "count", *(head for head, _ in columns)))]
+    heads = (_title(result), "count", *(head for head, _ in columns))
     return _PAGE.format(
         policy=content_policy(),
         title=escaped(f"Time by {_title(result)}"),
         about=escaped(_about(result, len(groups))),
         chart=svg[svg.index("<svg") :],
-        heads=heads[0],
+        heads="".join(f"<th>{escaped(text)}</th>" for text in heads),
         rows="\n".join(_row(group, result["by"], [key for _, key in columns]) for group in groups),
     )
 
