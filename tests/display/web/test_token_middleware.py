@@ -96,6 +96,12 @@ def test_another_cookie_is_none(ask: Ask, page_process: PageProcess, forged: str
     assert ask("/", Cookie=cookie).status == 401
 
 
+@pytest.mark.parametrize("other", ['state={"tab": 1}', "text=a b", "flag", "é=1", 'open="1'])
+def test_cookies_of_other_servers_do_not_hide_ours(ask: Ask, cookie: str, other: str) -> None:
+    """A browser sends those of all ports of the host, in any form, and in any order."""
+    assert ask("/nowhere", Cookie=f"{other}; {cookie}".encode().decode("latin-1")).status == 404
+
+
 def test_the_websocket_is_guarded_too(ask: Ask, page_process: PageProcess, cookie: str) -> None:
     """It opens only with the cookie, and not from a page of another server, although that sends the cookie too."""
     here = f"http://127.0.0.1:{page_process.port}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -99,12 +98,9 @@ class TokenMiddleware:
         await self.app(scope, receive, send_with_headers)
 
     def _has_cookie(self, scope: Scope) -> bool:
-        try:
-            found = SimpleCookie(_header(scope, b"cookie")).get(self._name)
-        except CookieError:
-            return False
-
-        return found is not None and _same(found.value, self._cookie)
+        # Each by itself: one of another server of this host may be what Python's parser refuses, with all after it.
+        pairs = (each.partition("=") for each in _header(scope, b"cookie").split(";"))
+        return any(name.strip() == self._name and _same(value.strip(), self._cookie) for name, _, value in pairs)
 
     def _set_cookie(self) -> bytes:
         age = f"Max-Age={_COOKIE_AGE_S}; Path=/; HttpOnly; SameSite=Lax"
