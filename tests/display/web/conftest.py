@@ -76,8 +76,9 @@ def _store_odd_runs(folder: Path) -> None:
     partial.mkdir()
     with StoreWriter(partial / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id=partial.name, name="partial", world_size=3))
-        for rank, rows in enumerate(rows_of(Job(ranks=2, steps=60))):
-            add_rank(writer, rank, rows)
+        of_0, of_1 = rows_of(Job(ranks=2, steps=60))
+        add_rank(writer, 0, of_0)
+        add_rank(writer, 1, of_1, state="failed", exit={"exception": f"FileNotFoundError: /{'data' * 80}"})
 
 
 @pytest.fixture(scope="package")

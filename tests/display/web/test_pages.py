@@ -552,6 +552,15 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Visits, path: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_a_long_path_in_an_error_hides_no_figures(visit: Visits) -> None:
+    """The text is broken: the columns after it stay on the screen."""
+    page = visit().open("/run/20260101-000000-partial-0009")
+    expect(page.locator("#ranks td", has_text="datadata")).to_be_visible()
+
+    columns = page.locator("#ranks .scroll").evaluate("table => [table.scrollWidth, table.clientWidth]")
+    assert columns[0] == columns[1]
+
+
 def test_a_wrong_token_is_a_page_that_helps(visit: Visits) -> None:
     mine = visit()
     mine.page.goto(f"http://127.0.0.1:{mine.port}/?token=wrong")
