@@ -232,6 +232,27 @@ def test_it_prints_light_on_a_few_sheets(browser, tmp_path):
     context.close()
 
 
+@pytest.mark.process
+def test_the_error_of_a_rank_is_read_from_the_left(browser, tmp_path):
+    """It has the width of the card, its lines stay apart, and the page is not wider for it."""
+    stack = "  File 'train.py', line 3, in load\n    open(path)"
+    ended = {"code": 1, "exception": f"FileNotFoundError: /{'data' * 80}", "stack": stack}
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(world_size=1, state="failed"))
+        add_rank(writer, 0, rows_of(Job(ranks=1, steps=60))[0], state="failed", exit=ended)
+
+    tab = browser.new_page(viewport={"width": 900, "height": 800})
+    tab.set_content(page_of(tmp_path))
+
+    shown = tab.locator(".verdict dd")
+    align = shown.evaluate_all(
+        "all => Object.fromEntries(all.map(one => [one.innerText, getComputedStyle(one).textAlign]))"
+    )
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 900
+    assert [align[text] for text in (ended["exception"], stack, "1")] == ["left", "left", "right"]
+    tab.close()
+
+
 def test_commands_in_advice_are_code():
     """Not between backticks, which are for terminals; a text of the script stays text."""
     finding = Finding(

@@ -53,7 +53,15 @@ class RankTable:
 
 def _rank_columns(phases: list[str]) -> list[tuple[str, str]]:
     named = [(phase_label(phase), "n") for phase in phases]
-    return [("Rank", "nowrap"), ("Host", ""), ("State", "words"), ("Steps", "n"), ("Step", "n"), *named, ("Memory", "n")]
+    return [
+        ("Rank", "nowrap"),
+        ("Host", ""),
+        ("State", "words"),
+        ("Steps", "n"),
+        ("Step", "n"),
+        *named,
+        ("Memory", "n"),
+    ]
 
 
 def _rank_cells(row: RankRow, phases: list[str]) -> list[str]:

@@ -36,6 +36,7 @@ __all__ = ["chart_grid", "finding_html", "inline_html", "report_page", "run_line
 
 # A notebook's own dark theme, which need not be the system's: JupyterLab, VS Code, Colab.
 _DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=dark]")
+_LONG = 48  # a value of the evidence with more characters, or with lines, has the width of the card
 
 
 def report_page(report: Report, series: RunSeries, about: About) -> str:
@@ -98,9 +99,13 @@ def _prose(text: str) -> str:
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    items = evidence_items(evidence)
-    content = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in items)
+    content = "".join(_fact(name, value) for name, value in evidence_items(evidence))
     return f'<dl class="evidence">{content}</dl>' if content else ""
+
+
+def _fact(name: str, value: str) -> str:
+    is_long = "\n" in value or len(value) > _LONG
+    return f"<div{' class=long' if is_long else ''}><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
 
 
 def run_line(view: RunView) -> Iterator[str]:
