@@ -12,7 +12,6 @@ from playwright.sync_api import Page, expect
 
 from tests.display.web.conftest import LiveJob
 from tests.display.web.test_pages import FAST, MANY, OPTION, SLOW, Visits, is_built, is_drawn, option
-from traceml.display.web.chart_panel import metric_group
 
 LOSS = "train/loss"
 
@@ -72,14 +71,6 @@ def test_metrics_are_shown_as_one_chooses(visit: Visits) -> None:
     expect(page.locator(".metricgroup summary").first).to_have_text("train")
     page.get_by_label("search metrics").fill("train")
     expect(page.locator(".metricgroup:visible")).to_have_count(1)
-
-
-@pytest.mark.parametrize(
-    ("name", "group"), [("loss", ""), ("train/loss", "train"), ("grad/layer0/weight", "grad"), ("/odd", "")]
-)
-def test_metrics_of_all_layers_are_one_group(name: str, group: str) -> None:
-    """A group of each layer has one chart in a row of three: thirty layers filled ten screens."""
-    assert metric_group(name) == group
 
 
 def test_a_chart_is_saved_and_read_as_a_table(visit: Visits, tmp_path: Path) -> None:

@@ -122,6 +122,19 @@ def test_ranks_of_a_metric_share_a_chart(run):
     assert [each["name"] for each in drawn[0][1]["series"]] == ["train/loss", "train/loss/rank_1"]
 
 
+def test_many_metrics_leave_charts_to_the_others(run):
+    """Of more metrics than charts, each group has some."""
+    lr = next(line for line in run[1].metrics if line.name == "lr")
+    names = [*(f"grad/layer{number}" for number in range(30)), "val/accuracy"]
+    series = RunSeries(run[1].steps, run[1].heat, metrics=tuple(replace(lr, name=name) for name in names))
+
+    assert [name for name, _ in run_charts.metric_charts(series, most=3)] == [
+        "grad/layer0",
+        "grad/layer1",
+        "val/accuracy",
+    ]
+
+
 def test_lines_fill_a_chart_without_a_legend(run):
     """One line of finite values has nothing above it; a legend or a count of the others keeps its place."""
     lr = replace(next(line for line in run[1].metrics if line.name == "lr"), missing=0)

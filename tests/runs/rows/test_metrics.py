@@ -14,7 +14,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.remove import is_delivered, prune
 from traceml.runs.report.report import build_report, save_report, update_trackers
 from traceml.runs.report.trackers import trackers
-from traceml.runs.rows.metrics import MetricFigures, MetricSummary
+from traceml.runs.rows.metrics import MetricFigures, MetricSummary, metric_group, metric_turns
 
 
 @pytest.fixture
@@ -94,3 +94,21 @@ def test_pruning_leaves_what_is_not_delivered(tmp_path: Path) -> None:
     assert [info.id for info in prune(tmp_path, keep=0)] == ["c", "a"]
     deliver(tmp_path / "b", "jsonl")
     assert [info.id for info in prune(tmp_path, keep=0)] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"), [("loss", ""), ("train/loss", "train"), ("grad/layer0/weight", "grad"), ("/odd", "")]
+)
+def test_metrics_of_all_layers_are_one_group(name, group):
+    """A group of each layer has one chart in a row of three: thirty layers filled ten screens."""
+    assert metric_group(name) == group
+
+
+def test_metrics_of_each_group_take_turns():
+    """The first of each group; of a group, names of all layers take turns with its others, and 2 comes before 10."""
+    layers = [f"train/layer{number}/norm" for number in range(12)]
+
+    turns = metric_turns([*reversed(layers), "train/loss", "val/accuracy", "lr"])
+
+    assert [name for name, turn in turns.items() if turn == 0] == ["lr", "train/layer0/norm", "val/accuracy"]
+    assert sorted(turns, key=turns.__getitem__)[3:6] == ["train/loss", "train/layer1/norm", "train/layer2/norm"]

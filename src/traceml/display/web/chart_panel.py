@@ -6,9 +6,9 @@ from traceml.display.web.chart_cache import METRIC
 from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, section, set_visible
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import plural
-from traceml.runs.rows.metrics import OWN_LOSS
+from traceml.runs.rows.metrics import OWN_LOSS, metric_group
 
-__all__ = ["ChartPanel", "metric_group"]
+__all__ = ["ChartPanel"]
 
 _WAITING = "Waiting for the first steps"
 _TIME_PX = 130
@@ -75,7 +75,7 @@ class ChartPanel:
         set_visible(self._none, not metrics and "loss" not in made)
         set_visible(self._tools, bool(metrics))
         hidden = state.charts.metrics - len(metrics)
-        self._more.set_text(f"{plural(hidden, 'more metric')} without a chart in report.json.")
+        self._more.set_text(f"{plural(hidden, 'more metric')}, without a chart here: report.json has their figures.")
         set_visible(self._more, hidden > 0)
         drawn = [chart.show(made.get(name)) for name, chart in self._charts.items()]
         return drawn + [self._metric(name).show(option) for name, option in metrics.items()]
@@ -124,12 +124,3 @@ class ChartPanel:
             self._heat_style = style
             self._heat.height(heat)
             self._ranks.height(bars)
-
-
-def metric_group(name: str) -> str:
-    """Return the group of a metric's chart: its name before the first slash, empty if it has none.
-
-    All layers are one group thus: `grad/layer0/weight` would be alone in a group of its layer.
-    """
-    prefix, slash, _ = name.partition("/")
-    return prefix if slash else ""

@@ -42,7 +42,7 @@ from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
 from traceml.runs.rows.logged_media import LoggedItem
 from traceml.runs.rows.metric_series import MetricSeries
-from traceml.runs.rows.metrics import is_loss
+from traceml.runs.rows.metrics import is_loss, metric_turns
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
@@ -201,7 +201,9 @@ def metric_charts(
     for line in series.metrics:
         by_name.setdefault(name_without_rank(line.name), []).append(line)
 
-    names = sorted(by_name, key=lambda name: (not is_loss(name), name_order(name)))[:most]
+    turns = metric_turns(by_name)
+    drawn = sorted(turns, key=lambda name: (not is_loss(name), turns[name]))[:most]
+    names = sorted(drawn, key=lambda name: (not is_loss(name), name_order(name)))
     charts = [(name, _metric_chart(by_name[name], theme)) for name in names]
     if axes:
         for name, option in charts:

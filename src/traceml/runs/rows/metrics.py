@@ -6,7 +6,9 @@ The losses that traceml reads itself are the metric `traceml/loss`, which is lef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
 from traceml.database.store.run_clocks import RunClocks
-from traceml.formatting import name_at_rank
+from traceml.formatting import name_at_rank, name_order
 
-__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss"]
+__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss",
+           "metric_group", "metric_turns"]  # fmt: skip
 
 OWN_LOSS = "traceml/loss"
 """Name of the losses that traceml reads."""
@@ -29,6 +32,7 @@ _FRAMES = 256
 _LOSS_ROWS = 200_000  # of more, some are read, spread over the run
 _LOSS_FRAMES = 256
 _WAIT_ROWS = 32  # of a rank above 0, until its losses stand for the run's
+_NUMBER = re.compile("[0-9]+")
 _NO_TRAINING = ("val", "eval", "test")
 
 
@@ -53,6 +57,37 @@ def is_hidden(names: Iterable[str]) -> bool:
 def is_loss(name: str) -> bool:
     """Return whether a metric is a loss, by its name."""
     return "loss" in name.lower()
+
+
+def metric_group(name: str) -> str:
+    """Return the group of a metric: its name before the first slash, empty if it has none.
+
+    All layers are one group thus: `grad/layer0/weight` would be alone in a group of its layer.
+    """
+    prefix, slash, _ = name.partition("/")
+    return prefix if slash else ""
+
+
+def metric_turns(names: Iterable[str]) -> dict[str, int]:
+    """Return the turn of each name, for screens that have fewer charts than there are metrics.
+
+    The first of each group comes in turn 0, the second of each in turn 1: a hundred norms of gradients do not hide the
+    accuracy. Within a group, likewise, names that differ in a number only, as those of layers do.
+    """
+    ordered = sorted(names, key=name_order)
+    alike = _places(ordered, lambda name: _NUMBER.sub("", name))
+    return _places(sorted(ordered, key=alike.__getitem__), metric_group)
+
+
+def _places(names: Iterable[str], group_of: Callable[[str], str]) -> dict[str, int]:
+    """Return how many of its group come before each name."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for name in names:
+        places[name] = seen[group_of(name)]
+        seen[group_of(name)] += 1
+
+    return places
 
 
 def _is_training_loss(name: str) -> bool:
