@@ -243,13 +243,15 @@ def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
 
 
 def test_metrics_are_drawn_the_loss_beside_the_step_time(visit: Visits) -> None:
-    """Each name has a chart; names are shown as text."""
+    """Each name has a chart; names are shown as text, and whole under the pointer, where there is no room."""
     page = visit().open(f"/run/{SLOW}#metrics")
 
     for title in ("Loss next to step time", "train/loss"):
         is_drawn(page, title)
 
-    expect(page.locator("#metrics h3", has_text="val <img")).to_have_text(f"val {NASTY}")
+    named = page.locator("#metrics h3", has_text="val <img")
+    expect(named).to_have_text(f"val {NASTY}")
+    expect(named).to_have_attribute("title", f"val {NASTY}")
 
 
 def test_names_with_html_in_them_are_text(visit: Visits) -> None:

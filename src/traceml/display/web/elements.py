@@ -111,7 +111,7 @@ class ChartCard:
         attributes = {"data_words": words.lower()} if words else {}
         with Container("section", f"card chart {classes}", aria_label=title, **attributes) as self.card:
             with Container("header"):
-                TextNode("h3", title)
+                TextNode("h3", title, title=title)  # of a long one the screen shows the beginning
                 TextNode("p", hint, "hint")
                 _chart_menu(title)
 

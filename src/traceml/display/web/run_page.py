@@ -7,7 +7,7 @@ from pathlib import Path
 from nicegui import Client
 
 from traceml.display.web.chart_panel import ChartPanel
-from traceml.display.web.elements import Container, TextNode, link, section, set_visible, top_heading
+from traceml.display.web.elements import Container, TextNode, link, section, set_classes, set_visible, top_heading
 from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.log_panel import LogPanel
 from traceml.display.web.panels.media_panel import MediaPanel
@@ -50,15 +50,19 @@ class RunPage:
                 with Container("p"):
                     link("All runs", "/")
 
-            with Container("div") as self._body:
+            # Until the run is read, the body takes its place only, so that an anchor and the reader stay there: its
+            # empty parts would tell that nothing was logged.
+            with Container("div", "unread") as self._body:
                 self._build()
 
+        self._banner.show("Reading the run ...")
         set_visible(self._empty_state, False)
 
     def show(self, state: RunState) -> None:
         """Show the current state of the run."""
         self._state = state
         with self._client:
+            set_classes(self._body, "")
             self._banner.show(_warning(state))
             set_visible(self._empty_state, state.view is None)
             for part in (self._sections, self._body):

@@ -48,6 +48,10 @@ class RunsPage:
                 TextNode("p", f"They appear here as soon as one starts in {runs_dir}.")
                 TextNode("code", "traceml run train.py")
 
+        self._banner.show("Reading the runs ...")
+        for part in (self._card, self._empty_state):
+            set_visible(part, False)
+
     def show(self, state: RunsState) -> None:
         """Show the current list."""
         self._state = state
