@@ -49,14 +49,14 @@ def store(folder: Path, *, attempts: int = 1, evaluators: tuple[int, ...] = (0, 
     return folder
 
 
-def fill(writer: StoreWriter, stream: int, begin: int, *, evals: bool) -> None:
+def fill(writer: StoreWriter, stream: int, begin: int, *, evals: bool, steps: int = 60) -> None:
     rows = np.zeros(60, STEPS.dtype)
     rows["step"] = np.arange(60)
     rows["total_ns"], rows["checkpoint_ns"], rows["forward_ns"] = S // 10, S // 100, S // 20
     rows["input_wait_ns"] = S // 100
     rows["input_wait_ns"][[0, 20, 40]] = S // 20
     rows["t_end_ns"] = begin + 4 * S + (np.arange(60) + 1) * S // 10 + np.where(np.arange(60) >= 40, 2 * S, 0)
-    writer.append(stream, "steps", 0, 60, rows.tobytes(), 0, 59)
+    writer.append(stream, "steps", 0, steps, rows[:steps].tobytes(), 0, steps - 1)
     if evals:
         row = np.zeros(1, EVALS.dtype)
         row["step"], row["t_end_ns"], row["ns"], row["batches"] = 40, begin + 10 * S, 2 * S, 8
@@ -379,6 +379,25 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
 
     assert time.wall_s == pytest.approx(12 + (idle or 0))
     assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)
+
+
+def test_a_rank_whose_rows_come_a_moment_later_than_others_steps_on(tmp_path):
+    """A second behind rank 0, it is not after its last step."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        for rank, steps in enumerate((60, 50)):
+            stream = writer.stream(
+                StreamIdentity(rank, 0, "h0", 100 + rank, 0, ""), state="running",
+                clock=[100 * S, (BOOT_S + 100) * S], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
+            )  # fmt: skip
+            fill(writer, stream, 100 * S, evals=False, steps=steps)
+
+    with closing(StoreReader(tmp_path / STORE_NAME)) as reader:
+        time = wall_time(
+            reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 113.0, WallTimeFacts(), is_running=True
+        )
+
+    assert time.seconds["idle"] == 0
+    assert sum(time.seconds.values()) == pytest.approx(time.wall_s)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def wall_time(
     if is_running:
         ended_s = _end_so_far(processes, ended_s)
 
-    opened = [known.open_parts.get(of_rank[-1].rank) if is_running else None for of_rank in ranks]
+    opened = _opened(ranks, processes, known.open_parts, ended_s) if is_running else [None] * len(ranks)
     parts = _parts_by_rank(ranks, processes, known.stops, (started_s, ended_s), attempt, opened)
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
@@ -125,6 +125,18 @@ def wall_time(
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
         evaluates_only_first=_evaluates_only_first(sums.values()),
     )
+
+
+def _opened(
+    ranks: Sequence[Sequence[StreamRecord]],
+    processes: Sequence[Sequence[ProcessSums]],
+    known: Mapping[int, str],
+    ended_s: float,
+) -> list[str | None]:
+    """Return the part that each rank of a running run is in since its last row: steps, where the next is not late."""
+    steps = [of_rank[-1].steps > 0 and ended_s - of_rank[-1].last_ns / _S < _LATE_S for of_rank in processes]
+    of_each = zip(ranks, steps, strict=True)
+    return [known.get(of_rank[-1].rank, "steps" if is_stepping else None) for of_rank, is_stepping in of_each]
 
 
 def _evaluating_s(processes: Sequence[Sequence[ProcessSums]], opened: Sequence[str | None], ended_s: float) -> float:
