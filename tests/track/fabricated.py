@@ -33,7 +33,7 @@ class LoggedRun:
         self.writer.put_meta("run", run_facts(id=path.name, world_size=1, **facts))
         self._streams: dict[int, int] = {}
         self._names: dict[tuple[int, str], int] = {}
-        self._clock_ns = START_NS
+        self.clock_ns = START_NS
 
     def stream(self, rank: int = 0) -> int:
         if rank not in self._streams:
@@ -49,7 +49,7 @@ class LoggedRun:
 
     def row(self, kind: str, number: int = 0, *, rank: int = 0, **row: Any) -> None:
         stream = self.stream(rank)
-        data = msgpack.packb({"kind": kind, "t_ns": self._clock_ns, "experiment": number, **row})
+        data = msgpack.packb({"kind": kind, "t_ns": self.clock_ns, "experiment": number, **row})
         self.writer.append(stream, "logged", self.writer.next_seq(stream, "logged"), 1, data)
 
     def metrics(
@@ -61,10 +61,10 @@ class LoggedRun:
         rows.sort(key=lambda row: row[0])
         ids = np.array([self._name(stream, name) for _, name, _ in rows])
         table = np.zeros(len(rows), METRICS.dtype)
-        table["t_ns"] = self._clock_ns + np.arange(len(rows)) * 1_000_000
+        table["t_ns"] = self.clock_ns + np.arange(len(rows)) * 1_000_000
         table["step"], table["name_id"] = [row[0] for row in rows], ids
         table["value"], table["experiment"] = [row[2] for row in rows], number
-        self._clock_ns += len(rows) * 1_000_000
+        self.clock_ns += len(rows) * 1_000_000
         for start in range(0, len(table), 1000):
             part = table[start : start + 1000]
             seq = self.writer.next_seq(stream, "metrics")

@@ -49,6 +49,14 @@ def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
     assert metrics.figures()["new"].number == 1
 
 
+def test_a_clock_that_is_set_back_hides_no_later_value(run: LoggedRun) -> None:
+    run.metrics({"loss": [3.0, 2.0]})
+    run.clock_ns -= 3600 * 10**9
+    run.metrics({"loss": [1.0]}, first_step=2)
+
+    assert build_report(run.end()).metrics["loss"].last == 1.0
+
+
 def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     run.metrics({f"layer_{i}": [float(i)] for i in range(1500)})
     metrics = MetricSummary()

@@ -42,6 +42,7 @@ class MetricFrame(msgspec.Struct, frozen=True):
     names: list[str]  # each name once, with `/rank_r` for ranks above 0
     starts: NDArray[np.int64]  # index of the first row of each name
     rows: NDArray[np.void]  # rows of `schema.METRICS`
+    stream: int
 
     @property
     def ends(self) -> list[int]:
@@ -158,7 +159,7 @@ class MetricReader:
         ids, starts = np.unique(rows["name_id"], return_index=True)
         rank = self._ranks[stream]
         names = [name_at_rank(self._names.get((stream, number), f"(name {number})"), rank) for number in ids.tolist()]
-        return MetricFrame(names, starts, rows)
+        return MetricFrame(names, starts, rows, stream)
 
 
 def _of_losses(frame: Frame, rank: int, clocks: RunClocks) -> MetricFrame:
@@ -166,7 +167,7 @@ def _of_losses(frame: Frame, rank: int, clocks: RunClocks) -> MetricFrame:
     rows = np.zeros(len(losses), METRICS.dtype)
     rows["t_ns"] = clocks.from_monotonic(frame.stream, losses["t_ns"])
     rows["step"], rows["value"] = losses["step"], losses["loss"]
-    return MetricFrame([name_at_rank(OWN_LOSS, rank)], np.zeros(1, np.int64), rows)
+    return MetricFrame([name_at_rank(OWN_LOSS, rank)], np.zeros(1, np.int64), rows, frame.stream)
 
 
 class MetricFigures(NamedTuple):
@@ -183,7 +184,8 @@ class MetricSummary:
 
     def __init__(self) -> None:
         self._reader = MetricReader()
-        self._found: dict[str, list[float]] = {}  # name -> [last, its time, least, greatest, count]
+        # name -> [last, its time, least, greatest, count, stream of the last]
+        self._found: dict[str, list[float]] = {}
         self.hidden: set[str] = set()
         """Names that are left out, because there are too many."""
 
@@ -202,7 +204,7 @@ class MetricSummary:
         hides_loss = is_hidden(self._found)
         return {
             name: MetricFigures(last, least, greatest, int(count))
-            for name, (last, _, least, greatest, count) in self._found.items()
+            for name, (last, _, least, greatest, count, _) in self._found.items()
             if not (hides_loss and name.startswith(OWN_LOSS))
         }
 
@@ -214,8 +216,9 @@ class MetricSummary:
             if entry is None:
                 continue
 
-            if times[end - 1] >= entry[1]:
-                entry[0], entry[1] = float(values[end - 1]), float(times[end - 1])
+            # A process logs in order, also when its wall clock is set back.
+            if frame.stream == entry[5] or times[end - 1] >= entry[1]:
+                entry[0], entry[1], entry[5] = float(values[end - 1]), float(times[end - 1]), frame.stream
 
             entry[2], entry[3] = float(np.fmin(entry[2], least[at])), float(np.fmax(entry[3], greatest[at]))
             entry[4] += end - start
@@ -225,4 +228,4 @@ class MetricSummary:
             self.hidden.add(name)
             return None
 
-        return self._found.setdefault(name, [math.nan, -1.0, math.nan, math.nan, 0])
+        return self._found.setdefault(name, [math.nan, -1.0, math.nan, math.nan, 0, -1])
