@@ -42,8 +42,8 @@ class RunsOptions(RunsDirOptions):
 
     where: Annotated[tuple[str, ...], Metavar("CONDITIONS", one_each=True)] = ()
     """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
-    Operators: = != < <= > >= ~ (contains). A single word is looked for in id, project, state, verdict and tags; !
-    negates."""
+    Operators: = != < <= > >= ~ (contains). A single word is looked for in id, name, project, state, verdict and
+    tags; ! negates."""
     sort: Annotated[str | None, Metavar("FIELD")] = None
     """Sort by this column, parameter or metric, the smallest first (default: the newest first)."""
     reverse: bool = False
@@ -54,7 +54,8 @@ class RunsOptions(RunsDirOptions):
     archived: bool = False
     """List archived runs too."""
     prune: bool = False
-    """Remove all but your newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
+    """Remove all but your newest runs without asking, except running and tagged ones: --keep N, or the setting
+    keep_runs."""
     keep: Annotated[int | None, NumberRange(minimum=0), Metavar("N")] = None
     """With --prune: the number of runs to keep."""
     json: bool = False

@@ -175,8 +175,8 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
 
     Args:
         conditions: terms with spaces, commas or AND between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a
-            value may be a date), `tag:TAG` or `tags=TAG`, or a word that the id, project, state, verdict or a tag
-            contains; `!` before a term negates it.
+            value may be a date), `tag:TAG` or `tags=TAG`, or a word that the id, name, project, state, verdict or a
+            tag contains; `!` before a term negates it.
 
     Raises:
         UsageError: a term cannot be understood, or names something that no run has.
