@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from tests.diagnosis.fabricated import Job, adds
@@ -21,7 +22,7 @@ from traceml.renderers.text.comparison import (
 )
 from traceml.renderers.text.viewport import ASCII, Viewport
 from traceml.runs.comparison.compare import compare_runs
-from traceml.runs.comparison.comparison_types import Comparisons, StatisticChange
+from traceml.runs.comparison.comparison_types import Comparisons, ParamChange, StatisticChange
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,17 @@ def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
 def test_no_difference_is_no_difference(compared):
     """A difference by chance is not significant."""
     assert compared_headline(compared("a", "again")).startswith("No significant difference")
+
+
+def test_what_is_left_out_is_counted(compared):
+    """One by one; of a rank without a change, no part of it is named."""
+    same = replace(compared("wide", "wide"), params=[ParamChange(name=f"p{n}", a=1, b=2) for n in range(9)])
+    shown = _shown(replace(same, ranks=same.ranks[:7]), 100)
+
+    assert " and 1 rank that changed less: --json has all\n" in shown
+    assert " and 1 other parameter: --json has all\n" in shown
+    assert "most in" not in shown
+    assert " most in forward" in _shown(compared("a", "slow"), 100)
 
 
 def test_what_cannot_be_told_is_not(compared):

@@ -228,13 +228,12 @@ def _rank_rows(comparison: Comparison) -> Iterator[Text]:
     yield Text()
     yield Text(f" {'own work':<14}{'A':>10}{'B':>10}{'change':>10}", style="dim")
     for row in sorted(ranks, key=lambda row: -abs(row.change or 0.0))[:_SHOWN_RANKS]:
-        most = f"most in {phase_label(row.phase or '')}"
+        most = f"most in {phase_label(row.phase or '')}" if row.phase_delta_ms else ""
         yield _row(f"rank {row.rank}", row.a_work_ms, row.b_work_ms, change_text(row.change), most, "")
 
     if len(ranks) > _SHOWN_RANKS:
-        yield Text(
-            f" and {count_text(len(ranks) - _SHOWN_RANKS)} ranks that changed less: --json has them", style="dim"
-        )
+        others = plural(len(ranks) - _SHOWN_RANKS, "rank")
+        yield Text(f" and {others} that changed less: --json has all", style="dim")
 
 
 def _rest(comparison: Comparison) -> Iterator[Text]:
@@ -256,12 +255,12 @@ def _metric_rows(comparison: Comparison) -> Iterator[Text]:
         f"{row.name[:21]:<22}{value_text(row.a):>12}{value_text(row.b):>12}{change_text(row.change):>10}"
         for row in comparison.metrics
     ]
-    return _first_lines(heading, lines, _SHOWN_METRICS, "metrics")
+    return _first_lines(heading, lines, _SHOWN_METRICS, "metric")
 
 
 def _param_rows(comparison: Comparison) -> Iterator[Text]:
     lines = [f"{row.name[:21]:<22}{value_text(row.a)} -> {value_text(row.b)}" for row in comparison.params]
-    return _first_lines(f"{'parameter':<22}A -> B", lines, _SHOWN_PARAMS, "parameters")
+    return _first_lines(f"{'parameter':<22}A -> B", lines, _SHOWN_PARAMS, "parameter")
 
 
 def _first_lines(heading: str, lines: Sequence[str], most: int, noun: str) -> Iterator[Text]:
@@ -274,7 +273,7 @@ def _first_lines(heading: str, lines: Sequence[str], most: int, noun: str) -> It
         yield Text(f" {line}")
 
     if len(lines) > most:
-        yield Text(f" and {count_text(len(lines) - most)} other {noun}: --json has them", style="dim")
+        yield Text(f" and {plural(len(lines) - most, f'other {noun}')}: --json has all", style="dim")
 
 
 def _phase_sentence(comparison: Comparison) -> Iterator[str]:
