@@ -73,7 +73,7 @@ def test_conditions(runs, conditions, found):
     ("conditions", "what"),
     [
         ("rl<1", "no run has .* 'rl'"),
-        ("steps<", "has no value"),
+        ("steps<", "^condition steps< has no value"),
         ("==", "no name before =="),
         ("ranks>x", "compares numbers with 'x'"),
         ("a='b", "No closing quotation"),
@@ -82,7 +82,7 @@ def test_conditions(runs, conditions, found):
     ],
 )
 def test_conditions_that_cannot_be_understood(runs, conditions, what):
-    """A misspelt name is an error, not an empty list."""
+    """A misspelt name is an error, not an empty list. It has no option in it: the page and `mcp` show it, too."""
     with pytest.raises(UsageError, match=what):
         select_runs(runs, conditions)
 

@@ -184,10 +184,10 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
     try:
         terms = _terms_of(conditions)
     except ValueError as error:
-        raise UsageError(f"--where: {error}") from error
+        raise UsageError(f"conditions: {error}") from error
 
     if any(term.lower() == "or" for term in terms):
-        raise UsageError("--where: a run must meet all conditions; there is no OR")
+        raise UsageError("conditions: a run must meet all conditions; there is no OR")
 
     tests = [_test_of(term, runs) for term in terms if term.lower() != "and"]
     return [run for run in runs if all(test(run) for test in tests)]
@@ -239,14 +239,14 @@ def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], boo
 
     name, sign, wanted = found.groups()
     if not name:
-        raise UsageError(f"--where: {term} has no name before {sign}, as in lr{sign}{wanted or 0.1}")
+        raise UsageError(f"condition {term} has no name before {sign}, as in lr{sign}{wanted or 0.1}")
 
     if sign in _ORDERS and not wanted:
-        raise UsageError(f"--where: {term} has no value, as in {term}0.1")
+        raise UsageError(f"condition {term} has no value, as in {term}0.1")
 
     _check(name, runs)
     if sign in _ORDERS and _number(wanted) is None and _is_number_in_all(name, runs):
-        raise UsageError(f"--where: {term} compares numbers with {wanted!r}, which is no number and no date")
+        raise UsageError(f"condition {term} compares numbers with {wanted!r}, which is no number and no date")
 
     compared = "=" if sign == "==" else sign
     if name == "tags" and wanted and compared in ("=", "!="):  # one of them; `tags=` is a run without any
