@@ -101,6 +101,11 @@ class _Receiver(BaseHTTPRequestHandler):
         self.server.bodies.append((self.headers["Content-Type"], body))  # type: ignore[attr-defined]
         statuses = self.server.statuses  # type: ignore[attr-defined]
         self.send_response(statuses.pop(0) if statuses else 200)
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
         self.end_headers()
 
     def log_message(self, *_args: object) -> None: ...
@@ -151,6 +156,18 @@ def test_a_webhook_that_is_busy_is_tried_again() -> None:
 
         assert len(closed.bodies) == 1
         assert "SECRET" not in str(failure.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307])
+def test_a_webhook_that_has_moved_refuses(status: int) -> None:
+    """The redirect of a POST loses the alert: what answers at the new address has not got it."""
+    with closing(_Webhook(statuses=(status,))) as moved:
+        with pytest.raises(
+            TraceMLError, match=rf"refuses alerts: it answered {status} .*; set the URL that it leads to"
+        ):
+            _send(WebhookAlert(moved.url, pauses_s=(0.0, 0.0)))
+
+        assert len(moved.bodies) == 1
 
 
 def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:

@@ -188,6 +188,7 @@ class WebhookAlert(msgspec.Struct, frozen=True):
             except HTTPError as error:
                 error.close()
                 why = f"it answered {error.code} {error.reason}"
+                why += "; set the URL that it leads to" if error.code < 400 else ""
                 if error.code < 500 and error.code not in _BUSY:
                     raise TraceMLError(f"{self.name} refuses alerts: {why}") from None
             except TimeoutError:  # of the answer: that of the connection is a URLError
@@ -207,11 +208,17 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         raise TraceMLError(f"{self.name} did not accept the alert in {tries} tries: {why}")
 
     def _post(self, document: bytes) -> None:
-        from urllib.request import Request, urlopen
+        from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+        class NoRedirects(HTTPRedirectHandler):
+            """Makes a redirect an error: it would become a GET, whose answer says nothing of the alert."""
+
+            def redirect_request(self, *_: object) -> None:
+                """Follow none."""
 
         headers = {"Content-Type": "application/json", "User-Agent": f"traceml/{__version__}"}
         request = Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
-        with urlopen(request, timeout=self.limit_s):  # noqa: S310
+        with build_opener(NoRedirects).open(request, timeout=self.limit_s):
             pass
 
 
