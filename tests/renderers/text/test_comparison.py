@@ -84,6 +84,20 @@ def test_other_batches_are_compared_by_sample(compared):
     assert "per sample       1.50 ms   1.00 ms     -33 %  yes, p = 0.001" in _shown(comparison, 80)
 
 
+def test_a_table_tells_changes_of_a_sample_from_those_of_a_step(compared):
+    """The mean step, which stands beside it, may have changed the other way."""
+    each = [compared("a", "slow"), compared("a", "again")]
+    each[0].sample_time = StatisticChange(a_ms=1.5, b_ms=1.0, change=-1 / 3, low=-0.4, high=-0.2, p=0.001, real=True)
+    out = io.StringIO()
+    table = compared_runs(Comparisons(baseline="a", comparisons=each), Viewport(80, 40, ASCII))
+    Console(file=out, width=80, color_system=None).print(table)
+
+    heading, _, slow, again = out.getvalue().splitlines()[:4]
+    assert " -33 %/sample  " in slow
+    assert "/sample" not in again
+    assert slow.index("/sample") + len("/sample") == heading.index("change") + len("change")
+
+
 def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
     """When all ranks got slower in the same part, the part is named."""
     all_slow = store_run(tmp_path / "all", Job(steps=200), adds("forward", 5), seed=2)

@@ -10,7 +10,7 @@ from rich.text import Text
 from traceml.formatting import ms_text, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
-from traceml.renderers.text.comparison import step_changes
+from traceml.renderers.text.comparison import judged_changes
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.metrics import is_loss
@@ -20,7 +20,7 @@ __all__ = ["OUTCOME_STYLES", "compared_losses", "compared_params", "compared_run
 _MAX_WIDTH = 120
 OUTCOME_STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
-_COLUMNS = 36  # of the table without run and verdict
+_COLUMNS = 27  # of the table without run, change and verdict
 _ID_END = 5
 
 
@@ -63,16 +63,17 @@ def compared_params(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
 def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
     first = comparisons.comparisons[0]
     runs = (first.a, *(each.b for each in comparisons.comparisons))
-    room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - max(len(str(run.verdict)) for run in runs)
+    changes = judged_changes(comparisons.comparisons)
+    wide = max(9, 2 + max(map(len, changes)))
+    room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - wide - max(len(str(run.verdict)) for run in runs)
     ids = [_middle_cut(run.id, room, viewport.glyphs.ellipsis) for run in runs]
     width = max(map(len, ids))
-    yield Text(f"    {'run':<{width}}{'step':>9}{'change':>9}  {'significant':<12}verdict", style="dim")
-    yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':23}{first.a.verdict}")
-    changes = step_changes(each.judged for each in comparisons.comparisons)
-    for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
+    yield Text(f"    {'run':<{width}}{'step':>9}{'change':>{wide}}  {'significant':<12}verdict", style="dim")
+    yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':{wide + 14}}{first.a.verdict}")
+    for number, (each, change) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
         mean = each.step_time.mean
         line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")
-        line.append(f"{change:>9}", style=OUTCOME_STYLES.get(each.outcome, ""))
+        line.append(f"{change:>{wide}}", style=OUTCOME_STYLES.get(each.outcome, ""))
         yield line.append(f"  {significance_word(each):<12}{each.b.verdict}")
 
 

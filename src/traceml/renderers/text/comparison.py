@@ -28,6 +28,7 @@ __all__ = [
     "compared_sentences",
     "delta_text",
     "interval_text",
+    "judged_changes",
     "judged_time_words",
     "step_change_text",
     "step_changes",
@@ -82,6 +83,15 @@ def step_changes(rows: Iterable[StatisticChange]) -> list[tuple[str, str]]:
     return [
         (change_text(row.change, as_factor=as_factor), interval_text(row.low, row.high, as_factor=as_factor))
         for row in rows
+    ]
+
+
+def judged_changes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the change of each run of a table; where it is not of the mean step beside it, it says so."""
+    changes = step_changes(each.judged for each in comparisons)
+    return [
+        f"{change}/sample" if each.sample_time else change
+        for each, (change, _) in zip(comparisons, changes, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from traceml.display.web.elements import ChartCard, Container, DataTable, TextNo
 from traceml.formatting import count_text, ms_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
 from traceml.renderers.text.compared_runs import compared_params, significance_word
-from traceml.renderers.text.comparison import step_changes
+from traceml.renderers.text.comparison import judged_changes
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.series import RunSeries
 
@@ -101,8 +101,8 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
     first = runs.comparisons[0]
     mean = first.step_time.mean
     rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-", ""]]
-    changes = step_changes(each.judged for each in runs.comparisons)
-    for letter, name, each, (change, _) in zip(LETTERS[1:], names[1:], runs.comparisons, changes, strict=False):
+    changes = judged_changes(runs.comparisons)
+    for letter, name, each, change in zip(LETTERS[1:], names[1:], runs.comparisons, changes, strict=False):
         row = each.step_time.mean
         sure = significance_word(each)
         cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
