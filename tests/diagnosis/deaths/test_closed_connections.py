@@ -272,3 +272,27 @@ def test_an_abort_by_the_watchdog_of_nccl_tells_who_was_elsewhere(
     assert (where in finding.next) == is_limit, finding.next
     assert ("sizes" in finding.next) == (backend == "gloo")
     assert ("faulthandler" in finding.next) == (open_s == 2.0)
+
+
+@pytest.mark.parametrize(
+    "exception",
+    [
+        "Timed out after 601 seconds waiting for clients. 2/3 clients joined.",
+        "wait timeout after 300000ms, keys: /default_pg/0//cpu//0/2",
+    ],
+)
+def test_a_rank_that_waited_in_the_store_is_no_cause(exception: str) -> None:
+    """The rank that ended before it could join is; where nothing of it is known, those that waited did so alike."""
+    waited = [
+        RankExit(rank=rank, state="failed", code=1, exception=f"torch.distributed.DistStoreError: {exception}",
+                 file="train.py", line=3 + rank, at_s=600.0 + 9 * rank)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    died = RankExit(rank=2, state="lost", process_gone=True, at_s=1.0)
+    (finding,) = rank_lost(JobFacts(exits=(*waited, died), world_size=3))
+    assert (finding.ranks, finding.evidence["followed"]) == ((2,), [0, 1])
+
+    (finding,) = rank_lost(JobFacts(exits=tuple(waited), world_size=3, hosts={0: "a", 1: "a"}, latest=(-1, -1, -1)))
+    assert finding.ranks == (0,)
+    assert "because of that" not in finding.summary
+    assert "until the time limit of its process group: nothing was seen of rank 2. Let all" in finding.next

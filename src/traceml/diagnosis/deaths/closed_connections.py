@@ -12,7 +12,7 @@ from traceml.diagnosis.advice import (
     STOP_TOGETHER,
 )
 from traceml.diagnosis.deaths.end_wording import step_text
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.facts.progress.uneven_data import UnevenData
@@ -38,6 +38,7 @@ _PEER_GONE = (
     "distbackenderror",
     "distnetworkerror",
     "store->get",
+    *STORE_TIME_LIMITS,
 )
 _OWN_ERRORS = ("collective mismatch", "invalid usage", "invalid argument", "duplicate gpu", "cuda error", "eaddrinuse")
 """What the same sources say of a call that its own arguments or device made fail."""

@@ -19,7 +19,7 @@ from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_wording import exit_words, signal_of_code, was_cut_off, whereabouts
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import capitalized, count_text, ranks_text
 from traceml.process_ends import CRASHES
@@ -135,13 +135,15 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
 def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
     """Return advice on a rank that waited in a collective until its time limit, with those that were elsewhere."""
     others = (each for each in facts.exits if each.rank != ended.rank and each.open_phase != ended.open_phase)
-    elsewhere = whereabouts(others)
+    unseen = f"nothing was seen of {ranks_text(facts.unseen_ranks)}" if facts.unseen_ranks else ""
+    elsewhere = ", ".join(filter(None, [whereabouts(others), unseen]))
     where = f": {elsewhere}" if elsewhere else ""
+    what = "process group" if ended.exception_mentions(*STORE_TIME_LIMITS) else "collective"
     has_own_limit = ended.exception_mentions(_MONITORED)
     limit = longer_limit("monitored_barrier") if has_own_limit else longer_limit()
     return (
-        f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
-        f"to it, or {limit}"
+        f"Rank {ended.rank} waited for other ranks until the time limit of its {what}{where}. Let all ranks come to "
+        f"it, or {limit}"
     )
 
 

@@ -115,7 +115,10 @@ def _cause(ended: RankExit) -> tuple[object, ...]:
 
 
 def _beside(causes: Sequence[RankExit], bad: Sequence[RankExit]) -> list[RankExit]:
-    """Return the ranks whose own exception came with that of the first: it is no consequence."""
+    """Return the ranks whose own exception came with that of the first, or who waited as it did: no consequence."""
+    if causes[0].reached_time_limit:
+        return [ended for ended in bad if ended not in causes and ended.reached_time_limit]
+
     first_s = causes[0].at_s
     if first_s is None or not _failed_by_itself(causes[0]):
         return []

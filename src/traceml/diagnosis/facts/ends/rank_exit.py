@@ -12,9 +12,14 @@ from msgspec.structs import replace
 from traceml.diagnosis.facts.progress.uneven_data import ReadData
 from traceml.formatting import line_text
 
-__all__ = ["RankExit", "ended_badly", "merged_exits", "with_last_step"]
+__all__ = ["STORE_TIME_LIMITS", "RankExit", "ended_badly", "merged_exits", "with_last_step"]
 
-_TIME_LIMITS = ("timed out waiting", "monitoredbarrier in", "in monitoredbarrier after", "collective operation timeout")
+STORE_TIME_LIMITS = ("waiting for clients", "wait timeout after")
+"""What the store of a process group says when the others have not come to the group in time."""
+_TIME_LIMITS = (
+    "timed out waiting", "monitoredbarrier in", "in monitoredbarrier after", "collective operation timeout",
+    *STORE_TIME_LIMITS,
+)  # fmt: skip
 """What process groups say when the others have not come in time."""
 
 
@@ -105,7 +110,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def reached_time_limit(self) -> bool:
-        """Whether it waited for other ranks until the time limit of a collective."""
+        """Whether it waited for other ranks until the time limit of a collective, or of the group."""
         return self.exception_mentions(*_TIME_LIMITS)
 
     @property
