@@ -249,6 +249,20 @@ def test_a_rank_that_ran_when_another_failed_is_not_its_cause(lost_at: float | N
         assert rank_lost(JobFacts(exits=(failed, unsure)))[0].ranks == (1,)
 
 
+@pytest.mark.parametrize(
+    ("end", "at_s", "cause"),
+    [({"signal": 6}, 600.0, 1), ({"signal": 6}, 20.0, 0), ({"signal": 11}, 600.0, 0), ({"exception": "E"}, 600.0, 0)],
+)
+def test_a_host_that_fell_silent_before_others_were_aborted_is_the_cause(end: dict, at_s: float, cause: int) -> None:
+    """NCCL's watchdog aborts ranks that wait for it, after ten minutes; a crash of its own needs no other cause."""
+    aborted = RankExit(rank=0, state="killed", at_s=at_s, host="a", **end)
+    silent = RankExit(rank=1, state="lost", at_s=30.0, host="b", unsent=True)
+
+    (finding,) = rank_lost(JobFacts(exits=(aborted, silent), world_size=2))
+
+    assert (finding.ranks, finding.evidence["followed"]) == ((cause,), [1 - cause])
+
+
 def test_a_script_that_ends_itself_is_told_with_its_text():
     """Its own words, though they look like another rank's end; of an exception that only names it, nothing changes."""
     own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)

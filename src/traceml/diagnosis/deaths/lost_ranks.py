@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from signal import SIGABRT
 
 from msgspec.structs import replace
 
@@ -80,8 +81,8 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
         return []
 
     causes = own or [ended for ended in unforced if not failed_because_of_peer(ended)] or unforced
-    # A lost rank may be a consequence of the others' end, so known causes come first.
-    causes = sorted(causes, key=lambda ended: (ended.state == "lost", ended.at_s or 0.0, ended.rank))
+    known = [ended for ended in causes if ended.state != "lost"]
+    causes = sorted(causes, key=lambda ended: (_may_follow(ended, known), ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another one is a consequence, or `_beside` them.
     also = [ended for ended in bad if ended not in causes and _failed_by_itself(ended)]
     return [ended for ended in [*causes, *also] if _cause(ended) == _cause(causes[0])] if causes else []
@@ -100,6 +101,18 @@ def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
     return any(other.at_s is not None and other.at_s < (ended.at_s or 0.0) for other in failed)
 
 
+def _may_follow(ended: RankExit, known: Sequence[RankExit]) -> bool:
+    """Whether a lost rank may have ended because of those whose end is known.
+
+    Ranks that are aborted after its connection was given up, as by NCCL's watchdog, waited for it. A process that is
+    known to be gone has lived on after its last beat.
+    """
+    if ended.state != "lost" or ended.process_gone or ended.at_s is None:
+        return ended.state == "lost"
+
+    return not known or any(each.signal != SIGABRT or (each.at_s or 0.0) <= ended.at_s for each in known)
+
+
 def was_stopped(exits: Sequence[RankExit]) -> bool:
     """Return whether ranks ended by Ctrl-C or by their launcher alone, which is not a failure of the run."""
     bad = ended_badly(exits)
@@ -111,7 +124,7 @@ def _cause(ended: RankExit) -> tuple[object, ...]:
         kind = ended.exception.partition(":")[0]
         return ("exception", kind, *(() if is_out_of_memory(ended.exception) else (ended.file, ended.line)))
 
-    return (ended.state, ended.signal, ended.code)
+    return (ended.state, ended.signal, ended.code, ended.host_lost, ended.process_gone)
 
 
 def _beside(causes: Sequence[RankExit], bad: Sequence[RankExit]) -> list[RankExit]:
