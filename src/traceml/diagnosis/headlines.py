@@ -119,7 +119,9 @@ def lost_ranks(finding: FindingFacts) -> str:
         return f"{capitalized(ranks_text(finding.ranks))} ended before the others"
 
     how = ""
-    if evidence.get("worker_pid") is not None:
+    if evidence.get("worker_pid") is not None and len(finding.ranks) > 1:
+        how = " because loader workers died"
+    elif evidence.get("worker_pid") is not None:
         its = "its loader worker" if evidence.get("workers") == 1 else "one of its loader workers"
         how = f" because {its} {_worker_end(evidence)}"
     elif evidence.get("cause") == "out_of_memory":
@@ -131,8 +133,16 @@ def lost_ranks(finding: FindingFacts) -> str:
     elif (code := evidence.get("code")) is not None:
         how = f" with exit code {code}"
 
+    did, its = f"ended{how}", "its" if len(finding.ranks) == 1 else "their"
+    if (lost := evidence.get("lost")) is not None:
+        did = f"lost {its} connection" if lost == "connection" else f"{_be(finding.ranks)} lost with {its} host"
+
     where = "" if finding.phase is None else f", in {phase_words(finding.phase)}"
-    return f"{capitalized(ranks_text(finding.ranks))} ended{how}{_when_ended(evidence)}{where}"
+    return f"{capitalized(ranks_text(finding.ranks))} {did}{_when_ended(evidence)}{where}"
+
+
+def _be(ranks: tuple[int, ...]) -> str:
+    return "was" if len(ranks) == 1 else "were"
 
 
 def _when_ended(evidence: Mapping[str, Any]) -> str:
@@ -143,6 +153,7 @@ def _when_ended(evidence: Mapping[str, Any]) -> str:
         return ""
 
     own = " of this run" if evidence.get("counts_anew") else ""
+    own += "" if evidence.get("first_rank") is None else f" on rank {evidence['first_rank']}"
     return f" {'after' if step == last else 'at'} step {count_text(int(step))}{own}"
 
 

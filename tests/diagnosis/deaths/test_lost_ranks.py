@@ -52,6 +52,34 @@ def test_the_phase_of_one_rank_is_not_said_of_all():
     assert finding.phase is None
 
 
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ({"exception": "OSError: [Errno 28] No space left on device", "file": "a.py", "line": 3},
+         "Ranks 0, 1 ended with OSError: [Errno 28] No space left on device at a.py:3, in step 42 on rank 1."),
+        ({"state": "lost", "host_lost": "no answer", "unsent": True, "open_step": None},
+         "Ranks 0, 1 were lost with their host: no answer, after step 41 on rank 1 had arrived."),
+        ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error."},
+         "Ranks 0, 1 ended because loader workers died: on rank 1 a loader worker (process 7) was killed by signal 7"),
+    ],
+)  # fmt: skip
+def test_what_one_of_several_ranks_has_is_not_said_of_all(end: dict, words: str) -> None:
+    """Its step, and its loader's worker: ranks that fail alike need not do so in one step."""
+    ends = [
+        RankExit(**{"rank": rank, "state": "failed", "last_step": 2 + 39 * rank, "open_step": 3 + 39 * rank,
+                    "at_s": 9.0 - rank, **end})
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+    (finding,) = rank_lost(JobFacts(exits=tuple(ends), world_size=2))
+
+    assert finding.summary.startswith(words)
+    assert finding.evidence["first_rank"] == 1
+    assert " on rank 1" in finding.headline
+    assert finding.headline.startswith("Ranks 0, 1 were lost with their host") is ("host_lost" in end)
+    assert "one of its" not in finding.headline
+
+
 def test_a_kill_is_reported_with_the_line_that_was_seen_last():
     """A signal from outside names none, but a sample may have seen one in the phase that was open."""
     ended = RankExit(rank=3, state="killed", signal=9, open_step=42, open_phase="other", seen="/a/train.py:23 load")
@@ -540,6 +568,7 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     finding = rank_lost(builder.build([120, 99]))[0]
 
     assert "after step 99 had arrived" in finding.summary
+    assert finding.headline == "Rank 1 lost its connection after step 99"
     assert finding.evidence["last_step"] == 99
     assert "before a step had arrived" in rank_lost(builder.build([120, -1]))[0].summary
 

@@ -423,7 +423,7 @@ def _without_report(ended: RankExit) -> _Text:
         )
 
     if ended.state == "lost":
-        return f"Look at the host{host} and its network: the rank lost its connection without a report."
+        return f"Look at the host{host} of rank {ended.rank} and its network: the connection ended without a report."
 
     if signal_of_code(ended.code) is not None:
         return f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."

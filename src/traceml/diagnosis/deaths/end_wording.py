@@ -114,16 +114,19 @@ def end_summary(ended: RankExit) -> str | None:
     return f"{text}{when}{_phase_text(ended)}"
 
 
-def step_text(ended: RankExit) -> str:
+def step_text(ended: RankExit, *, of_one: bool = False) -> str:
     """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`.
 
     A script that continues from a checkpoint may count on where that one ended: `, in step 42 of this run`.
+
+    Args:
+        of_one: whether other ranks of the sentence ended in other steps: then it is `, in step 42 on rank 1`.
     """
     if ended.untraced:
         return ""
 
     inside = _phase_text(ended)
-    step = f"step {ended.step} of this run" if ended.counts_anew else f"step {ended.step}"
+    step = f"step {ended.step}{' of this run' * ended.counts_anew}{f' on rank {ended.rank}' * of_one}"
     if ended.in_step:
         return f", in {step}{inside}"
 

@@ -13,7 +13,7 @@ from traceml.diagnosis.deaths.end_wording import end_text, place_evidence, seen_
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker
+from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryKind
@@ -61,6 +61,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
             evidence={
                 **({} if worker is None else worker_evidence(worker)),
                 **_evidence(first, memory, followed, lost),
+                **({"first_rank": first.rank} if _differ(causes) else {}),
                 **({"failed_too": [ended.rank for ended in beside]} if beside else {}),
                 **_of_container(first, grown),
             },
@@ -122,7 +123,8 @@ def was_stopped(exits: Sequence[RankExit]) -> bool:
 def _cause(ended: RankExit) -> tuple[object, ...]:
     if ended.exception:
         kind = ended.exception.partition(":")[0]
-        return ("exception", kind, *(() if is_out_of_memory(ended.exception) else (ended.file, ended.line)))
+        place = () if is_out_of_memory(ended.exception) else (ended.file, ended.line)
+        return ("exception", kind, worker_in(ended.exception) is not None, *place)
 
     return (ended.state, ended.signal, ended.code, ended.host_lost, ended.process_gone)
 
@@ -188,15 +190,35 @@ def _in_common(causes: Sequence[RankExit]) -> RankExit:
     return first if is_same else replace(first, open_phase=None)
 
 
+def _differ(causes: Sequence[RankExit]) -> bool:
+    """Whether ranks with the same cause ended at several lines, or in several steps."""
+    return len({(ended.place, ended.step, ended.in_step) for ended in causes}) > 1
+
+
 def _summary(causes: Sequence[RankExit], memory: MemoryEnd | None, worker: LostWorker | None) -> str:
-    first = causes[0]
+    first, is_one = causes[0], len(causes) == 1
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
-    how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
-    if len({ended.place for ended in causes}) > 1 and first.exception and worker is None:
+    how = end_text(first, memory, many=not is_one)
+    if worker is not None:
+        died = death_words(worker)
+        how = f"ended because {died}" if is_one else f"ended because loader workers died: on rank {first.rank} {died}"
+
+    has_rank = worker is not None or (len({ended.place for ended in causes}) > 1 and first.exception is not None)
+    if has_rank and worker is None:
         how += f" on {ranks_text((first.rank,))}"
-    seen = seen_text(first) if worker is None and len(causes) == 1 else ""
-    used = memory.words() if memory is not None and len(causes) == 1 else ""
-    return f"{subject} {how}{step_text(_in_common(causes))}{seen}{used}"
+
+    when = step_text(_in_common(causes), of_one=_differ(causes) and not has_rank)
+    seen = seen_text(first) if worker is None and is_one else ""
+    used = memory.words() if memory is not None and is_one else ""
+    return f"{subject} {how}{when}{seen}{used}"
+
+
+def _lost(ended: RankExit) -> str | None:
+    """Return what was lost with a rank of whose process nothing is known; None if it is known to have ended."""
+    if ended.state != "lost" or ended.process_gone or ended.code is not None:
+        return None
+
+    return "host" if ended.host_lost else "connection"
 
 
 def _evidence(
@@ -207,6 +229,7 @@ def _evidence(
         signal=ended.signal,
         code=ended.code,
         exception=ended.exception,
+        lost=_lost(ended),
         **place_evidence(ended),
         step=ended.step,
         last_step=ended.last_step if ended.in_step else ended.step,
