@@ -19,6 +19,7 @@ from traceml.formatting import (
     percent_text,
     phase_words,
     phases_text,
+    plural,
     ranks_text,
 )
 from traceml.process_ends import exit_text, signal_name
@@ -384,9 +385,14 @@ def leak(finding: FindingFacts) -> str:
 
 
 def pressure(finding: FindingFacts) -> str:
-    """Return `The host's memory is nearly full: 95 % in use`, or that of a device."""
+    """Return `The host's memory is nearly full: 95 % in use`, or that of a device, which others may fill."""
     evidence = finding.evidence
     share = percent_text(float(evidence.get("used_share", 1.0)))
+    if retries := evidence.get("alloc_retries"):
+        return (
+            f"Device memory is short: torch freed its cache for {plural(retries, 'allocation')}, tensors took {share}"
+        )
+
     if evidence.get("memory") == "device":
         return f"The device's memory is nearly full: up to {share} in use"
 

@@ -48,10 +48,40 @@ def test_a_device_that_was_full_is_reported_with_its_retries():
     """The peak counts, and allocations that had to free the cache."""
     (finding,) = found(memory=full_device())
 
-    assert finding.headline == "The device's memory is nearly full: up to 98 % in use"
+    assert finding.headline == "Device memory is short: torch freed its cache for 12 allocations, tensors took 98 %"
     assert "12 allocations succeeded only after torch had freed its cache" in finding.summary
+    assert "smaller batch" in finding.next
     assert found(memory=device(MemoryHistory(), [70 * GB] * 9)) == []
-    assert found(memory=device(MemoryHistory(), [10 * GB] * 9, retries=40)) != []
+    (finding,) = found(memory=device(MemoryHistory(), [75 * GB] * 9))
+    assert finding.headline == "The device's memory is nearly full: up to 94 % in use"
+
+
+def test_a_device_that_tensors_do_not_fill_is_filled_by_others():
+    """Another program, or fragments: a smaller batch is no advice. It tells how many ranks lack memory."""
+    history = MemoryHistory()
+    for rank, retries in enumerate((40, 6, 0)):
+        device(history, [10 * GB] * 9, rank=rank, retries=retries)
+
+    (finding,) = found(3, memory=history)
+
+    assert finding.headline == "Device memory is short: torch freed its cache for 40 allocations, tensors took 12 %"
+    assert finding.summary.startswith("Tensors took up to 10.0 GiB of the 80.0 GiB of the device of rank 0 (12 %).")
+    assert finding.summary.endswith("time. 2 of 3 ranks are short of device memory.")
+    assert finding.next.startswith("Tensors leave room on the device: look for other programs")
+
+
+def test_a_full_host_is_told_beside_the_limit_of_another_one():
+    """With the number of full hosts; resident memory that counts mapped files several times is not told."""
+    history = MemoryHistory()
+    for rank in range(3):
+        host(processes(history, [17 * GB] * 60, rank=rank), 15 * GB, rank=rank)
+
+    limits = (ResourceUse(2, Resource.MEMORY, 95, 100),)
+    (finding,) = found(3, memory=history, limits=limits, hosts={0: "a", 1: "b", 2: "c"})
+
+    assert finding.summary == (
+        "The memory of a is nearly full: 15.0 GiB of 16.0 GiB are in use (94 %). So is the memory of 1 other host."
+    )
 
 
 def test_a_rank_that_needs_far_more_than_the_others_is_named():

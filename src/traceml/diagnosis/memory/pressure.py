@@ -22,7 +22,15 @@ UNEVEN = 1.25
 UNEVEN_SHARE = 0.10
 """The difference is also this share of the memory that there is."""
 TIGHT_SHARE = 0.85
-"""The largest rank is a warning from this share of its memory on."""
+"""The largest rank is a warning from this share of its memory on; below, tensors leave room on a device."""
+_SMALLER = (
+    "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
+)
+_OF_OTHERS = (
+    "Tensors leave room on the device: look for other programs on it (nvidia-smi), and set "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which avoids memory lost to fragmentation."
+)
 
 
 def memory_pressure(facts: JobFacts) -> list[Finding]:
@@ -31,27 +39,33 @@ def memory_pressure(facts: JobFacts) -> list[Finding]:
 
 
 def _hosts(facts: JobFacts) -> list[Finding]:
-    if any(use.resource is Resource.MEMORY and use.is_near for use in facts.limits):
-        return []  # that of the container is reported as its limit
-
-    full = {rank: host for rank, host in facts.memory.hosts().items() if host.held_share >= FULL_SHARE}
+    # That of a container is reported as its limit.
+    limited = {facts.hosts.get(use.rank) for use in facts.limits if use.resource is Resource.MEMORY and use.is_near}
+    full = {
+        rank: host
+        for rank, host in facts.memory.hosts().items()
+        if host.held_share >= FULL_SHARE and facts.hosts.get(rank) not in limited
+    }
     if not full:
         return []
 
     rank = max(full, key=lambda each: full[each].held_share)
-    return [_full_host(facts, rank, full[rank])]
+    return [_full_host(facts, rank, full[rank], others=len(full) - 1)]
 
 
-def _full_host(facts: JobFacts, rank: int, host: HostMemory) -> Finding:
+def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> Finding:
     name = facts.hosts.get(rank)
     own = sum(size for each, size in facts.memory.resident().items() if facts.hosts.get(each) == name)
     at = facts.of_host(rank) or " of the host"
     share = host.used_bytes / max(host.total_bytes, 1)
+    # Files that several ranks map are in the resident memory of each.
+    held = f"; the training processes hold {bytes_text(own)}" if own <= host.used_bytes else ""
+    too = f" So is the memory of {plural(others, 'other host')}." if others else ""
     return Finding.of(
         Kind.MEMORY_PRESSURE,
         summary=(
-            f"{bytes_text(host.used_bytes)} of the {bytes_text(host.total_bytes)} memory{at} are in use "
-            f"({percent_text(share)}); the training processes hold {bytes_text(own)}."
+            f"The memory{at} is nearly full: {bytes_text(host.used_bytes)} of {bytes_text(host.total_bytes)} are in "
+            f"use ({percent_text(share)}){held}.{too}"
         ),
         next=(
             "Use fewer loader workers, a smaller prefetch_factor or data set in memory, or a host with more memory: "
@@ -80,19 +94,17 @@ def _devices(facts: JobFacts) -> list[Finding]:
         if worst.retries
         else ""
     )
-    where = f" of {ranks_text((worst.rank,))}" if facts.world_size > 1 else ""
+    of_all = f" {len(ranks)} of {facts.world_size} ranks are short of device memory." if len(ranks) > 1 else ""
+    device = f"the device of {ranks_text((worst.rank,))}" if facts.world_size > 1 else "the device"
     return [
         Finding.of(
             Kind.MEMORY_PRESSURE,
             ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
             summary=(
-                f"Tensors took up to {bytes_text(worst.peak_bytes)} of the device's {bytes_text(worst.total_bytes)}"
-                f"{where} ({percent_text(_share(worst))}).{retried}"
+                f"Tensors took up to {bytes_text(worst.peak_bytes)} of the {bytes_text(worst.total_bytes)} of {device} "
+                f"({percent_text(_share(worst))}).{retried}{of_all}"
             ),
-            next=(
-                "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
-            ),
+            next=_SMALLER if _share(worst) >= TIGHT_SHARE else _OF_OTHERS,
             evidence={
                 "memory": "device",
                 "used_bytes": worst.peak_bytes,
