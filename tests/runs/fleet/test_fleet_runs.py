@@ -58,9 +58,14 @@ def test_a_file_of_many_runs_is_read_as_well(dataset):
 
 def test_a_damaged_file_is_reported_and_skipped(dataset):
     """Also one of another program."""
-    files = dataset.files()
+    dataset.add(fleet_report(3))
+    *files, last = dataset.files()
     files[0].write_bytes(b"PAR1 no more")
     pq.write_table(pa.table({"x": [1]}), files[1])
+    rows = pq.ParquetFile(last).read()
+    pq.write_table(rows.set_column(rows.column_names.index("steps"), "steps", pa.nulls(len(rows), pa.int64())), last)
+    (message,) = read_runs([last]).damage
+    assert message.endswith("values are missing: steps")
 
     read = read_runs(files)
     assert [run.run for run in read.runs] == ["run-0002"]

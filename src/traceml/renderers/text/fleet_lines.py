@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich.text import Text
@@ -14,11 +14,15 @@ from traceml.renderers.text.compared_runs import OUTCOME_STYLES
 from traceml.renderers.text.comparison import change_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.fleet.fleet_types import STEP, FleetDocument, HostJudgment, PhaseHistory, RunHistory, SlowHost
+from traceml.runs.fleet.phase_history import MIN_RUNS
+from traceml.runs.fleet.slow_hosts import MIN_STEPS
 
 __all__ = ["fleet_lines"]
 
 _MAX_WIDTH = 100
 _SHOWN = 20
+_TOLD = 3  # unusual phases in a sentence
+_TOO_SHORT = f"it has fewer than {MIN_STEPS} steps"
 
 
 def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
@@ -51,20 +55,29 @@ def _history(history: RunHistory, width: int) -> Iterator[Text]:
 
 
 def _history_sentence(history: RunHistory) -> str:
-    others = (
-        f" {plural(history.others, 'other earlier run')} of the script differ in model, batch size or ranks."
-        if history.others
-        else ""
-    )
+    others = _others_text(history.others) if history.others else ""
     if not history.phases:
-        few = f"there are too few earlier runs like it ({history.runs}), or it has too few steps"
+        few = f"there are too few earlier runs like it ({history.runs})" if history.runs < MIN_RUNS else _TOO_SHORT
         return f"It is not compared: {few}.{others}"
 
     unusual = [phase for phase in history.phases if phase.outcome != "same"]
-    words = " and ".join(f"{_words(phase.phase)} is {phase.outcome} than usual" for phase in unusual[:3])
-    more = f", and {len(unusual) - 3} others" if len(unusual) > 3 else ""
-    outcome = f"{words}{more}" if unusual else "every phase is as usual"
+    told = [f"{_words(phase.phase)} is {phase.outcome} than usual" for phase in unusual[:_TOLD]]
+    if more := len(unusual[_TOLD:]):
+        told.append(f"{plural(more, 'other phase')} {'is' if more == 1 else 'are'} not as usual")
+
+    outcome = _listed(told) if told else "every phase is as usual"
     return f"Next to {plural(history.runs, 'earlier run')} like it, {outcome}.{others}"
+
+
+def _others_text(others: int) -> str:
+    be, its = ("is", "its") if others == 1 else ("are", "their")
+    count = plural(others, "other earlier run")
+    return f" {count} of the script {be} not counted: {its} model, how that is trained, or the number of ranks differs."
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Return `one`, `one and two`, `one, two and three`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _words(phase: str) -> str:

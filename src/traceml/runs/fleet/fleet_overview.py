@@ -88,9 +88,10 @@ def _history_covers(history: RunHistory | None) -> list[str]:
         return [f"A run of {MIN_STEPS} steps or more is compared with {MIN_RUNS} earlier ones or more."]
 
     sentence = (
-        f"History: at most the last {LAST_RUNS} earlier runs with the same project, script, model, batch size and "
-        f"number of ranks, and {MIN_STEPS} steps or more. Their median and median deviation decide what is usual: "
-        "about one healthy run in a thousand is beyond it by chance, in each phase."
+        f"History: at most the last {LAST_RUNS} earlier runs with the same project, script, model (its type, device, "
+        f"wrapper and compilation, too), batch size and number of ranks, and {MIN_STEPS} steps or more. Their median "
+        "and median deviation decide what is usual: about one healthy run in a thousand is beyond it by chance, in "
+        "each phase."
     )
     return [sentence]
 

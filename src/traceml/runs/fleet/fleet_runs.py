@@ -24,6 +24,7 @@ __all__ = ["FLEET_FIELDS", "FleetRun", "HostWork", "SummarizedFiles", "read_runs
 _FACTS = ("run", "name", "started_epoch_s", "state", "verdict", "script", "model", "parameters", "dtype", "device",
           "parallel", "compiled", "batch_size", "world_size", "steps", "step_ms")  # fmt: skip
 _COLUMNS = (*_FACTS, "host", "rank", "phase", "mean_ms")
+_NEVER_NULL = ("run", "script", "steps", "world_size", "host", "rank", "phase", "mean_ms")
 _BATCH = 256  # files that a thread or worker reads at a time
 
 Progress = Callable[[int, int], object]
@@ -161,6 +162,9 @@ def summarize_files(paths: Sequence[str]) -> SummarizedFiles:
     for path in paths:
         try:
             table = pq.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
+            if empty := [name for name in _NEVER_NULL if table[name].null_count]:
+                raise ValueError(f"values are missing: {', '.join(empty)}")
+
             runs += _runs_of(table, *partition_of(Path(path)))
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
             damage.append(f"{path}: {error}")

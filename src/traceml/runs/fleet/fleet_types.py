@@ -34,7 +34,8 @@ class RunHistory(msgspec.Struct, kw_only=True):
     """A run next to earlier runs of the same model.
 
     Attributes:
-        runs: earlier runs that it is compared with: the same project, script, model, batch size and number of ranks.
+        runs: earlier runs that it is compared with: the same project, script, batch size, number of ranks, and model
+            with its type, device, wrapper and compilation.
         others: earlier runs of the same script that are not, because one of these differs.
         phases: the whole step first; empty with fewer than eight earlier runs.
     """
