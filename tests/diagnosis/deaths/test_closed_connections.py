@@ -128,6 +128,24 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("world_size", "advice"),
+    [
+        (4, "The end of ranks 2, 3 is not known: look whether they still"),
+        (3, "The end of rank 2 is not known: look whether it still runs"),
+        (2, "while it still ran: look for destroy_process_group"),
+    ],
+)
+def test_ranks_that_missed_another_one_blame_no_rank_that_is_seen(world_size: int, advice: str) -> None:
+    """A host that fell silent is given up half a minute later; until then nothing of its end is known."""
+    exits = (CUT, replace(CUT, rank=1, line=30))
+    (finding,) = rank_lost(JobFacts(exits=exits, world_size=world_size))
+
+    assert "because of that" not in finding.summary
+    assert finding.evidence["failed_too"] == [1]
+    assert advice in finding.next
+
+
+@pytest.mark.parametrize(
     ("exception", "advice"),
     [
         ("RuntimeError: ProcessGroupGloo::allgather: invalid tensor size at index 0", "Read a.py:3"),

@@ -172,10 +172,19 @@ def _for_peer(ended: RankExit, facts: JobFacts) -> str:
     if ended.reached_time_limit:
         return _for_time_limit(ended, facts)
 
-    return (
-        "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
-        f"or a caught exception on the others; {_traceback_text(ended)}."
+    look = (
+        "look for destroy_process_group(), an early return or a caught exception on the others; "
+        f"{_traceback_text(ended)}"
     )
+    known = {each.rank for each in facts.exits}
+    if unknown := [rank for rank in range(facts.world_size) if rank not in known]:
+        its = "whether it still runs, and at its" if len(unknown) == 1 else "whether they still run, and at their"
+        return (
+            f"Another rank closed its connection. The end of {ranks_text(unknown)} is not known: look {its} host and "
+            f"output. If all others still run, {look}."
+        )
+
+    return f"Another rank closed its connection while it still ran: {look}."
 
 
 def _traceback_text(ended: RankExit) -> str:

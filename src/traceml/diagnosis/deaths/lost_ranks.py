@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from signal import SIGABRT
 
 from msgspec.structs import replace
@@ -43,8 +43,9 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     first, at_end = causes[0], _in_common(causes)
     worker = worker_causing_end(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
-    beside = _beside(causes, bad)
-    followed = [ended.rank for ended in bad if ended not in causes and ended not in beside]
+    others = _without(causes, bad)
+    beside = _beside(first, others)
+    followed = [ended.rank for ended in _without(beside, others)]
     lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else memory_end_of_worker(worker, first.rank, facts)
     grown = _grown_container(first, memory, facts)
@@ -75,7 +76,8 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
 
     A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
     """
-    bad = [ended for ended in bad if not _outlives_a_failure(ended, bad)]
+    failed = _first_failures(bad)
+    bad = [ended for ended in bad if not _outlives_a_failure(ended, failed)]
     own = [ended for ended in bad if not _follows(ended)]
     unforced = [ended for ended in bad if not ended.stopped]
     if not own and (not unforced or any(ended.interrupted for ended in bad)):
@@ -85,11 +87,21 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     known = [ended for ended in causes if ended.state != "lost"]
     causes = sorted(causes, key=lambda ended: (_may_follow(ended, known), ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another one is a consequence, or `_beside` them.
-    also = [ended for ended in bad if ended not in causes and _failed_by_itself(ended)]
+    also = [ended for ended in _without(causes, bad) if _failed_by_itself(ended)]
     return [ended for ended in [*causes, *also] if _cause(ended) == _cause(causes[0])] if causes else []
 
 
-def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
+def _first_failures(bad: Sequence[RankExit]) -> dict[str | None, float]:
+    """Return when a rank of each host first failed in a collective."""
+    found: dict[str | None, float] = {}
+    for ended in bad:
+        if ended.at_s is not None and failed_because_of_peer(ended):
+            found[ended.host] = min(ended.at_s, found.get(ended.host, ended.at_s))
+
+    return found
+
+
+def _outlives_a_failure(ended: RankExit, failed: Mapping[str | None, float]) -> bool:
     """Whether a rank without a report still ran when another one of its host failed in a collective.
 
     That failure was not for its end. Most likely the launcher ended it for the other one. Of a rank whose connection
@@ -98,8 +110,7 @@ def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
     if ended.state != "lost" or not ended.process_gone or ended.reported_s is not None:
         return False
 
-    failed = (other for other in bad if failed_because_of_peer(other) and other.host == ended.host)
-    return any(other.at_s is not None and other.at_s < (ended.at_s or 0.0) for other in failed)
+    return ended.host in failed and failed[ended.host] < (ended.at_s or 0.0)
 
 
 def _may_follow(ended: RankExit, known: Sequence[RankExit]) -> bool:
@@ -129,17 +140,23 @@ def _cause(ended: RankExit) -> tuple[object, ...]:
     return (ended.state, ended.signal, ended.code, ended.host_lost, ended.process_gone)
 
 
-def _beside(causes: Sequence[RankExit], bad: Sequence[RankExit]) -> list[RankExit]:
-    """Return the ranks whose own exception came with that of the first, or who waited as it did: no consequence."""
-    if causes[0].reached_time_limit:
-        return [ended for ended in bad if ended not in causes and ended.reached_time_limit]
+def _without(some: Sequence[RankExit], ends: Sequence[RankExit]) -> list[RankExit]:
+    """Return the ends of the other ranks."""
+    ranks = {ended.rank for ended in some}
+    return [ended for ended in ends if ended.rank not in ranks]
 
-    first_s = causes[0].at_s
-    if first_s is None or not _failed_by_itself(causes[0]):
+
+def _beside(first: RankExit, others: Sequence[RankExit]) -> list[RankExit]:
+    """Return the ranks whose own exception came with that of the first, or that missed another one as it did."""
+    if failed_because_of_peer(first):
+        return [ended for ended in others if failed_because_of_peer(ended)]
+
+    first_s = first.at_s
+    if first_s is None or not _failed_by_itself(first):
         return []
 
-    others = [ended for ended in bad if ended not in causes and _failed_by_itself(ended) and not ended.stopped]
-    return [ended for ended in others if ended.at_s is not None and abs(ended.at_s - first_s) <= _TOGETHER_S]
+    own = [ended for ended in others if _failed_by_itself(ended) and not ended.stopped]
+    return [ended for ended in own if ended.at_s is not None and abs(ended.at_s - first_s) <= _TOGETHER_S]
 
 
 def _beside_text(beside: Sequence[RankExit]) -> str:
