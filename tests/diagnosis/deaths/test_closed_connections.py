@@ -67,6 +67,18 @@ def test_the_line_that_ended_the_script_is_told() -> None:
     assert "why rank 1 reaches train.py:10 check" in finding.next
 
 
+def test_what_one_of_several_ranks_has_is_not_said_of_all() -> None:
+    """The line that ended its script, that it ended by os._exit(0), and where it failed."""
+    left = (replace(LEFT, file="a.py", line=1), replace(LEFT, rank=2, file="a.py", line=7, skipped_exit=True))
+    cut = (CUT, replace(CUT, rank=3, line=30))
+    (finding,) = rank_lost(JobFacts(exits=(*cut, *left), world_size=4))
+
+    assert finding.summary == (
+        "The scripts of ranks 1, 2 ended after 41 steps while ranks 0, 3 still trained, which failed, rank 0 at "
+        "train.py:28, in step 41, in backward."
+    )
+
+
 def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:
     """More batches do not help: it skipped the rest of its script."""
     (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, skipped_exit=True)), world_size=2))

@@ -327,6 +327,11 @@ def test_a_process_that_left_in_the_middle_is_told():
     assert finding.headline == "Rank 0 ended with exit code 0 at step 42, in backward"
     assert rank_lost(JobFacts(exits=(RankExit(rank=0, code=0),))) == []
 
+    swept = RankExit(rank=2, state="killed", signal=15, stopped=True)
+    (finding,) = rank_lost(JobFacts(exits=(left, replace(left, rank=1), swept)))
+    assert finding.summary.startswith("Ranks 0, 1 ended with exit code 0 in the middle of their script, in step 42")
+    assert finding.severity == "critical"  # others did not end well
+
 
 def test_an_exit_code_is_reported():
     """sys.exit(3) is a lost rank too."""

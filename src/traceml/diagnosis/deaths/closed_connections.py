@@ -12,7 +12,7 @@ from traceml.diagnosis.advice import (
     STOP_TOGETHER,
 )
 from traceml.diagnosis.deaths.end_wording import step_text
-from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit
+from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.facts.progress.uneven_data import UnevenData
@@ -64,6 +64,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
     if not gone or not causes or not all(map(failed_because_of_peer, causes)):
         return []
 
+    causes = [each for each in ended_badly(facts.exits) if failed_because_of_peer(each)]
     failed = min(causes, key=lambda each: each.rank)
     if any(each.steps > (failed.step or 0) + 1 for each in gone):
         return []  # it had come further, and did not need the others any more
@@ -124,15 +125,16 @@ def _advice(gone: Sequence[RankExit], failed: RankExit, diverged: DivergedRanks 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:
     ranks = sorted(each.rank for each in gone)
     one, more, code = "script", "scripts", ""
-    if gone[0].skipped_exit:
+    if all(each.skipped_exit for each in gone):
         one, more, code = "process", "processes", " with exit code 0"
 
     whose = f"{ranks_text(ranks)}'s {one}" if len(ranks) == 1 else f"the {more} of {ranks_text(ranks)}"
-    counts = {each.steps for each in gone}
+    counts, places = {each.steps for each in gone}, {each.place for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
-    ended = f" at {gone[0].place}" if gone[0].place else ""
+    ended = f" at {gone[0].place}" if gone[0].place and len(places) == 1 else ""
     others = ranks_text(sorted(each.rank for each in causes))
-    at = f" at {failed.place}" if failed.place else ""
+    of_one = f", {ranks_text([failed.rank])}" if len({(each.place, each.step) for each in causes}) > 1 else ""
+    at = f"{of_one} at {failed.place}" if failed.place else of_one
     needed = "still trained" if failed.in_step else f"still needed {'it' if len(ranks) == 1 else 'them'}"
     return (
         f"{capitalized(whose)} ended{code}{ended}{after} while {others} {needed}, which failed{at}{step_text(failed)}."

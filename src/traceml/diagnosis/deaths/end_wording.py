@@ -85,7 +85,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         return f"{was} lost with {'their' if many else 'its'} host: {ended.host_lost}"
 
     if was_cut_off(ended):
-        return "ended with exit code 0 in the middle of its script"
+        return f"ended with exit code 0 in the middle of {'their' if many else 'its'} script"
 
     if ended.state == "lost" and ended.process_gone:
         return "ended without a report: by a signal or by os._exit"

@@ -54,7 +54,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     return [
         Finding.of(
             Kind.RANK_LOST,
-            severity=Severity.WARNING if was_cut_off(first) else None,
+            severity=Severity.WARNING if was_cut_off(first) and not followed else None,
             ranks=ranks,
             phase=at_end.open_phase,
             summary=summary if grown is None else f"{summary}{grown.text}",
