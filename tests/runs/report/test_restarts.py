@@ -74,6 +74,25 @@ def test_each_restart_is_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ({"state": "killed", "exit": {"signal": 9, "oom": "group"}}, "out of memory"),
+        (failed(exception="torch.OutOfMemoryError", message="CUDA out of memory."), "out of memory"),
+        ({"state": "killed", "exit": {"signal": 9, "oom": "host"}}, "SIGKILL"),
+        ({"state": "lost", "exit": {"host_lost": "its agent was lost"}}, "lost with the host"),
+    ],
+)
+def test_lack_of_memory_and_a_lost_host_are_reasons(tmp_path: Path, end: dict[str, Any], reason: str) -> None:
+    """Where it is certain, as the finding about the last attempt says it."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, SWEPT, end)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    (found,) = build_report(tmp_path / "run").run.restarts
+    assert (found.ranks, found.reason) == ([1], reason)
+
+
+@pytest.mark.parametrize(
     ("cause", "reason"),
     [
         ("preempted", "preempted by the scheduler"),

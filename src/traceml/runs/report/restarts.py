@@ -16,6 +16,7 @@ from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
+from traceml.diagnosis.deaths.out_of_memory import is_out_of_memory
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.wall_time import checkpoints, resumes_at
@@ -94,6 +95,12 @@ def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> 
 
 
 def _reason(end: RankExit) -> str:
+    if end.oom == "group" or is_out_of_memory(end.exception or ""):
+        return "out of memory"
+
+    if end.host_lost:
+        return "lost with the host"
+
     if end.signal is not None:
         return signal_name(end.signal)
 
