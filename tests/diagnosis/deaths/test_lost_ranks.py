@@ -656,6 +656,19 @@ def test_an_exit_with_a_number_names_its_line(place, says, advises):
     assert advises in finding.next
 
 
-def test_a_time_that_is_no_number_is_left_out() -> None:
-    """As of a script that has replaced `time.time`: the report is made all the same."""
-    assert RankExit.from_facts(0, "finished", {"code": 0, "at_s": "no"}) == RankExit(rank=0, code=0)
+@pytest.mark.parametrize("value", ["no", [], {}, b"x", float("inf")])
+@pytest.mark.parametrize("name", ["at_s", "signal", "code", "last_step", "open_step", "step", "saved_steps"])
+def test_a_number_that_is_none_is_left_out(name: str, value: object) -> None:
+    """As of a script that has replaced `time.time`, or a row of another program: the report is made all the same."""
+    if (name, value) != ("at_s", float("inf")):
+        assert RankExit.from_facts(0, "finished", {"code": 0, name: value}) in (
+            RankExit(rank=0, code=0),
+            RankExit(rank=0),
+        )
+
+
+def test_a_text_that_is_none_is_left_out() -> None:
+    """Nothing is said of it."""
+    garbage = {"exception": 5, "file": 3, "seen": [], "open_phase": 7, "scheduler": {}}
+
+    assert RankExit.from_facts(0, "failed", {"code": 1, **garbage}) == RankExit(rank=0, state="failed", code=1)

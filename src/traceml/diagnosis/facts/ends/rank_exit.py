@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from signal import SIGINT
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -140,7 +140,10 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
         """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""
-        known = {name: reported[name] for name in _COPIED if reported.get(name) is not None}
+        step = reported.get("open_step")
+        given = {**reported, "open_step": reported.get("step") if step is None else step}
+        # A script may have replaced `time.time`, and a row may come from another program.
+        known = {name: given[name] for name, types in _COPIED.items() if isinstance(given.get(name), types)}
         if known.get("exception") and reported.get("message"):
             known["exception"] = f"{known['exception']}: {reported['message']}"
 
@@ -150,11 +153,6 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         if known.get("last_step", 0) < 0:
             del known["last_step"]  # it counts appended rows: there were none
 
-        for name in _TIMES:  # a script may have replaced `time.time`
-            if not isinstance(known.get(name), int | float):
-                known.pop(name, None)
-
-        known.setdefault("open_step", reported.get("step"))
         return cls(rank=rank, state=state, host=host, **known)
 
     @property
@@ -164,8 +162,13 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
 
 
-_TIMES = ("at_s", "reported_s", "open_s", "limit_s")
-_COPIED = tuple(name for name in RankExit.__struct_fields__ if name not in ("rank", "state", "host"))
+_ALSO_TAKEN = {float: (int, float)}
+_COPIED = {
+    field.name: _ALSO_TAKEN.get(kind := (get_args(field.type) or (field.type,))[0], kind)
+    for field in msgspec.structs.fields(RankExit)
+    if field.name not in ("rank", "state", "host")
+}
+"""Facts of a stream that are copied, and the types of their values."""
 _EXIT_FIELDS = tuple(name for name in RankExit.__struct_fields__ if name != "rank")
 
 
