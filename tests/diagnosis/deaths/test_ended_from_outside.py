@@ -42,6 +42,20 @@ def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    ("phase", "words"),
+    [("forward", "in step 812, in forward."), ("backward", "in step 812."), (None, "in step 812, in f")],
+)
+def test_the_phase_of_one_rank_is_not_that_of_the_job(phase: str | None, words: str) -> None:
+    """The rank that came furthest tells the step."""
+    ends = swept(0, open_phase="forward"), swept(1, open_phase=phase, last_step=810)
+    for facts in (job(*ends), job(*ends, by=SLURM._replace(scheduler="preempted"))):
+        assert words in rank_lost(facts)[0].summary
+
+    evaluates = swept(0, open_phase="evaluation"), swept(1, open_phase=phase, last_step=810)
+    assert "after step 811" in rank_lost(job(*evaluates))[0].summary
+
+
+@pytest.mark.parametrize(
     ("open_s", "wall_s", "phase", "told"),
     [(211.0, 900.0, "other", True), (50.0, 900.0, "other", False), (211.0, 90_000.0, "other", False),
      (211.0, 900.0, "backward", False)],

@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.formatting import bytes_text, count_text, cut_text, exception_line, parsed_place, phase_words, place_words
 from traceml.process_ends import exit_text, signal_name, signal_text
@@ -17,6 +19,7 @@ __all__ = [
     "end_summary",
     "end_text",
     "exit_words",
+    "in_common",
     "place_evidence",
     "seen_text",
     "signal_of_code",
@@ -134,6 +137,15 @@ def step_text(ended: RankExit, *, of_one: bool = False) -> str:
         return f"{inside}, before a step had arrived" if ended.step is None else f"{inside}, after {step} had arrived"
 
     return f"{inside}, before the first step" if ended.step is None else f"{inside}, after {step}"
+
+
+def in_common(first: RankExit, ends: Iterable[RankExit]) -> RankExit:
+    """Return the end of one rank, without its phase where others were in another one."""
+    if all(ended.open_phase == first.open_phase for ended in ends):
+        return first
+
+    outside = {} if first.in_step else {"open_step": None, "last_step": first.step}
+    return replace(first, open_phase=None, **outside)
 
 
 def seen_text(ended: RankExit) -> str:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from traceml.diagnosis.deaths.end_wording import step_text, whereabouts
+from traceml.diagnosis.deaths.end_wording import in_common, step_text, whereabouts
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -101,7 +101,7 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
     if found is None:
         return []
 
-    last, cause = found
+    last, cause = in_common(found[0], _with_phase(facts)), found[1]
     lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
     did = f"{_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
     return [
@@ -131,6 +131,10 @@ def end_by_scheduler(
 
     last = max(ended, key=lambda each: each.last_step or 0)
     return last, str(_cause(last, job_end_s))
+
+
+def _with_phase(facts: JobFacts) -> list[RankExit]:
+    return [ended for ended in facts.exits if ended.open_phase]
 
 
 def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
@@ -220,6 +224,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
         return []
 
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
+    last = in_common(last, _with_phase(facts))
     lost = lost_steps(last, facts.exits)
     return [
         Finding.of(

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from signal import SIGABRT
 
-from msgspec.structs import replace
-
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_wording import end_text, place_evidence, seen_text, step_text, was_cut_off
+from traceml.diagnosis.deaths.end_wording import (
+    end_text,
+    in_common,
+    place_evidence,
+    seen_text,
+    step_text,
+    was_cut_off,
+)
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
@@ -40,7 +45,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     if as_a_whole or not causes:
         return as_a_whole
 
-    first, at_end = causes[0], _in_common(causes)
+    first, at_end = causes[0], in_common(causes[0], causes)
     worker = worker_causing_end(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
     others = _without(causes, bad)
@@ -200,13 +205,6 @@ def _of_container(ended: RankExit, grown: GrowthCause | None) -> dict[str, objec
     return {} if grown is None else {key: value for key, value in grown.evidence.items() if key not in own}
 
 
-def _in_common(causes: Sequence[RankExit]) -> RankExit:
-    """Return the end of the first rank, without a phase where the others were in another one."""
-    first = causes[0]
-    is_same = all(ended.open_phase == first.open_phase for ended in causes)
-    return first if is_same else replace(first, open_phase=None)
-
-
 def _differ(causes: Sequence[RankExit]) -> bool:
     """Whether ranks with the same cause ended at several lines, or in several steps."""
     return len({(ended.place, ended.step, ended.in_step) for ended in causes}) > 1
@@ -224,7 +222,7 @@ def _summary(causes: Sequence[RankExit], memory: MemoryEnd | None, worker: LostW
     if has_rank and worker is None:
         how += f" on {ranks_text((first.rank,))}"
 
-    when = step_text(_in_common(causes), of_one=_differ(causes) and not has_rank)
+    when = step_text(in_common(first, causes), of_one=_differ(causes) and not has_rank)
     seen = seen_text(first) if worker is None and is_one else ""
     used = memory.words() if memory is not None and is_one else ""
     return f"{subject} {how}{when}{seen}{used}"
