@@ -142,8 +142,8 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
 @pytest.mark.parametrize(
     ("world_size", "advice"),
     [
-        (4, "The end of ranks 2, 3 is not known: look whether they still"),
-        (3, "The end of rank 2 is not known: look whether it still runs"),
+        (4, "The end of ranks 2, 3 is not known: look whether they run, and"),
+        (3, "The end of rank 2 is not known: look whether it runs, and"),
         (2, "while it still ran: look for destroy_process_group"),
     ],
 )

@@ -80,7 +80,8 @@ def test_a_full_host_is_told_beside_the_limit_of_another_one():
     (finding,) = found(3, memory=history, limits=limits, hosts={0: "a", 1: "b", 2: "c"})
 
     assert finding.summary == (
-        "The memory of a is nearly full: 15.0 GiB of 16.0 GiB are in use (94 %). So is the memory of 1 other host."
+        "The memory of a is nearly full: 15.0 GiB of 16.0 GiB are in use (94 %). The memory of 1 other host is nearly "
+        "full, too."
     )
 
 

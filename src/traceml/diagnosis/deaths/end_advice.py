@@ -178,9 +178,9 @@ def _for_peer(ended: RankExit, facts: JobFacts) -> str:
     )
     known = {each.rank for each in facts.exits}
     if unknown := [rank for rank in range(facts.world_size) if rank not in known]:
-        its = "whether it still runs, and at its" if len(unknown) == 1 else "whether they still run, and at their"
+        look_at = "whether it runs, and at its host" if len(unknown) == 1 else "whether they run, and at their hosts"
         return (
-            f"Another rank closed its connection. The end of {ranks_text(unknown)} is not known: look {its} host and "
+            f"Another rank closed its connection. The end of {ranks_text(unknown)} is not known: look {look_at} and "
             f"output. If all others still run, {look}."
         )
 

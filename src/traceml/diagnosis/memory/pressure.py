@@ -60,7 +60,7 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> 
     share = host.used_bytes / max(host.total_bytes, 1)
     # Files that several ranks map are in the resident memory of each.
     held = f"; the training processes hold {bytes_text(own)}" if own <= host.used_bytes else ""
-    too = f" So is the memory of {plural(others, 'other host')}." if others else ""
+    too = f" The memory of {plural(others, 'other host')} is nearly full, too." if others else ""
     return Finding.of(
         Kind.MEMORY_PRESSURE,
         summary=(
