@@ -192,6 +192,8 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "OSError: [Errno 28] No space left on device", "file": "a.py", "line": 3}, "df -h"),
         ({"exception": "OSError: [Errno 122] Disk quota exceeded", "file": "a.py", "line": 3}, "quota"),
         ({"exception": "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"}, "df -h"),
+        ({"exception": "RuntimeError: [enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing "
+                       "file data/1: file write failed"}, "df -h"),
         ({"exception": "RuntimeError: basic_ios::clear: iostream error", "open_phase": "checkpoint"}, "df -h"),
         ({"exception": "RuntimeError: basic_ios::clear: iostream error", "file": "a.py", "line": 3}, "Read a.py:3"),
         ({"exception": "ValueError: unexpected pos", "file": "a.py", "line": 3}, "Read a.py:3"),

@@ -34,13 +34,15 @@ _MONITORED = "monitoredbarrier"
 _WITH_WATCHDOG = "nccl"
 _LEAST_LIMIT_S = 30.0  # a step that was open for less ended by no time limit of a collective: that is 10 min by default
 _ASSERTED = "device-side assert"
+_CUT = ("unexpected pos", "file write failed")
+"""What torch.save says of a file that could not be written to its end, by its version."""
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
 """What CUDA and HIP say of an error in a kernel, some time after it was launched."""
 
 
 def _is_cut(ended: RankExit) -> bool:
     """Return whether torch.save says that its file could not be written to the end."""
-    is_cut = ended.exception_mentions("inline_container.cc") and ended.exception_mentions("unexpected pos")
+    is_cut = ended.exception_mentions("inline_container.cc") and ended.exception_mentions(*_CUT)
     return is_cut or (ended.open_phase == "checkpoint" and ended.exception_mentions("iostream error"))
 
 
