@@ -457,6 +457,11 @@ def test_ranks_that_fail_together_did_not_end_because_of_each_other():
         assert finding.summary.endswith(words)
         assert "followed" not in finding.evidence
 
+    killed = RankExit(rank=1, state="killed", signal=9, oom="group", at_s=0.8)
+    worker = failed(0, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.", 4, 1.0)
+    (finding,) = rank_lost(JobFacts(exits=(worker, killed)))
+    assert (finding.ranks, finding.evidence["failed_too"]) == ((1,), [0])
+
 
 def test_ranks_that_the_launcher_killed_are_no_cause():
     """The signal with which a launcher ends the others is no cause."""

@@ -152,12 +152,12 @@ def _without(some: Sequence[RankExit], ends: Sequence[RankExit]) -> list[RankExi
 
 
 def _beside(first: RankExit, others: Sequence[RankExit]) -> list[RankExit]:
-    """Return the ranks whose own exception came with that of the first, or that missed another one as it did."""
+    """Return the ranks whose own exception came with the end of the first, or that missed another one as it did."""
     if failed_because_of_peer(first):
         return [ended for ended in others if failed_because_of_peer(ended)]
 
     first_s = first.at_s
-    if first_s is None or not _failed_by_itself(first):
+    if first_s is None:
         return []
 
     own = [ended for ended in others if _failed_by_itself(ended) and not ended.stopped]
