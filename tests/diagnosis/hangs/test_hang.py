@@ -874,6 +874,20 @@ def test_a_longer_time_limit_is_advised_where_one_has_ended_the_wait():
     assert "timeout=..." not in stuck.next
 
 
+def test_a_rank_that_prepares_for_longer_than_others_wait_in_the_store_is_named():
+    """The store ended their wait, before the group was made."""
+    exception = "torch.distributed.DistStoreError: wait timeout after 3000ms, keys: /default_pg/0//cpu//0/1"
+    timed_out = RankExit(rank=0, state="failed", code=1, exception=exception)
+    swept = RankExit(rank=1, state="killed", signal=15, stopped=True)
+    starting = {"step": -1, "in_step": False, "phase": "startup", "quiet_s": 7.0}
+    waits = snapshot(0, call("init_process_group"), line(5), **starting)
+
+    finding = found(waits, snapshot(1, line(6, "prepare"), **starting), exits=(timed_out, swept), state="failed")
+
+    assert finding.ranks == (1,)
+    assert summary(finding).endswith(" Rank 0 waited until the time limit of init_process_group.")
+
+
 def test_a_longer_time_limit_is_not_advised_to_ranks_that_never_meet():
     """They would wait for ever."""
     timed_out = RankExit(rank=0, state="failed", code=1, exception="RuntimeError: Timed out waiting 8000ms for recv")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot, user_line
 from traceml.diagnosis.facts.progress.uneven_data import UnevenData
-from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import (
     REMOTE_CALLS,
@@ -79,7 +79,10 @@ def _time_limit_text(found: DetectedHang) -> str:
         return ""
 
     its = "its" if len(found.timed_out) == 1 else "their"
-    return f" {capitalized(ranks_text(found.timed_out))} waited until the time limit of {its} collective."
+    waits = [found.blame.waits.get(rank) for rank in found.timed_out]
+    is_set_up = all(wait is not None and wait.operation == RENDEZVOUS for wait in waits)
+    what = RENDEZVOUS if is_set_up else f"{its} collective"
+    return f" {capitalized(ranks_text(found.timed_out))} waited until the time limit of {what}."
 
 
 def _failed_thread_text(found: DetectedHang) -> str:
