@@ -155,13 +155,18 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks.
+    """Ranks that are late for the same reason.
 
-    `group` is the host, switch or part of the mesh that they are, None for single ranks.
+    Attributes:
+        rows, others: indices of them and of the others in the window.
+        ranks, other_ranks: these ranks, and those that they represent.
+        group: the host, switch or part of the mesh that they are; None for single ranks.
     """
 
     rows: NDArray[np.intp]
     others: NDArray[np.intp]
+    ranks: tuple[int, ...]
+    other_ranks: list[int]
     part: str
     excess_ns: float
     dominance: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
 
 import numpy as np
@@ -13,8 +12,8 @@ from traceml.diagnosis.rules.stragglers.other_ranks import Rows
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
 
 __all__ = [
+    "FAR_MORE_WORK",
     "due_to_code_ns",
-    "has_far_more_work",
     "is_without_core",
     "may_be_without_core",
     "more_work_ns",
@@ -57,19 +56,13 @@ def more_work_ns(work: OwnWork, facts: JobFacts, rows: Rows, excess_ns: float) -
     A rank that has more to compute also waits longer for a core, in proportion.
     """
     late = work.ranks[rows].tolist()
-    others, run = facts.core_runs_of_others(late), facts.core_run(late)
+    run, others = facts.core_run(late), (each for rank, each in facts.core_runs.items() if rank not in late)
     if run is None or min(facts.core_runs[rank] for rank in late) < MORE_WORK_RATIO * max(others):
         return 0.0
 
     waiting = float(np.median([facts.wait_of_ready_time.get(rank, 0.0) for rank in work.ranks.tolist()]))
     more_ns = (run[0] - run[1]) * work.step_ns / max(1 - waiting, 0.05)
     return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
-
-
-def has_far_more_work(facts: JobFacts, ranks: Sequence[int]) -> bool:
-    """Return whether ranks ran for longer than the others by more than a lower clock or a shared core explains."""
-    run = facts.core_run(ranks)
-    return run is not None and run[0] >= FAR_MORE_WORK * run[1]
 
 
 def may_be_without_core(work: OwnWork, facts: JobFacts, rows: Rows) -> bool:

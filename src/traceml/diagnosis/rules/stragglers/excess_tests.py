@@ -37,7 +37,8 @@ def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -
     excess = {name: work.in_measured(name, work.parts[name][rows].mean(axis=0) - usual.parts[name]) for name in base}
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
-        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_MIN_Z_SCORE
+        float(excess[name].mean()) / base[name] >= least
+        and np.divide(*_mean_and_error(excess[name])) >= SIMILAR_MIN_Z_SCORE
         for name in base
         if name != part and base[name] >= 0.01 * sum(base.values())
     )
@@ -50,12 +51,10 @@ def is_significant(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
     steady = [np.sum(list(excess.values()), axis=0), work.in_measured("backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / work.step_ns
-    needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
     errors = (mean + mean_backward) / hypot(error, error_backward)
-    if errors >= needed:
-        return True
-
-    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
+    return errors >= MIN_Z_SCORE + 10 * max(0.0, 0.2 - share) or (
+        errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
+    )
 
 
 def _mean_and_error(values: Floats) -> tuple[float, float]:
@@ -74,11 +73,6 @@ def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp
     """Return the beginning and the size of each of several batches of steps, as equal as can be."""
     ends = np.arange(number + 1) * steps // number
     return ends[:-1], np.diff(ends)
-
-
-def _errors(values: Floats) -> float:
-    mean, error = _mean_and_error(values)
-    return mean / error
 
 
 def persists(excess: Floats, work: OwnWork) -> bool:

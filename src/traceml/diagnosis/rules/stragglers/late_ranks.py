@@ -26,7 +26,7 @@ from traceml.diagnosis.rules.stragglers.excess_tests import (
     is_slower_overall,
     persists,
 )
-from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows, mean_of_others
+from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows, excess_over_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import share_late
 from traceml.diagnosis.steps.long_steps import RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork
@@ -221,7 +221,10 @@ def _blamed_part(
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
     floor = EVERYWHERE_SHARE if everywhere or seldom or (without_core and not more_ns) else EXCESS_SHARE
     chance = everywhere and facts.oversubscribed and not more_ns
-    if explained_ns < floor * work.step_ns or (chance and not _waits_for_side_threads(work, facts, rows)):
+    if chance and facts.threads == 1:  # other threads may explain it; torch's, where there are several, do not
+        chance = background_threads(facts, work.ranks_of(rows)) is None
+
+    if explained_ns < floor * work.step_ns or chance:
         return None, everywhere
 
     return part, everywhere
@@ -240,14 +243,6 @@ def _saves_alone(rows: Rows, usual: OtherRanks, part: str, share: float) -> bool
     return part == "checkpoint" and share >= SAVING_SHARE and others_ns < NO_SAVING_RATIO * mine_ns
 
 
-def _waits_for_side_threads(work: OwnWork, facts: JobFacts, rows: Rows) -> bool:
-    """Return whether other threads of the ranks explain that they are slower in everything, beside a lack of cores.
-
-    Torch's own threads compute for the main one: where there are several, they say nothing.
-    """
-    return facts.threads == 1 and background_threads(facts, work.ranks_of(rows)) is not None
-
-
 def _excess_by_part(work: OwnWork, rows: Rows, usual: OtherRanks) -> dict[str, float]:
     return {part: float((values[rows] - usual.parts[part]).mean()) for part, values in work.parts.items()}
 
@@ -260,20 +255,18 @@ def _runs_own_line(work: OwnWork, facts: JobFacts, rows: Rows, usual: OtherRanks
 
 
 def _late(work: OwnWork, facts: JobFacts, rows: Rows, others: Rows, part: str, everywhere: bool) -> LateRanks:
-    by_part = {
-        name: float((values[rows].mean(axis=0) - mean_of_others(values[others])).mean())
-        for name, values in work.parts.items()
-    }
+    by_part = {name: float(excess_over_others(values, rows, others).mean()) for name, values in work.parts.items()}
     positive = {name: value for name, value in by_part.items() if value > 0}
-    total = float((work.own[rows].mean(axis=0) - mean_of_others(work.own[others])).mean())
-    dominance = by_part[part] / max(sum(positive.values()), 1.0)
+    ranks = work.ranks_of(rows)
     return LateRanks(
         rows=rows,
         others=others,
+        ranks=tuple(ranks),
+        other_ranks=work.ranks_of(others),
         part=part,
-        excess_ns=total if everywhere else by_part[part],
-        dominance=dominance,
+        excess_ns=float(excess_over_others(work.own, rows, others).mean()) if everywhere else by_part[part],
+        dominance=by_part[part] / max(sum(positive.values()), 1.0),
         everywhere=everywhere,
         by_part_ns=positive,
-        group=facts.topology.smallest_group(work.ranks_of(rows), work.all_ranks),
+        group=facts.topology.smallest_group(ranks, work.all_ranks),
     )

@@ -12,7 +12,7 @@ from traceml.diagnosis.steps.long_steps import count_long_steps
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["OtherRanks", "Rows", "mean_of_others"]
+__all__ = ["OtherRanks", "Rows", "excess_over_others", "mean_of_others"]
 
 Rows = NDArray[np.intp]
 """Indices of ranks in the window."""
@@ -44,6 +44,11 @@ class OtherRanks(msgspec.Struct, frozen=True, dict=True):
     def long_steps(self) -> NDArray[np.int64]:
         """Long steps of all ranks, compared with theirs."""
         return count_long_steps(self.work, self.rows)
+
+
+def excess_over_others(values: Floats, late: Rows, others: Rows) -> Floats:
+    """Return by how much the work of late ranks is longer than that of the others, the means, by step."""
+    return np.asarray(values[late].mean(axis=0) - mean_of_others(values[others]))
 
 
 def mean_of_others(values: Floats) -> Floats:

@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.rules.stragglers.other_ranks import mean_of_others
+from traceml.diagnosis.rules.stragglers.other_ranks import excess_over_others, mean_of_others
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import (
     capitalized,
-    factor_text,
     gain_text,
     ns_text,
     percent_text,
@@ -28,7 +27,6 @@ __all__ = [
     "is_hidden",
     "late_evidence",
     "late_summary",
-    "more_cpu_time",
     "share_late",
     "stage_summary",
     "waited_for_core",
@@ -74,15 +72,6 @@ def fewer_workers(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) 
     return f" {capitalized(ranks_text(ranks))} {has} {many}, the others {least}.", least
 
 
-def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
-    """Return the sentence about late ranks that compute more, where all ranks wait for cores."""
-    run = facts.core_run(ranks)
-    if run is None:
-        return ""
-
-    return f" {capitalized(ranks_text(ranks))} used {factor_text(run[0] / run[1])} the CPU time of the others."
-
-
 def late_summary(
     work: OwnWork,
     late: LateRanks,
@@ -106,9 +95,8 @@ def late_summary(
         untimed: what may be waiting for a device, in words; no gain is promised then.
         is_bounded_by_workers: whether the loader workers of the others allow no more.
     """
-    ranks = work.ranks_of(late.rows)
-    many, cost = len(ranks) > 1, "costs"
-    subject = f"{_subject(late, ranks)} {'slow' if many else 'slows'} the others down"
+    many, cost = len(late.ranks) > 1, "costs"
+    subject = f"{_subject(late)} {'slow' if many else 'slows'} the others down"
     own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
     if late.everywhere:
@@ -128,7 +116,7 @@ def late_summary(
 
     if is_hidden(late, share, gain):
         # Nobody waits for these ranks alone.
-        subject, cost = f"{_subject(late, ranks)} {'are' if many else 'is'} slow, hidden by other slow ranks", "is"
+        subject, cost = f"{_subject(late)} {'are' if many else 'is'} slow, hidden by other slow ranks", "is"
         gained = ", saved only once other differences between ranks are removed, too"
 
     whose = "their" if many else "its"
@@ -162,11 +150,10 @@ def is_hidden(late: LateRanks, share: float, gain: float) -> bool:
 
 def stage_summary(work: OwnWork, late: LateRanks, more_ns: float) -> str:
     """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does."""
-    ranks = work.ranks_of(late.rows)
-    slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
+    slow, their = ("slow", "their") if len(late.ranks) > 1 else ("slows", "its")
     share = min(more_ns / work.step_ns, 1.0)
     return (
-        f"{_subject(late, ranks)} {slow} the others down: {their} part of the model is a different one, and takes "
+        f"{_subject(late)} {slow} the others down: {their} part of the model is a different one, and takes "
         f"{ns_text(more_ns)} more own work per step than theirs (most of it in {phase_words(late.part)}), for "
         f"which they wait {percent_text(share)} of step time."
     )
@@ -183,14 +170,14 @@ def _seldom_text(work: OwnWork, late: LateRanks) -> str:
     return f", nearly all in {percent_text(often)} of the steps ({ns_text(float(excess[is_late].mean()))} each)"
 
 
-def _subject(late: LateRanks, ranks: list[int]) -> str:
+def _subject(late: LateRanks) -> str:
     if late.group is None:
-        return capitalized(ranks_text(ranks))
+        return capitalized(ranks_text(late.ranks))
 
-    return f"{capitalized(late.group.words)} ({', '.join([*late.group.also, ranks_text(ranks)])})"
+    return f"{capitalized(late.group.words)} ({', '.join([*late.group.also, ranks_text(late.ranks)])})"
 
 
-def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
+def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks) -> dict[str, object]:
     """Return the numbers behind that sentence."""
     own = work.parts[late.part]
     mine, others = own[late.rows], mean_of_others(own[late.others])
@@ -205,7 +192,7 @@ def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks, ranks: tuple[
         "steps": work.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
-    listed = ranks[:_MAX_LISTED]
+    listed = late.ranks[:_MAX_LISTED]
     hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
     waits = {str(rank): facts.wait_of_ready_time[rank] for rank in listed if rank in facts.wait_of_ready_time}
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
@@ -215,7 +202,7 @@ def _excess(work: OwnWork, late: LateRanks) -> Floats:
     """Return by how much late ranks are late in each step that shows it: of backward the steps that measured it."""
     own = work.parts[late.part]
     known = work.measured if late.part == "backward" and work.measured.any() else slice(None)
-    return np.asarray((own[late.rows].mean(axis=0) - mean_of_others(own[late.others]))[known])
+    return excess_over_others(own, late.rows, late.others)[known]
 
 
 def share_late(excess: Floats) -> float:

@@ -18,26 +18,26 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.gil_contention import background_threads
 from traceml.diagnosis.rules.stragglers.core_lack import (
+    FAR_MORE_WORK,
     due_to_code_ns,
-    has_far_more_work,
     is_without_core,
     more_work_ns,
 )
 from traceml.diagnosis.rules.stragglers.excess_tests import EVERYWHERE_SHARE
 from traceml.diagnosis.rules.stragglers.late_ranks import find_late, late_in_one_part, without_late
-from traceml.diagnosis.rules.stragglers.other_ranks import mean_of_others
+from traceml.diagnosis.rules.stragglers.other_ranks import excess_over_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import (
     fewer_workers,
     is_hidden,
     late_evidence,
     late_summary,
-    more_cpu_time,
     stage_summary,
     waited_for_core,
 )
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, LateRanks, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import capitalized, factor_text, ranks_text
 
 __all__ = ["straggler_kind", "stragglers"]
 
@@ -45,6 +45,12 @@ GAIN_SHARE = 0.05
 """Without the late ranks a step would be shorter by at least this share, unless they are very late."""
 MAIN_SHARE = 0.9
 """A line with less of the excess of late ranks is told with a second one, and promises no more than its own gain."""
+_KINDS = {
+    "input_wait": Kind.INPUT_STRAGGLER,
+    "h2d": Kind.H2D_STRAGGLER,
+    "checkpoint": Kind.CHECKPOINT_STALLS,
+    **dict.fromkeys(COMPUTE, Kind.COMPUTE_STRAGGLER),
+}
 
 
 def stragglers(work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
@@ -65,28 +71,13 @@ def stragglers(work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str,
 
 def straggler_kind(part: str) -> Kind:
     """Return the kind of finding for ranks that are late in a part of the step."""
-    if part == "input_wait":
-        return Kind.INPUT_STRAGGLER
-
-    if part == "h2d":
-        return Kind.H2D_STRAGGLER
-
-    if part == "checkpoint":
-        return Kind.CHECKPOINT_STALLS
-
-    return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
-
-
-def _waiting_share(work: OwnWork, late: LateRanks) -> float:
-    """Return the share of the step that late ranks wait for others, mostly inside backward."""
-    return max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0)
+    return _KINDS.get(part, Kind.STRAGGLER)
 
 
 def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
     """Return whether late ranks alone have loaders, and the others wait for no data of their own."""
     readers = {rank for rank, loaders in facts.loaders.items() if loaders}
-    waits = work.parts["input_wait"]
-    return readers == set(work.ranks_of(late.rows)) and not waits[late.others].any()
+    return readers == set(late.ranks) and not work.parts["input_wait"][late.others].any()
 
 
 def _own_code(
@@ -96,16 +87,16 @@ def _own_code(
 
     The main line, or two that only these ranks run, if one has little more than half.
     """
-    ranks, own_ns = work.ranks_of(late.rows), _share_of_part(work, late) * work.step_ns
+    own_ns = _share_of_part(work, late) * work.step_ns
     found: tuple[BlamedLine, ...] = (line,) if line is not None else ()
     if late.everywhere or late.part not in UNNAMED_CODE:
         return found, 1.0
 
     if line is None or line.share < MAIN_SHARE:
-        found = lines_of_ranks_alone(facts.lines, late.part, own_ns / work.step_ns, ranks) or found
+        found = lines_of_ranks_alone(facts.lines, late.part, own_ns / work.step_ns, late.ranks) or found
 
     is_known = all(
-        not each.is_rough and not each.is_least and is_of_ranks_alone(facts.lines, late.part, each, ranks)
+        not each.is_rough and not each.is_least and is_of_ranks_alone(facts.lines, late.part, each, late.ranks)
         for each in found
     )
     explained = sum(each.share for each in found) * own_ns / late.excess_ns
@@ -113,8 +104,8 @@ def _own_code(
 
 
 def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
-    ranks, line = tuple(work.ranks_of(late.rows)), _line(work, facts, late)
-    is_stage = late.part in COMPUTE and facts.batches.has_own_stages(ranks, work.ranks_of(late.others))
+    line = _line(work, facts, late)
+    is_stage = late.part in COMPUTE and facts.batches.has_own_stages(late.ranks, late.other_ranks)
     if is_stage and (line is None or not facts.waits_in(late.part, line)):
         return _stage_finding(work, facts, late, line)
 
@@ -132,7 +123,7 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     untimed = "" if late.part == "input_wait" else advice.waiting_for_device(facts, is_timed=work.device)
     return Finding.of(
         straggler_kind(late.part),
-        ranks=ranks,
+        ranks=late.ranks,
         phase=late.part,
         summary=late_summary(
             work, late, share, gain, lines, facts.loader_workers, of_lines, untimed, is_bounded_by_workers=is_bounded
@@ -150,21 +141,20 @@ def _workers_of_others_ns(work: OwnWork, facts: JobFacts, late: LateRanks) -> fl
 
     Each makes batches for a share of the time, and would for all of it; 0 where they have no workers, or few samples.
     """
-    others = set(work.ranks_of(late.others))
+    others = set(late.other_ranks)
     at_work = workers_at_work([each for each in facts.worker_lines if each.rank in others])
     return at_work.share * work.step_ns if late.part == "input_wait" and not at_work.is_rough else 0.0
 
 
 def _stage_finding(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> Finding:
     """Return the finding about ranks that are the longest stages of a pipeline."""
-    ranks = tuple(work.ranks_of(late.rows))
-    more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
+    more_ns = float(excess_over_others(work.own, late.rows, late.others).mean())
     return Finding.of(
         straggler_kind(late.part),
-        ranks=ranks,
+        ranks=late.ranks,
         phase=late.part,
         summary=stage_summary(work, late, more_ns),
-        next=advice.for_long_stage(ranks),
+        next=advice.for_long_stage(late.ranks),
         evidence=_evidence(work, facts, late, line),
         cost_share=min(more_ns / work.step_ns, 1.0),
     )
@@ -180,17 +170,15 @@ def _line(work: OwnWork, facts: JobFacts, late: LateRanks) -> BlamedLine | None:
     if late.everywhere:
         return None
 
-    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
     if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
-        return workers_line(facts.worker_lines, ranks, others)
+        return workers_line(facts.worker_lines, late.ranks, late.other_ranks)
 
-    waiting = _waiting_share(work, late) if late.part == "backward" else 0.0
-    return blamed_line(facts.lines, late.part, _share_of_part(work, late), ranks, others, waiting)
+    waiting = max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0) if late.part == "backward" else 0.0
+    return blamed_line(facts.lines, late.part, _share_of_part(work, late), late.ranks, late.other_ranks, waiting)
 
 
 def _evidence(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> dict[str, object]:
-    of_line = line.evidence(_share_of_part(work, late)) if line else {}
-    return late_evidence(work, facts, late, tuple(work.ranks_of(late.rows))) | of_line
+    return late_evidence(work, facts, late) | (line.evidence(_share_of_part(work, late)) if line else {})
 
 
 def _reason(
@@ -202,7 +190,7 @@ def _reason(
         line: the line in which they are late.
         lines: that line, or two that have most of their time together.
     """
-    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
+    ranks, others = late.ranks, late.other_ranks
     is_loading, why = late.part == "input_wait", ""
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if len(lines) > 1:
@@ -229,9 +217,10 @@ def _reason(
             action if is_due_to_code else advice.for_rank_without_core(ranks, facts),
         )
 
-    if not why and facts.oversubscribed and more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
-        why = more_cpu_time(facts, ranks)
-        if late.everywhere and has_far_more_work(facts, ranks):
+    run = facts.core_run(ranks)
+    if not why and run is not None and facts.oversubscribed and more_work_ns(work, facts, late.rows, late.excess_ns):
+        why = f" {capitalized(ranks_text(ranks))} used {factor_text(run[0] / run[1])} the CPU time of the others."
+        if late.everywhere and run[0] >= FAR_MORE_WORK * run[1]:
             action = advice.for_more_work(ranks)
 
     return why, action
