@@ -84,7 +84,7 @@ def test_the_workers_of_the_training_count(trains: LoaderFacts, busy: float | No
     evaluates, other = (LoaderFacts(length=640 >> at, num_workers=2, number=at) for at in (0, 1))
     facts = JobFacts(loader=trains, loaders={0: (evaluates, other, trains)}, workers=two_loaders())
 
-    assert facts.workers_busy == (busy if busy is None else pytest.approx(busy))
+    assert (facts.worker_use and facts.worker_use.busy) == (busy if busy is None else pytest.approx(busy))
 
 
 def test_loaders_of_one_epoch_count_as_one():
@@ -99,7 +99,9 @@ def test_loaders_of_one_epoch_count_as_one():
     trains = LoaderFacts(length=640, num_workers=2, number=0)
 
     assert history.use() is None
-    assert JobFacts(loader=trains, loaders={0: (trains,)}, workers=history).workers_busy == pytest.approx(0.4)
+    use = JobFacts(loader=trains, loaders={0: (trains,)}, workers=history).worker_use
+    assert use is not None
+    assert use.busy == pytest.approx(0.4)
 
 
 def test_too_short_is_not_known():

@@ -24,8 +24,7 @@ def device_contention(facts: JobFacts) -> list[Finding]:
     """Return the finding about devices that other programs use, about the one that has least left."""
     found = [
         (rank, each)
-        for rank, several in facts.samples.shared_devices().items()
-        for each in several
+        for rank, each in facts.samples.shared_devices()
         if each.others >= WARNING_SHARE and each.utilization >= _BUSY_SHARE
     ]
     if not found:

@@ -94,8 +94,10 @@ def _advice(health: GpuHealth, severity: Severity) -> str:
 def throttled(facts: JobFacts) -> list[Finding]:
     """Return the finding about lowered clocks, about the device that lost most."""
     highest = {key: each.max_clock_mhz for key, each in facts.health.devices.items() if each.max_clock_mhz > 0}
-    by_rank = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
-    found = [(rank, one) for rank, several in by_rank.items() for one in several if not _is_usual(rank, one, facts)]
+    clocks = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
+    # At the power limit that a device is made for, a lower clock is usual.
+    usual = {key for key, each in facts.health.devices.items() if each.has_default_power}
+    found = [(rank, one) for rank, one in clocks if one.reason != POWER_LIMIT or (rank, one.index) not in usual]
     if not found:
         return []
 
@@ -121,11 +123,6 @@ def throttled(facts: JobFacts) -> list[Finding]:
             },
         )
     ]
-
-
-def _is_usual(rank: int, lowered: LoweredClock, facts: JobFacts) -> bool:
-    health = facts.health.devices.get((rank, lowered.index))
-    return lowered.reason == POWER_LIMIT and health is not None and health.has_default_power
 
 
 def _at(worst: LoweredClock) -> str:

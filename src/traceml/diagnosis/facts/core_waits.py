@@ -23,7 +23,6 @@ __all__ = [
     "CoreWaits",
     "medians_of_others",
     "ranks_without_core",
-    "share_of_wall_time",
 ]
 
 COMPETING_PROCESSES = "competing_processes"
@@ -174,19 +173,6 @@ class CompetingProcessHistory:
         """Return the mean cores by name, of those that used some, the most first."""
         means = {name: cores / self._readings[kind] for name, cores in self._cores[kind].most_common()}
         return {name: cores for name, cores in means.items() if cores >= MIN_CORES}
-
-
-def share_of_wall_time(rows: NDArray[np.void]) -> float | None:
-    """Return the share of the time from the first to the last reading that the main thread waited for a core.
-
-    Args:
-        rows: rows of `schema.PROCESS` of one rank, at least one; None if the kernel does not count.
-    """
-    passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
-    if passed <= 0 or rows["main_wait_ns"][0] < 0:
-        return None
-
-    return float(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0]) / passed
 
 
 def medians_of_others(shares: Mapping[int, float]) -> dict[int, float]:

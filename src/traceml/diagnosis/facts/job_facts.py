@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -158,6 +159,16 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # loader -> lines in which its workers were seen while they made batches, and how often they were idle in between
     lines_of_workers: Mapping[int, Sequence[SampledLine]] = {}
 
+    @property
+    def last_step(self) -> int:
+        """Newest step of any rank; -1 before the first."""
+        return max(self.latest, default=-1)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the script compiles the model, or something else: which part it is may be unknown."""
+        return bool(self.model.compiled or self.compile_s)
+
     def lines_without(self, steps: Collection[int]) -> Sequence[SampledLine]:
         """Return the lines, those in phases only of times in which none of some steps was open, where that is known."""
         divided = {each.rank for some in self.divided_lines(steps) for each in some}
@@ -258,10 +269,6 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def _medians_of_core_wait(self) -> dict[int, float]:
         return medians_of_others(self.wait_of_wall_time)
 
-    def core_runs_of_others(self, ranks: Collection[int]) -> list[float]:
-        """Return the share of wall time that the main thread of each rank but these ran, where it is known."""
-        return [run for rank, run in self.core_runs.items() if rank not in ranks]
-
     @cached_property
     def core_runs(self) -> dict[int, float]:
         """Share of wall time that the main thread of each rank ran, where it is known."""
@@ -339,11 +346,6 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         return found.signature == self.loader.signature
 
-    @property
-    def workers_busy(self) -> float | None:
-        """Share of the time in which a loader worker computes; None if unknown."""
-        return None if self.worker_use is None else self.worker_use.busy
-
     def has_memory_limit(self, host: str | None) -> bool:
         """Whether the memory that counts on a host is that of a container, by its limit."""
         return any(use.resource is Resource.MEMORY and self.hosts.get(use.rank) == host for use in self.limits)
@@ -361,19 +363,12 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def others_cores(self) -> float | None:
         """Cores that programs other than the ranks used on the host of rank 0; None if unknown."""
-        use = self.use
-        if use.host_cores is None or use.busy_cores is None:
-            return None
-
-        return max(use.host_cores - self.ranks_beside_first * use.busy_cores, 0.0)
+        return self.use.others_cores(self.ranks_beside_first)
 
     @property
     def cores_per_rank(self) -> int | None:
         """Cores per rank of a host (the least over hosts), None if unknown."""
-        per_host: dict[str, int] = {}
-        for host in self.hosts.values():
-            per_host[host] = per_host.get(host, 0) + 1
-
+        per_host = Counter(self.hosts.values())
         shares = [self.cores[host] // count for host, count in per_host.items() if host in self.cores]
         return max(1, min(shares)) if shares else None
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import GPU, HOST, PROCESS, Table
-from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
 __all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse", "SharedDevice", "ThinnedRows"]
 
@@ -61,7 +60,7 @@ class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
         return max(1 - self.clock_mhz / self.usual_mhz, 0.0) if self.usual_mhz else 0.0
 
 
-class SharedDevice(msgspec.Struct, frozen=True, kw_only=True):
+class SharedDevice(msgspec.Struct, frozen=True):
     """Use of a device while steps continued."""
 
     index: int  # NVML's number of the device
@@ -87,6 +86,13 @@ class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
     # used share of the memory of the host, or of its container where that has a limit
     memory_share: float | None = None
 
+    def others_cores(self, ranks: int = 1) -> float | None:
+        """Return the cores that other programs used, beside so many ranks on the host; None if unknown."""
+        if self.host_cores is None or self.busy_cores is None:
+            return None
+
+        return max(self.host_cores - ranks * self.busy_cores, 0.0)
+
 
 class MachineSamples(msgspec.Struct):
     """Samples of processes, hosts and devices, by rank, thinned evenly over the run."""
@@ -102,16 +108,21 @@ class MachineSamples(msgspec.Struct):
     def use(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> MachineUse:
         """Return the use in steps `first` to `last`, without the last, of some ranks or of all."""
         spans = self._spans(first, last, ranks)
-        processes = [_rates(rows) for _, rows in self._rows(PROCESS, spans)]
-        hosts = [rows for _, rows in self._rows(HOST, spans)]
-        disks = [_rate(rows, "disk_read_bytes") for rows in hosts]
+        processes, hosts = ([rows for _, rows in self._rows(table, spans)] for table in (PROCESS, HOST))
         return MachineUse(
-            waited=_median([each[0] for each in processes if each[0] is not None]),
-            busy_cores=_median([each[1] for each in processes]),
-            major_faults=_median([each[2] for each in processes]),
-            host_cores=self._host_cores(spans),
-            disk_read_bytes=_median([each for each in disks if each is not None]),
-            memory_share=_median([_memory_share(rows) for rows in hosts]),
+            # The kernel may not count it.
+            waited=_median(_rate(rows, "main_wait_ns", 1e9) for rows in processes if rows["main_wait_ns"][0] >= 0),
+            busy_cores=_median(_rate(rows, "cpu_ns", 1e9) for rows in processes),
+            major_faults=_median(_rate(rows, "major_faults") for rows in processes),
+            host_cores=_median(
+                float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
+                for rank, rows in self._rows(HOST, spans, least=1)  # each is a mean of the time before it
+                if rank in self.machine_cores
+            ),
+            disk_read_bytes=_median(_rate(rows, "disk_read_bytes") for rows in hosts),
+            memory_share=_median(
+                float((rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)).mean()) for rows in hosts
+            ),
             **self._devices(spans),  # type: ignore[arg-type]
         )
 
@@ -139,29 +150,32 @@ class MachineSamples(msgspec.Struct):
 
         return found
 
-    def shared_devices(self) -> dict[int, list[SharedDevice]]:
-        """Return the devices whose use by other programs is known, by the rank that sampled them."""
-        found: dict[int, list[SharedDevice]] = {}
+    def shared_devices(self) -> Iterator[tuple[int, SharedDevice]]:
+        """Yield (rank that sampled it, device) of the devices whose use by other programs is known."""
         for rank, rows in self._rows(GPU, self._spans()):
             known = self._while_training(rank, rows)
             known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
-            devices = [known[known["index"] == index] for index in np.unique(known["index"])]
-            found[rank] = [_shared_device(each) for each in devices if len(each) >= _MIN_SHARED_SAMPLES]
+            for index in np.unique(known["index"]).tolist():
+                own = known[known["index"] == index]
+                if len(own) >= _MIN_SHARED_SAMPLES:
+                    others, busy = (float(own[name].mean()) / 100 for name in ("others_pct", "utilization_pct"))
+                    yield rank, SharedDevice(index, others, busy)
 
-        return found
+    def lowered_clocks(self) -> list[tuple[int, LoweredClock]]:
+        """Return (rank that sampled it, clock) of the devices whose clocks were lowered while they computed."""
+        devices = self._computing_devices()
+        return [(rank, clock) for (rank, _), busy in devices if (clock := _lowered_clock(busy)) is not None]
 
-    def lowered_clocks(self) -> dict[int, list[LoweredClock]]:
-        """Return the devices whose clocks were lowered while they computed, by the rank that sampled them."""
-        return _by_rank((rank, _lowered_clock(busy)) for (rank, _), busy in self._computing_devices())
-
-    def capped_clocks(self, highest_mhz: Mapping[tuple[int, int], int]) -> dict[int, list[LoweredClock]]:
-        """Return the devices that computed far below their highest clock because a limit was set, by rank.
+    def capped_clocks(self, highest_mhz: Mapping[tuple[int, int], int]) -> list[tuple[int, LoweredClock]]:
+        """Return the same of those that computed far below their highest clock because a limit was set.
 
         Args:
             highest_mhz: highest clock by rank and NVML's number of the device.
         """
         devices = ((key, busy) for key, busy in self._computing_devices() if key in highest_mhz)
-        return _by_rank((key[0], _capped_clock(busy, highest_mhz[key])) for key, busy in devices)
+        return [
+            (key[0], clock) for key, busy in devices if (clock := _capped_clock(busy, highest_mhz[key])) is not None
+        ]
 
     def _computing_devices(self) -> Iterator[tuple[tuple[int, int], NDArray[np.void]]]:
         """Yield the samples in which a device computed, where there are enough, by rank and number of the device."""
@@ -210,14 +224,6 @@ class MachineSamples(msgspec.Struct):
         pace = done - began
         return rows[pace >= 0.5 * np.median(pace[pace > 0])] if (pace > 0).any() else rows[:0]
 
-    def _host_cores(self, spans: dict[int, tuple[int, int]]) -> float | None:
-        found = [
-            float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
-            for rank, rows in self._rows(HOST, spans, least=1)  # each is a mean of the time before it
-            if rank in self.machine_cores
-        ]
-        return _median(found)
-
     def _devices(self, spans: dict[int, tuple[int, int]]) -> dict[str, float | bool | None]:
         rows = [self._while_training(rank, each) for rank, each in self._rows(GPU, spans)]
         joined = join_rows(rows) if rows else np.empty(0, GPU.dtype)
@@ -261,36 +267,16 @@ class ThinnedRows:
         return self._parts[0]
 
 
-def _rates(rows: NDArray[np.void]) -> tuple[float | None, float, float]:
-    """Return (share of time without a core, cores used, major faults per second) of a process."""
-    return share_of_wall_time(rows), (_rate(rows, "cpu_ns") or 0.0) / 1e9, _rate(rows, "major_faults") or 0.0
-
-
-def _rate(rows: NDArray[np.void], column: str) -> float | None:
+def _rate(rows: NDArray[np.void], column: str, unit: float = 1.0) -> float | None:
+    """Return how much of a counter came per second; None where no time passed."""
     passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
-    return float(rows[column][-1] - rows[column][0]) / passed * 1e9 if passed > 0 else None
+    return float(rows[column][-1] - rows[column][0]) / passed * 1e9 / unit if passed > 0 else None
 
 
-def _memory_share(rows: NDArray[np.void]) -> float:
-    return float((rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)).mean())
-
-
-def _median(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None
-
-
-def _shared_device(rows: NDArray[np.void]) -> SharedDevice:
-    others, busy = (float(rows[name].mean()) / 100 for name in ("others_pct", "utilization_pct"))
-    return SharedDevice(index=int(rows["index"][0]), others=others, utilization=busy)
-
-
-def _by_rank(clocks: Iterable[tuple[int, LoweredClock | None]]) -> dict[int, list[LoweredClock]]:
-    found: dict[int, list[LoweredClock]] = {}
-    for rank, clock in clocks:
-        if clock is not None:
-            found.setdefault(rank, []).append(clock)
-
-    return found
+def _median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the values that are known; None without any."""
+    known = [each for each in values if each is not None]
+    return float(np.median(known)) if known else None
 
 
 def _lowered_clock(busy: NDArray[np.void]) -> LoweredClock | None:

@@ -21,7 +21,7 @@ def allocator_churn(facts: JobFacts) -> list[Finding]:
     An allocator that lacks memory does so too: that is pressure, unless the call was seen.
     """
     lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries}
-    steady = facts.turnover.steady(max(facts.latest, default=-1), MIN_PER_STEP)
+    steady = facts.turnover.steady(facts.last_step, MIN_PER_STEP)
     found = {key: each for key, each in steady.items() if key not in lacking or _place(key[0], facts)}
     if not found:
         return []

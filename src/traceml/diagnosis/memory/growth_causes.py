@@ -58,18 +58,18 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
     )
     is_most = found.bytes_per_step >= _MOST * growth.bytes_per_step
     return GrowthCause(
-        _text(found) + "".join(map(_too, others)),
+        _text(found) + "".join(_text(each, is_first=False) for each in others),
         _actions(explaining),
         evidence,
         is_cache=all(each.of_dataset and not each.holds_graph for each in explaining),
-        left_steps=found.left_steps(max(facts.latest, default=-1)) if is_most else math.inf,
+        left_steps=found.left_steps(facts.last_step) if is_most else math.inf,
     )
 
 
 def is_kept_in_copies(facts: JobFacts, rank: int, growth: GrowthEstimate) -> bool:
     """Return whether a container explains growth in which copies come and go: each longer one takes its place."""
-    latest = max(facts.latest, default=-1)
-    return any(each.is_copied and each.is_never_cleared(latest) for each in _explaining(facts, rank, growth)[:1])
+    first = _explaining(facts, rank, growth)[:1]
+    return any(each.is_copied and each.is_never_cleared(facts.last_step) for each in first)
 
 
 def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> Sequence[GrowingObjects]:
@@ -94,12 +94,15 @@ def _where(found: GrowingObjects) -> str:
     return f" (added to in {line_text(found.file, found.line, found.function)})"
 
 
-def _text(found: GrowingObjects) -> str:
+def _text(found: GrowingObjects, *, is_first: bool = True) -> str:
     if found.kind == "graph":
         return (
             f" The tensor {found.path}{_where(found)} has an autograd graph, {count_text(found.count)} "
             f"operations deep{_counted_at(found)}, which grows with each step."
         )
+
+    if not is_first:
+        return f" The {_named(found)} gained {_rate(found)}, too."
 
     at_most = f" of at most {count_text(found.max_size)}" if found.max_size else ""
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
@@ -108,11 +111,6 @@ def _text(found: GrowingObjects) -> str:
         f" Meanwhile the {_named(found)} gained {_rate(found)}{holds}; "
         f"{had} {count_text(found.count)}{at_most}{_counted_at(found)}."
     )
-
-
-def _too(found: GrowingObjects) -> str:
-    """Return the sentence about a container beside the first one."""
-    return _text(found) if found.kind == "graph" else f" The {_named(found)} gained {_rate(found)}, too."
 
 
 def _named(found: GrowingObjects) -> str:

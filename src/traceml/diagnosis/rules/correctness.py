@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.numerics import LossHistory
 from traceml.diagnosis.facts.shared_batches import COMPARED_WORKERS
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
@@ -45,7 +44,7 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
 
     Steps that GradScaler skips leave the model as it was: they are a finding of their own.
     """
-    found, steps, world_size = facts.losses.first(), _steps(facts), facts.world_size
+    found, steps, world_size = facts.losses.first(), facts.last_step + 1, facts.world_size
     if found is None or steps - found[0] < MIN_LOST_STEPS:
         return []
 
@@ -95,11 +94,6 @@ def _for_lost_training(since: int, facts: JobFacts) -> str:
     )
 
 
-def _steps(facts: JobFacts) -> int:
-    """Return the steps of the rank with the most."""
-    return max(facts.latest, default=-1) + 1
-
-
 def trainings_not_finite(facts: JobFacts) -> list[Finding]:
     """Return the finding about trainings before the last, as folds and trials are, that ended without a finite loss.
 
@@ -112,7 +106,7 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
         if end - span.first >= MIN_LOST_STEPS and not harmless:
             lost.append((span.first, end, span.word))
 
-    wasted, steps = sum(end - first for first, end, _ in lost), _steps(facts)
+    wasted, steps = sum(end - first for first, end, _ in lost), facts.last_step + 1
     share = wasted / max(steps, 1)
     if share < _TOLD_SHARE:
         return []
@@ -224,7 +218,7 @@ def same_order(facts: JobFacts) -> list[Finding]:
 
 def never_synchronized(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks of one process group that exchange no gradients."""
-    batches, world_size, steps = facts.batches, facts.world_size, _steps(facts)
+    batches, world_size, steps = facts.batches, facts.world_size, facts.last_step + 1
     least = MIN_LIVE_STEPS if facts.state == RunStatus.RUNNING else MIN_STEPS
     if world_size < 2 or not batches.are_alone or steps < least:
         return []
@@ -271,7 +265,8 @@ def steps_skipped(facts: JobFacts) -> list[Finding]:
     since = _since(skipped.steps, last, skipped.taken_share)
     share = count / max(skipped.rows, count)
     most = "most of them " if since > skipped.steps[0] else ""
-    loss = _loss_since(since, facts.losses)
+    lost = facts.losses.first()
+    loss = None if lost is None or lost[0] > since + _READ_EVERY else lost[2]
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
     return [
         Finding.of(
@@ -297,12 +292,6 @@ _FOR_LOSS = (
     "Look at the batch of that step and at what computes the loss (a logarithm or a division of 0, an overflow); the "
     "model was not changed since. torch.autograd.set_detect_anomaly(True) names the operation."
 )
-
-
-def _loss_since(since: int, losses: LossHistory) -> str | None:
-    """Return the loss that is no longer finite since about that step, as a word; None if it is finite."""
-    found = losses.first()
-    return None if found is None or found[0] > since + _READ_EVERY else found[2]
 
 
 def _since(steps: NDArray[np.int64], end: int, taken: float) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, known_facts
+from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.diagnosis.steps.speedup import speedup_of_share
@@ -43,6 +42,7 @@ _ADVICE_EITHER = (
     "Look at what uses the cores (`top` names it): end or move other programs, start fewer processes in the script"
 )
 _TOO_FEW = "The run itself needs more cores than there are"
+_AT_ONCE = "Not all cores are used, but some are needed at the same moments"
 _ALL_USED = 0.9
 """All cores of a host are used from this share on."""
 _SOME_SHARE = 0.25
@@ -59,7 +59,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
-    bound = _bound_together(facts)
+    bound = _bound_together(facts) or Explanation()
     throttled = next(
         (each.share for each in facts.limits if each.resource is Resource.CPU_QUOTA and each.is_near), None
     )
@@ -68,8 +68,8 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
             Kind.CPU_CONTENTION,
             ranks=ranks,
             summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}"
-            f"{'' if bound is None else bound.text}",
-            next=_advice(facts, throttled, bound),
+            f"{bound.text}",
+            next=QUOTA_ADVICE if throttled is not None else bound.action or _advice(facts),
             evidence=known_facts(
                 cpu_wait_share=waited,
                 cores_per_rank=facts.cores_per_rank,
@@ -78,8 +78,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 competing_processes=dict(facts.competing_processes) or None,
                 started_processes=dict(facts.started_processes or {}) or None,
                 throttled_share=throttled,
-                bound_ranks=None if bound is None else bound.ranks,
-                bound_cores=None if bound is None else bound.cores,
+                **bound.evidence,
             ),
             cost_share=waited,
             speedup_if_fixed=speedup_of_share(waited),
@@ -107,27 +106,16 @@ def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
     return some, float(np.median([shares[rank] for rank in some]))
 
 
-class _Bound(NamedTuple):
-    """Ranks of a host whose training threads may run on fewer cores than there are such ranks."""
-
-    ranks: list[int]
-    cores: list[int]
-
-    @property
-    def text(self) -> str:
-        """A sentence: ` Ranks 0, 1 may run on core 0 only.`."""
-        one = "core" if len(self.cores) == 1 else "cores"
-        return f" {capitalized(ranks_text(self.ranks))} may run on {one} {', '.join(map(str, self.cores))} only."
-
-
-def _bound_together(facts: JobFacts) -> _Bound | None:
-    """Return the ranks that are bound to too few cores of a host that has more; None if there are none."""
+def _bound_together(facts: JobFacts) -> Explanation | None:
+    """Explain waiting by ranks of a host that are bound to fewer cores than they are; None if there are none."""
     for rank, cores in sorted(facts.bound_cores.items()):
         host = facts.hosts.get(rank)
         here = ((one, own) for one, own in sorted(facts.bound_cores.items()) if facts.hosts.get(one) == host)
         ranks = [one for one, own in here if set(own) <= set(cores)]
         if len(ranks) > len(cores):
-            return _Bound(ranks, sorted(cores))
+            which = f"{'core' if len(cores) == 1 else 'cores'} {', '.join(map(str, sorted(cores)))}"
+            text = f" {capitalized(ranks_text(ranks))} may run on {which} only."
+            return Explanation(text, _ADVICE_BOUND, {"bound_ranks": ranks, "bound_cores": sorted(cores)})
 
     return None
 
@@ -146,8 +134,8 @@ def _started_cores(facts: JobFacts) -> float:
 
 
 def _cores_of_workers(facts: JobFacts) -> float:
-    here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
-    return here * facts.loader_workers * (1.0 if facts.workers_busy is None else facts.workers_busy)
+    busy = 1.0 if facts.worker_use is None else facts.worker_use.busy
+    return facts.ranks_beside_first * facts.loader_workers * busy
 
 
 def _others_text(facts: JobFacts) -> str | None:
@@ -203,13 +191,7 @@ def _names_text(processes: Mapping[str, float]) -> str:
     return f" ({', '.join([f'{first} {cores_text(cores)}', *(f'{name} {used:.1f}' for name, used in rest)])})"
 
 
-def _advice(facts: JobFacts, throttled: float | None, bound: _Bound | None) -> str:
-    if throttled is not None:
-        return QUOTA_ADVICE
-
-    if bound is not None:
-        return _ADVICE_BOUND
-
+def _advice(facts: JobFacts) -> str:
     cores = facts.cores_per_rank
     many = bool(facts.threads and cores and facts.threads > cores)
     also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
@@ -224,17 +206,9 @@ def _advice(facts: JobFacts, throttled: float | None, bound: _Bound | None) -> s
     what += ["fewer loader workers"] if facts.loader_workers else []
     what += [threads] if facts.threads is None or facts.threads > (cores or 1) else []
     tries = ", or ".join(what or ["more cores"])
-    if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and _others_text(facts)):
+    if facts.others_cores is None or (facts.loader_workers and facts.worker_use is None and _others_text(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
-    too_few = "Not all cores are used, but some are needed at the same moments" if _has_free(facts) else _TOO_FEW
-    return f"{too_few}: try {tries}."
-
-
-def _has_free(facts: JobFacts) -> bool:
-    """Return whether the cores of a host are not all used: processes need them at the same moments."""
-    if facts.use.busy_cores is None or facts.others_cores is None or not facts.cores:
-        return False
-
-    used = facts.ranks_beside_first * facts.use.busy_cores + facts.others_cores
-    return used < _ALL_USED * max(facts.cores.values())
+    used = facts.ranks_beside_first * (facts.use.busy_cores or 0.0) + facts.others_cores
+    has_free = used < _ALL_USED * max(facts.cores.values(), default=0)
+    return f"{_AT_ONCE if has_free else _TOO_FEW}: try {tries}."

@@ -29,7 +29,7 @@ from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.stalls.single_pauses import single_pauses, usual_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
-from traceml.formatting import duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
+from traceml.formatting import capitalized, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
 __all__ = [
     "COMPUTE_SHARE",
@@ -94,11 +94,12 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
 
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares, step)
-    own = _own_code(facts, heavy, shares, device=work.device)
+    own = _own_code(facts, heavy, device=work.device)
     heavy = heavy or (None if short else _beside_the_model(facts, shares, step))
-    where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
-    evidence |= _evidence_of_code(heavy, own, shares)
-    uneven = _uneven_share(work, step, shares)
+    where = "" if heavy is None else f" {capitalized(heavy.text)}."
+    evidence |= _evidence_of_code(heavy, own)
+    # No communication is waiting for a rank that is late in this step.
+    uneven = shares[_WAITING] - min_wait_ns(work) / step if work.grouped and work.backward_known else 0.0
     if is_uneven := uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
         where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
 
@@ -115,31 +116,39 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     )
 
 
-def _uneven_share(work: OwnWork, step: float, shares: dict[str, float]) -> float:
-    """Return the share of a step in which ranks wait for one that is late in this step: no communication is that."""
-    if not (work.grouped and work.backward_known):
-        return 0.0
-
-    return shares[_WAITING] - min_wait_ns(work) / step
-
-
 def shares_text(work: OwnWork, facts: JobFacts) -> str:
     """Return what the steps of a window took their time for, too few for a verdict: a sentence, with its line."""
-    step, shares = _step_shares(work, np.arange(len(work.step)))
+    step, shares = _step_shares(work)
     heaviest = max(shares, key=lambda part: shares[part])
     line = None if heaviest == _WAITING else own_line(facts.lines, heaviest, shares[heaviest])
     where = f"; {line.share_text} of {phase_words(heaviest)} is in {line.place}" if line else ""
     return f" On average each of them took {ns_text(step)}: {_largest(shares)}{where}."
 
 
-def _step_shares(work: OwnWork, columns: NDArray[np.intp]) -> tuple[float, dict[str, float]]:
-    """Return the mean of some steps, and the share of each part in it."""
+def _step_shares(work: OwnWork, columns: NDArray[np.intp] | slice = slice(None)) -> tuple[float, dict[str, float]]:
+    """Return the mean of some steps, or of all, and the share of each part in it."""
     step = max(float(work.step[columns].mean()), 1.0)
     shares = {part: float(values[:, columns].mean()) / step for part, values in work.parts.items()}
     if work.grouped:
         shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
 
     return step, shares
+
+
+class _Code(NamedTuple):
+    """Line of the script in forward or backward."""
+
+    part: str
+    line: BlamedLine
+    phase_share: float  # of the step, as samples have it
+
+    @property
+    def share(self) -> float:
+        return self.line.share * self.phase_share
+
+    @property
+    def text(self) -> str:
+        return f"{self.line.share_text} of {self.part} is in {self.line.place}"
 
 
 class _OwnCode(NamedTuple):
@@ -162,9 +171,7 @@ class _OwnCode(NamedTuple):
 _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
 
 
-def _own_code(
-    facts: JobFacts, heavy: tuple[str, BlamedLine] | None, shares: dict[str, float], *, device: bool
-) -> _OwnCode | None:
+def _own_code(facts: JobFacts, heavy: _Code | None, *, device: bool) -> _OwnCode | None:
     """Return the script's own code that takes much of the step; None if it may be operations of torch.
 
     These have no frames of their own. So code in forward counts if it waits, and code in backward unless forward runs
@@ -173,7 +180,7 @@ def _own_code(
     if heavy is None or device or facts.detects_anomalies:  # of a device's time, samples of the CPU say nothing
         return None
 
-    part, line = heavy
+    part, line, phase_share = heavy
     places = {(each.file, each.function) for each in facts.lines if each.part == "forward"}
     waits = facts.waits_in(part, line)
     if not waits and (part == "forward" or (line.file, line.function) in places):
@@ -183,18 +190,12 @@ def _own_code(
     what = f"which waits inside {part} ({WAITED_FOR})" if waits else called
     # What else the function does in forward may be the model's operations.
     share = line.share * (main_line_share(facts.lines, part, line) if waits else 1.0)
-    return _OwnCode(line, what, waits, 1.0 if line.is_rough else 1 / max(1.0 - share * _sampled(shares)[part], 0.01))
+    return _OwnCode(line, what, waits, 1.0 if line.is_rough else 1 / max(1.0 - share * phase_share, 0.01))
 
 
-def _evidence_of_code(
-    heavy: tuple[str, BlamedLine] | None, own: _OwnCode | None, shares: dict[str, float]
-) -> dict[str, object]:
+def _evidence_of_code(code: _Code | None, own: _OwnCode | None) -> dict[str, object]:
     """Return the line in which the script's own code takes much of the step, and whether to make it cheaper."""
-    if heavy is None:
-        return {}
-
-    part, line = heavy
-    return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
+    return {} if code is None else code.line.evidence(code.phase_share) | ({} if own is None else {"own_code": True})
 
 
 def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
@@ -225,20 +226,19 @@ def _compute_bound(
     launches = f"{busy} and waits for the host to launch its work: "
     launching = launches if "device_busy_share" in evidence else ""
     heavy = _heavy_code(facts, shares, step)
-    own = _own_code(facts, heavy, shares, device=work.device)
+    own = _own_code(facts, heavy, device=work.device)
     what = "forward, backward and optimizer" if own is not None and own.waits else "computation"
-    is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
+    is_named = own is not None or (heavy is not None and heavy.part == heaviest)
     beside = _beside_the_model(facts, shares, step)
-    line = _evidence_of_code(heavy if is_named else beside, own, shares)
+    line = _evidence_of_code(heavy if is_named else beside, own)
     if heaviest == "optimizer" and own is None and (update := _line_of_script(facts, heaviest, shares[heaviest])):
         line = update.evidence(shares[heaviest])
 
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
-    if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not for_debugging(facts):
-        watches = (
-            "" if heavy[1].function.endswith(".forward") else "; if it only watches (a hook), run it every n-th step"
-        )
-        faster = f"If {heavy[1].place} loops in Python, use operations on whole tensors{watches}. {faster}"
+    if heavy and own is None and heavy.part == heaviest == "forward" and not work.device and not for_debugging(facts):
+        is_model = heavy.line.function.endswith(".forward")
+        watches = "" if is_model else "; if it only watches (a hook), run it every n-th step"
+        faster = f"If {heavy.line.place} loops in Python, use operations on whole tensors{watches}. {faster}"
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
@@ -257,26 +257,26 @@ def _compute_bound(
     )
 
 
-def _beside_the_model(facts: JobFacts, shares: dict[str, float], step: float) -> tuple[str, BlamedLine] | None:
-    """Return (forward, line) of code in it, as a hook, that takes less of it than the line that calls the model."""
+def _beside_the_model(facts: JobFacts, shares: dict[str, float], step: float) -> _Code | None:
+    """Return code in forward, as a hook, that takes less of it than the line that calls the model."""
     share = shares.get("forward", 0.0)
     two = leading_lines(facts.lines, "forward", share)
     own = [line for line in two if not calls_model(facts.lines, "forward", line)]
     is_beside = len(own) == 1 and own[0] is not two[0] and own[0].share * share >= least_cost_ns(step) / step
-    return ("forward", own[0]) if is_beside else None
+    return _Code("forward", own[0], share) if is_beside else None
 
 
-def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, BlamedLine] | None) -> str:
+def _heaviest_code(facts: JobFacts, forward_share: float, beside: _Code | None) -> str:
     """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules."""
     line = blamed_line(facts.lines, "forward", forward_share)
     if line is None:
-        return f"; {beside[1].share_text} of forward is in {beside[1].place}" if beside else ""
+        return f"; {beside.text}" if beside else ""
 
     called = main_library(facts.lines, "forward", line)
     if calls_trainer(facts.lines, line):
         return f"; most of forward is in {called}" if called else ""
 
-    also = f", and {beside[1].share_text} of it in {beside[1].place}" if beside else ""
+    also = f", and {beside.line.share_text} of it in {beside.line.place}" if beside else ""
     return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "") + also
 
 
@@ -289,21 +289,18 @@ def _code_in(facts: JobFacts, part: str, share: float) -> str:
 def _line_of_script(facts: JobFacts, part: str, share: float) -> BlamedLine | None:
     """Return the line that most of a part is in, where that is code of the script and no call of torch."""
     line = own_line(facts.lines, part, share)
-    return None if line is None or _calls_torch(facts, part, line) else line
+    # Checkpointed modules of torch may run again in backward().
+    is_torch = line is None or calls_model(facts.lines, part, line) or runs_backward(facts.lines, part, line)
+    return None if is_torch else line
 
 
-def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> tuple[str, BlamedLine] | None:
-    """Return (phase, line) of the script's own code in forward or backward that takes much of the step."""
+def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> _Code | None:
+    """Return the script's own code in forward or backward that takes much of the step."""
+    lines = ((part, _line_of_script(facts, part, share), share) for part, share in _sampled(shares).items())
+    found = [_Code(part, line, share) for part, line, share in lines if line is not None]
+    heaviest = max(found, key=lambda each: each.share, default=None)
     least = least_cost_ns(step, HEAVY_CODE_SHARE) / step
-    sampled = _sampled(shares)
-    lines = {part: _line_of_script(facts, part, share) for part, share in sampled.items()}
-    found = [(part, line) for part, line in lines.items() if line is not None and line.share * sampled[part] >= least]
-    return max(found, key=lambda each: each[1].share * sampled[each[0]], default=None)
-
-
-def _calls_torch(facts: JobFacts, part: str, line: BlamedLine) -> bool:
-    """Return whether a line calls the model, or backward(), in which checkpointed modules of torch may run again."""
-    return calls_model(facts.lines, part, line) or runs_backward(facts.lines, part, line)
+    return heaviest if heaviest is not None and heaviest.share >= least else None
 
 
 def _sampled(shares: dict[str, float]) -> dict[str, float]:
@@ -318,17 +315,20 @@ def _too_short(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, fl
     if work.device or step >= SHORT_STEP_NS or loop < SHORT_LOOP_SHARE:
         return None
 
-    batch = facts.loader.batch_size if facts.loader else None
-    now = f" (batch_size is {batch})" if batch else ""
     others = {part: share for part, share in shares.items() if part not in COMPUTE}
     summary = (
         f"{percent_text(loop)} of each {ns_text(step)} step is the loop's own overhead ({_largest(others)}); no part "
         f"of it reaches 1 ms, the smallest cost that is judged."
     )
     return summary, (
-        f"Use larger batches{now}: then the part of the {ns_text(loop * step)} that does not grow with the batch is "
-        f"spread over more samples."
+        f"Use larger batches{_batch_now(facts)}: then the part of the {ns_text(loop * step)} that does not grow with "
+        "the batch is spread over more samples."
     )
+
+
+def _batch_now(facts: JobFacts) -> str:
+    batch = facts.loader.batch_size if facts.loader else None
+    return f" (batch_size is {batch})" if batch else ""
 
 
 def _largest(shares: dict[str, float]) -> str:
@@ -346,13 +346,13 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
 
     takes_most = max(shares, key=lambda part: shares[part], default="") == "optimizer"
-    if takes_most and _is_fused(facts) is False and not _has_mostly_tables(facts):
+    if takes_most and _is_fused(facts) is False and _tables_share(facts) is None:
         return "Nothing needs fixing; the next gain is the optimizer's fused form (fused=True), as it takes the most."
 
     if facts.single_calls and not takes_most:
         return _for_single_calls(facts.single_calls)
 
-    if facts.model.compiled or facts.compile_s:
+    if facts.compiles:
         return "Nothing needs fixing; larger batches are the usual next gain."
 
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."
@@ -370,9 +370,8 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
         return _for_single_calls(facts.single_calls)
 
     steps = _on_device(facts) if device else _on_cpu(facts)
-    model = facts.model
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
-    done = f" It is compiled already{took}." if model.compiled else ""
+    done = f" It is compiled already{took}." if facts.model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
 
 
@@ -403,23 +402,19 @@ def _is_fused(facts: JobFacts) -> bool | None:
     return facts.fused if share is None or share >= NAMED_SHARE else None
 
 
-def _has_mostly_tables(facts: JobFacts) -> bool:
-    """Return whether most parameters are tables of embeddings, whose gradients may be sparse."""
+def _tables_share(facts: JobFacts) -> float | None:
+    """Return the share of parameters in tables of embeddings, whose gradients may be sparse; None if it is no most."""
+    share = (facts.model.dense_embeddings or 0) / max(facts.model.trainable or 0, 1)
     is_alone = facts.world_size == 1 and not facts.model.parallel
-    return is_alone and _tables_share(facts) >= _MOSTLY_TABLES
-
-
-def _tables_share(facts: JobFacts) -> float:
-    model = facts.model
-    return (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
+    return share if is_alone and share >= _MOSTLY_TABLES else None
 
 
 def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     """Return a finding with the advice on an optimizer that is not fused, if that takes more of the step."""
-    if _is_fused(facts) is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
+    if _is_fused(facts) is not False or finding.phase == "optimizer" or _tables_share(facts) is not None:
         return finding
 
-    step, shares = _step_shares(work, np.arange(len(work.step)))
+    step, shares = _step_shares(work)
     share = shares.get("optimizer", 0.0)
     if share < max(_OPTIMIZER_SHARE, finding.cost_share) or share < max(shares.values()):
         return finding
@@ -430,40 +425,34 @@ def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
 
 def with_own_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     """Return the finding about too few cores with the script's own code that takes much of the step beside that."""
-    step, shares = _step_shares(work, np.arange(len(work.step)))
+    step, shares = _step_shares(work)
     heavy = _heavy_code(facts, shares, step)
-    own = _own_code(facts, heavy, shares, device=work.device)
+    own = _own_code(facts, heavy, device=work.device)
     if heavy is None or own is None:
         return finding
 
-    part, line = heavy
-    taken = percent_text(line.share * _sampled(shares)[part])
-    also = f"Beside that, {taken} of step time is spent in {line.place}, {own.what}{own.without}. {_FOR_OWN_CODE}"
+    taken = f"{percent_text(heavy.share)} of step time is spent in {own.line.place}"
+    also = f"Beside that, {taken}, {own.what}{own.without}. {_FOR_OWN_CODE}"
     return replace(finding, next=f"{finding.next} {also}")
 
 
 def _optimizer(facts: JobFacts) -> str:
-    if _has_mostly_tables(facts):
+    if (tables := _tables_share(facts)) is not None:
         return (
-            f"The optimizer takes the most, and {percent_text(_tables_share(facts))} of the parameters are tables of "
+            f"The optimizer takes the most, and {percent_text(tables)} of the parameters are tables of "
             "embeddings: with sparse=True there, if nothing else uses their weights, and plain SGD or "
             "torch.optim.SparseAdam for them, a step updates only the rows of its batch."
         )
 
-    is_fused = _is_fused(facts)
-    if is_fused:
-        return "The optimizer takes the most, and is fused already: step less often, on larger batches."
-
-    if is_fused is None:
-        return "The optimizer takes the most: step less often, on larger batches, or use one that computes less."
-
-    return "The optimizer takes the most: use its fused form (fused=True), or step less often on larger batches."
+    return {
+        True: "The optimizer takes the most, and is fused already: step less often, on larger batches.",
+        None: "The optimizer takes the most: step less often, on larger batches, or use one that computes less.",
+        False: "The optimizer takes the most: use its fused form (fused=True), or step less often on larger batches.",
+    }[_is_fused(facts)]
 
 
 def _on_device(facts: JobFacts) -> list[str]:
-    model = facts.model
-    batch = facts.loader.batch_size if facts.loader else None
-    larger = "larger batches" + (f" (batch_size is {batch})" if batch else "")
+    larger = f"larger batches{_batch_now(facts)}"
     if _waits_for_launches(facts):
         # What it launches is few small kernels: larger ones cost the host as much, a captured graph of them one launch.
         return [larger, "torch.compile with mode='reduce-overhead', which launches a CUDA graph instead of each kernel"]
@@ -472,19 +461,14 @@ def _on_device(facts: JobFacts) -> list[str]:
     if facts.use.throttled:
         found.append("the clocks of the device are lowered by heat or a fault, so look at its cooling and power")
 
-    if not _compiles(facts):
+    if not facts.compiles:
         found.append("torch.compile")
 
-    if model.dtype in (None, "torch.float32") and not facts.autocast:
+    if facts.model.dtype in (None, "torch.float32") and not facts.autocast:
         tf32 = "" if facts.tf32 else ", or TF32 (torch.set_float32_matmul_precision('high'))"
         found.append(f"bf16 autocast{tf32}, where the weights are in 32 bits")
 
     return [*found, *([] if found else [larger, "a smaller model"])]
-
-
-def _compiles(facts: JobFacts) -> bool:
-    """Whether the script compiles the model, or something else: which part it is may be unknown."""
-    return bool(facts.model.compiled or facts.compile_s)
 
 
 def _waits_for_launches(facts: JobFacts) -> bool:
@@ -512,7 +496,7 @@ def _on_cpu(facts: JobFacts) -> list[str]:
             "computes with them (lscpu shows amx_bf16, avx512_bf16 or bf16)"
         )
 
-    if not _compiles(facts):
+    if not facts.compiles:
         found.append("torch.compile")
 
     return [*found, "a smaller model or an accelerator"]

@@ -21,7 +21,6 @@ from traceml.diagnosis.facts.sampled_shares import (
     used_cores,
     workers_at_work,
 )
-from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
@@ -108,17 +107,15 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
             return self.rest_ns + self.fetch_ns + self.first_wait_ns
 
         in_a_row = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
-        single = sum(self._beyond_ns(workers, self.fetch_ns * each) for each in self.outliers) / self.batches
-        slowest = max(in_a_row, self._slowest_ns(workers, self.fetch_ns) + single)
+        usual = self._slowest_ns(workers, self.fetch_ns)
+        # A single slow batch is waited for when those that the others have in advance are used.
+        beyond = (max(self.fetch_ns * each - PREFETCH * workers * usual, 0.0) for each in self.outliers)
+        slowest = max(in_a_row, usual + sum(beyond) / self.batches)
         if self.epoch_steps is None:
             return slowest
 
         first = self.rest_ns + self.take_ns + self.share_ns + self.fetch_ns + self.first_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
-
-    def _beyond_ns(self, workers: int, fetch_ns: float) -> float:
-        """Return how long a single slow batch is waited for when those that the others have in advance are used."""
-        return max(fetch_ns - PREFETCH * workers * self._slowest_ns(workers, self.fetch_ns), 0.0)
 
     def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
         slowest = max(self.rest_ns + self.take_ns, (fetch_ns + self.share_ns) / workers)
@@ -149,8 +146,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
             fetch_share: new / old time of a batch.
             workers: number of workers then; None for that of now.
         """
-        cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
-        return self._gain_to(cheaper.step_ns(self.workers if workers is None else workers))
+        return self.gain_if(workers, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
 
     def gain_if(self, workers: int | None = None, **changed: float | None) -> float:
         """Return old / new step time if some of the fields were others, with this many workers or those of now."""
@@ -159,11 +155,6 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     def _gain_to(self, step_ns: float) -> float:
         most = 1.0 + self.wait_ns / (self.rest_ns + self.lost_ns)
         return min((self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns), most)
-
-    @property
-    def ready_to_hand_over(self) -> Pipeline:
-        """The same where receiving a batch takes no longer than usual."""
-        return replace(self, take_ns=TAKE_NS, is_handover=False)
 
     @property
     def first_wait_ns(self) -> float:
@@ -183,7 +174,8 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         step_ns: mean step of the run, if other causes have been taken away in the window.
     """
     workers = facts.loader_workers
-    if workers and are_pauses(work, workers) and not _make_all_the_time(facts):
+    pauses = share_of_long_waits(work) if workers else None
+    if pauses is not None and pauses < RARE_WAITS / workers and not _make_all_the_time(facts):
         return None
 
     rest_ns = max(work.step_ns - wait_ns, 1.0)
@@ -194,7 +186,8 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(work, facts)
     first_ns = 0.0 if workers or is_ahead else _first_ns(facts, wait_ns)
     if workers:
-        sampled = _sampled_cpu(facts)
+        # Share of a fetch in which a worker computes, or waits for a core.
+        sampled = busy_share(facts.worker_lines, LINE_PHASES[LINE_WORKERS], MIN_WORKERS_NS)
         is_known = use is not None or sampled is not None
         fetch_ns, computes = _fetch_of_workers(facts, work.step_ns, sampled, bound=bound, handover=handover)
     else:
@@ -203,12 +196,15 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         fetch_ns = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0)
         computes = 1.0 if own is None else max(own, _least_cpu(work, facts, fetch_ns))
 
-    take_ns, share_ns = (_taken_ns(facts, wait_ns), 0.0) if workers else _handover_ns(facts)
+    taken_ns = max(wait_ns * handover_share(facts.lines), TAKE_NS)  # by the samples of a process that waits for a batch
+    take_ns, share_ns = (taken_ns, 0.0) if workers else _handover_ns(facts)
     rest_cores = _rest_cores(work, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
     if workers and cores:
         free_ns = max(cores * work.step_ns - rest_ns * rest_cores, 0.0)
         fetch_ns, computes = _within_cores(fetch_ns, computes, free_ns)
 
+    makes_itself = not workers and not is_ahead
+    waits = _waits(work, epoch_steps if first_ns else None)
     made = Pipeline(
         fetch_ns=fetch_ns,
         fetch_cpu=computes,
@@ -225,15 +221,14 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         epoch_steps=epoch_steps,
         first_ns=first_ns,
         lost_ns=max(step_ns - work.step_ns, 0.0),
-        levels=(1.0,) if workers or is_ahead else _levels(work, epoch_steps if first_ns else None),
-        outliers=()
-        if workers or is_ahead or _is_undivided(facts)
-        else _outliers(work, epoch_steps if first_ns else None),
+        levels=_levels(waits) if makes_itself else (1.0,),
+        # Workers would read parts of an iterable data set, and wait for their slow batches together.
+        outliers=_outliers(waits) if makes_itself and not (facts.loader and facts.loader.is_undivided) else (),
         batches=work.parts["input_wait"].shape[1],
         is_taken_ahead=is_ahead,
     )
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
-    ready = made.ready_to_hand_over
+    ready = replace(made, take_ns=TAKE_NS, is_handover=False)
     saved_ns = made.step_ns(workers) - ready.step_ns(workers)
     return ready if handover and share_at_work(facts) is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
 
@@ -244,11 +239,6 @@ def _handover_ns(facts: JobFacts) -> tuple[float, float]:
     receive_ns = max(tensors * RECEIVE_TENSOR_NS + size * RECEIVE_BYTE_NS, TAKE_NS)
     share_ns = tensors * SHARE_TENSOR_NS + size * SHARE_BYTE_NS
     return facts.micro_batches * receive_ns, facts.micro_batches * share_ns
-
-
-def _taken_ns(facts: JobFacts, wait_ns: float) -> float:
-    """Return how long it takes to receive a batch, by its samples while it waits for one."""
-    return max(wait_ns * handover_share(facts.lines), TAKE_NS)
 
 
 def share_at_work(facts: JobFacts) -> float | None:
@@ -303,15 +293,11 @@ def _fetch_of_workers(
         return workers * step_ns * at_work, computes / max(at_work, _MIN_READY)
 
     # Each makes batches all the time, as the training waits for them.
-    if use is not None and bound:
-        return workers * step_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
+    if use is not None and bound:  # unbound, it would wait for a core no longer than the training does
+        share = (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _MIN_READY)
+        return workers * step_ns * share, use.busy / max(1.0 - use.waited, _MIN_READY)
 
     return workers * step_ns, sampled if use is None else use.ready
-
-
-def _sampled_cpu(facts: JobFacts) -> float | None:
-    """Return the share of a fetch in which a worker computes, or waits for a core, by samples; None if unknown."""
-    return busy_share(facts.worker_lines, LINE_PHASES[LINE_WORKERS], MIN_WORKERS_NS)
 
 
 def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[float, float]:
@@ -321,14 +307,8 @@ def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[flo
     return fetch_ns * share, used / max(share, _MIN_READY)
 
 
-def _is_undivided(facts: JobFacts) -> bool:
-    """Return whether workers would read parts of an iterable data set, and wait for their slow batches together."""
-    return facts.loader is not None and facts.loader.is_undivided
-
-
-def _outliers(work: OwnWork, epoch_steps: float | None) -> tuple[float, ...]:
+def _outliers(waits: Floats) -> tuple[float, ...]:
     """Return how long the single batches take that are far longer than the mean, by the mean; see `Pipeline`."""
-    waits = _waits(work, epoch_steps)
     by_mean = np.sort(waits)[-_MAX_OUTLIERS:] / max(float(waits.mean()), 1.0)
     return tuple(by_mean[by_mean >= PREFETCH].tolist())
 
@@ -343,9 +323,8 @@ def _waits(work: OwnWork, epoch_steps: float | None) -> Floats:
     return waits if epoch_steps is None else np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
 
 
-def _levels(work: OwnWork, epoch_steps: float | None) -> tuple[float, ...]:
+def _levels(waits: Floats) -> tuple[float, ...]:
     """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
-    waits = _waits(work, epoch_steps)
     means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
     parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
     return tuple(float(part.mean()) for part in parts)
@@ -361,7 +340,7 @@ def _epoch_steps(facts: JobFacts) -> float | None:
         return None
 
     between = (int(starts[-1]) - int(starts[0])) / (len(starts) - 1)
-    until_now = (max(facts.latest, default=-1) + 1 - int(starts[0])) / len(starts)
+    until_now = (facts.last_step + 1 - int(starts[0])) / len(starts)
     return max(between, until_now, 1.0)
 
 
@@ -434,23 +413,12 @@ def _cores_ns(work: OwnWork, facts: JobFacts, rest_ns: float, wait_ns: float) ->
     return (rest_ns + facts.loader_workers * made_ns) / cores if cores else 0.0
 
 
-def are_pauses(work: OwnWork, workers: int) -> bool:
-    """Return whether nearly all waiting is in few steps: fewer than one in `workers`."""
-    share = share_of_long_waits(work)
-    return share is not None and share < RARE_WAITS / workers
-
-
 def share_of_long_waits(work: OwnWork) -> float | None:
     """Return the share of steps that have nearly all of the waiting for data, if they wait far longer than the mean."""
     per_step = work.parts["input_wait"].mean(axis=0)
     long = per_step > _LONG_WAIT * float(per_step.mean())
     held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
     return float(long.mean()) if held >= _HELD_SHARE else None
-
-
-def _unbound(use: WorkerUse, facts: JobFacts) -> float:
-    """Return the share of its time that a fetch would take if it waited for a core no longer than the training does."""
-    return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _MIN_READY)
 
 
 def fetch_cpu(

@@ -93,15 +93,12 @@ def core_wait(name: str, who: str, before: float | None, then: float | None) -> 
 
 
 def _others(before: MachineUse, then: MachineUse) -> SideChange | None:
-    used = [
-        None if use.host_cores is None or use.busy_cores is None else max(use.host_cores - use.busy_cores, 0.0)
-        for use in (before, then)
-    ]
-    if used[0] is None or used[1] is None or used[1] - used[0] < OTHERS_CORES:
+    usual, now = before.others_cores(), then.others_cores()
+    if usual is None or now is None or now - usual < OTHERS_CORES:
         return None
 
-    text = f"other processes used {cores_text(used[1])} (otherwise {cores_text(used[0])})"
-    return SideChange("others_cores", text, used[0], used[1], _CORES, True)
+    text = f"other processes used {cores_text(now)} (otherwise {cores_text(usual)})"
+    return SideChange("others_cores", text, usual, now, _CORES, True)
 
 
 def _clock(before: MachineUse, then: MachineUse) -> SideChange | None:
@@ -115,28 +112,28 @@ def _clock(before: MachineUse, then: MachineUse) -> SideChange | None:
 
 
 def _swap(before: MachineUse, then: MachineUse) -> SideChange | None:
-    rates = before.major_faults, then.major_faults
-    if rates[0] is None or rates[1] is None or rates[1] < max(MAJOR_FAULTS, DISK_FACTOR * rates[0]):
+    usual, now = before.major_faults, then.major_faults
+    if usual is None or now is None or now < max(MAJOR_FAULTS, DISK_FACTOR * usual):
         return None
 
-    text = f"{rates[1]:.0f} pages per second were read back from a disk (otherwise {rates[0]:.0f})"
-    return SideChange("major_faults_per_s", text, rates[0], rates[1], "Memory ran short: use less, or ask for more.")
+    text = f"{now:.0f} pages per second were read back from a disk (otherwise {usual:.0f})"
+    return SideChange("major_faults_per_s", text, usual, now, "Memory ran short: use less, or ask for more.")
 
 
 def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
-    rates = before.disk_read_bytes, then.disk_read_bytes
-    if rates[0] is None or rates[1] is None or rates[1] < max(DISK_BYTES, DISK_FACTOR * rates[0]):
+    usual, now = before.disk_read_bytes, then.disk_read_bytes
+    if usual is None or now is None or now < max(DISK_BYTES, DISK_FACTOR * usual):
         return None
 
-    text = f"the host read {bytes_text(int(rates[1]))}/s from its disks (otherwise {bytes_text(int(rates[0]))}/s)"
+    text = f"the host read {bytes_text(int(now))}/s from its disks (otherwise {bytes_text(int(usual))}/s)"
     advice = "Files were read from disks and no longer from the page cache: smaller files, or more memory."
-    return SideChange("disk_read_bytes_per_s", text, rates[0], rates[1], advice)
+    return SideChange("disk_read_bytes_per_s", text, usual, now, advice)
 
 
 def _memory(before: MachineUse, then: MachineUse, owner: str) -> SideChange | None:
-    shares = before.memory_share, then.memory_share
-    if shares[0] is None or shares[1] is None or shares[1] - shares[0] < MEMORY_SHARE:
+    usual, now = before.memory_share, then.memory_share
+    if usual is None or now is None or now - usual < MEMORY_SHARE:
         return None
 
-    text = f"{percent_text(shares[1])} of the {owner}'s memory was in use (otherwise {percent_text(shares[0])})"
-    return SideChange("memory_share", text, shares[0], shares[1], f"Look at what takes the {owner}'s memory then.")
+    text = f"{percent_text(now)} of the {owner}'s memory was in use (otherwise {percent_text(usual)})"
+    return SideChange("memory_share", text, usual, now, f"Look at what takes the {owner}'s memory then.")
