@@ -75,6 +75,19 @@ class PauseHistory:
         rows = self._rows.get(rank)
         return np.empty(0, PAUSES.dtype) if rows is None else rows[rows["cause"] == cause]
 
+    def longest(
+        self, ranks: Sequence[int] | NDArray[np.int64], cause: Pause, chosen: Callable[[Rows], Rows] = lambda rows: rows
+    ) -> tuple[int, Rows]:
+        """Return which of some ranks spent most time on one cause, and its rows about it; none where no rank has any.
+
+        Args:
+            chosen: of the rows of a rank those that count.
+        """
+        known = sorted(self._ranks[cause].intersection(np.asarray(ranks).tolist()))
+        by_rank = {rank: chosen(self.rows(rank, cause)) for rank in known}
+        nothing = -1, np.empty(0, PAUSES.dtype)
+        return max(by_rank.items(), key=lambda each: int(each[1]["ns"].sum()), default=nothing)
+
     def set_up_compile_s(self, rank: int) -> float:
         """Return the seconds for which functions were compiled for the first time in the first steps of a rank."""
         rows = self.rows(rank, Pause.COMPILATION)
@@ -106,15 +119,13 @@ class PauseHistory:
 
     def saves(self, ranks: Sequence[int] | NDArray[np.int64]) -> Saves | None:
         """Return facts of the checkpoints of some ranks; None if none is known."""
-        by_rank = {int(rank): self.rows(int(rank), Pause.SAVE) for rank in ranks}
-        rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
-        if rank is None or not len(by_rank[rank]):
+        rank, rows = self.longest(ranks, Pause.SAVE)
+        if not len(rows):
             return None
 
-        rows = by_rank[rank]
         sized = rows[rows["size_bytes"] > 0]
         total, seconds = float(sized["size_bytes"].sum()), max(float(sized["ns"].sum()), 1.0) / 1e9
-        place = parsed_place(self.most_frequent(rank, rows, "line_id") or None)
+        place = parsed_place(self.most_frequent(rank, rows, "line_id"))
         times = len(np.unique(sized["step"]))
         size, speed = (total / times, total / seconds) if times else (None, None)
         later = True if 2 * np.count_nonzero(rows["detail"]) > len(rows) else None

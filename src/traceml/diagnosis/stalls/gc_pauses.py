@@ -72,11 +72,6 @@ class _Collections(msgspec.Struct, frozen=True):
         """Number of collections."""
         return int(self.rows["count"].sum())
 
-    def is_significant(self, work: OwnWork) -> bool:
-        """Return whether there are several that cost enough, and not mostly those of a step that imports modules."""
-        is_habit = self.number >= MIN_NUMBER and not self.of_imports
-        return is_habit and self.saved_ns >= least_cost_ns(work.step_ns)
-
 
 def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the findings about garbage collections, and the parts of the step without them."""
@@ -85,7 +80,9 @@ def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[lis
     for called in (True, False):
         changed = replayed(work, without)
         cost = _collections(window, changed, facts, called=called)
-        if cost is not None and cost.is_significant(work):
+        # A habit that costs enough, and not mostly the collections of a step that imports modules.
+        is_habit = cost is not None and cost.number >= MIN_NUMBER and not cost.of_imports
+        if cost is not None and is_habit and cost.saved_ns >= least_cost_ns(work.step_ns):
             line = None if called else _allocating_line(work, changed, cost, facts)
             found.append(_finding(work, cost, line))
             without |= cost.without
@@ -112,25 +109,20 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
 
     by_step = sum(taken.values(), np.zeros_like(work.own))
     totals = by_step.sum(axis=1)
-    has = totals >= 0.5 * totals.max()
-    ranks = work.named(has)
+    ranks = work.named(totals >= 0.5 * totals.max())
     by_rank = _rows_in(window, facts, work, called=called)
     rows = np.concatenate(list(by_rank.values()))
     lead = int(work.ranks[int(totals.argmax())])
     single = by_rank[lead][by_rank[lead]["count"] == 1]  # ids of places are those of their rank
-    place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
+    place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id"))
     library = facts.pauses.most_frequent(lead, single, "text_id")
     most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
     of_imports = most > MAX_IN_STEP and any(importing_line(facts.lines, part, ranks) for part in work.parts)
-    collective_ns = 0.0 if _COLLECTIVE in work.parts else _in_collectives_ns(work, taken)
+    # Within collectives, as where objects are unpickled, all wait.
+    in_collectives = None if _COLLECTIVE in work.parts else taken.get(_COLLECTIVE)
+    collective_ns = 0.0 if in_collectives is None else float(np.minimum(in_collectives.max(axis=0), work.step).mean())
     saved = saved_ns(work, without) + collective_ns
     return _Collections(called, without, ranks, rows, saved, collective_ns, of_imports, place, library)
-
-
-def _in_collectives_ns(work: OwnWork, taken: dict[str, Floats]) -> float:
-    """Return the mean time of a step in collections within collectives, as where objects are unpickled: all wait."""
-    ns = taken.get(_COLLECTIVE)
-    return 0.0 if ns is None else float(np.minimum(ns.max(axis=0), work.step).mean())
 
 
 def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:

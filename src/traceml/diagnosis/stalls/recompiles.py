@@ -56,7 +56,11 @@ def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[li
     if seen is None:
         return [], without
 
-    share = _window_share(window, work, facts) if facts.time is None else _run_share(seen, facts.time.wall_s)
+    if facts.time is None:
+        share = _window_share(window, work, facts)
+    else:
+        share = min(seen.seconds / facts.time.wall_s, _MAX_SHARE) if facts.time.wall_s > 0 else 0.0
+
     found = [_finding(work, seen, share)] if share >= WARNING_SHARE or seen.limit else []
     return found, without
 
@@ -71,22 +75,15 @@ def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float
     return saved / work.step_ns if saved >= least_cost_ns(work.step_ns) else 0.0
 
 
-def _run_share(seen: _Recompiled, wall_s: float) -> float:
-    return min(seen.seconds / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
-
-
 def _are_recompilations(rows: Rows) -> NDArray[np.bool_]:
     return np.asarray(rows["detail"] != Compiled.FIRST)
 
 
 def _recompiled(work: OwnWork, facts: JobFacts) -> _Recompiled | None:
-    compiled = facts.pauses.ranks(Pause.COMPILATION).intersection(work.ranks.tolist())
-    by_rank = {rank: _often(facts.pauses.rows(rank, Pause.COMPILATION)) for rank in sorted(compiled)}
-    rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
-    if rank is None or not len(by_rank[rank]):
+    rank, rows = facts.pauses.longest(work.ranks, Pause.COMPILATION, _often)
+    if not len(rows):
         return None
 
-    rows = by_rank[rank]
     again = rows[rows["detail"] == Compiled.AGAIN]
     guards = again[again["text_id"] >= 0]
     return _Recompiled(
@@ -94,7 +91,7 @@ def _recompiled(work: OwnWork, facts: JobFacts) -> _Recompiled | None:
         functions=len(np.unique(rows["line_id"])),
         seconds=float(rows["ns"].sum()) / 1e9,
         limit=int((rows["detail"] == Compiled.LIMIT).sum()),
-        place=parsed_place(facts.pauses.most_frequent(rank, again, "line_id") or None),
+        place=parsed_place(facts.pauses.most_frequent(rank, again, "line_id")),
         guard=facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else "",
     )
 
@@ -125,24 +122,18 @@ def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:
 
 def compiled_in(steps: NDArray[np.int64], total_ns: float, work: OwnWork, facts: JobFacts) -> Explanation | None:
     """Explain long steps by what torch.compile compiled in them; None if that took less than half of their time."""
-    by_rank = {rank: _rows_in(steps, facts.pauses.rows(rank, Pause.COMPILATION)) for rank in work.ranks.tolist()}
-    rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()))
-    rows = by_rank[rank]
+    rank, rows = facts.pauses.longest(work.ranks, Pause.COMPILATION, lambda rows: rows[np.isin(rows["step"], steps)])
     seconds = float(rows["ns"].sum()) / 1e9
     if not len(rows) or seconds * 1e9 < _MOSTLY * total_ns:
         return None
 
-    place = parsed_place(facts.pauses.most_frequent(rank, rows, "line_id") or None)
+    place = parsed_place(facts.pauses.most_frequent(rank, rows, "line_id"))
     guard = facts.pauses.most_frequent(rank, rows, "text_id")
     why = f" ({guard})" if guard else ""
     where = f": there torch.compile compiled {_place_of(place) or 'the model'}, for {duration_text(seconds)}{why}"
     once = "Each version is compiled once, so in a longer run its share is smaller."
     action = f"{_advice(guard)}. {once}" if guard else once
     return Explanation(where, action, {"compile_s": seconds})
-
-
-def _rows_in(steps: NDArray[np.int64], rows: Rows) -> Rows:
-    return rows[np.isin(rows["step"], steps)]
 
 
 def _place_of(place: tuple[str | None, int | None, str | None]) -> str:
