@@ -7,13 +7,13 @@ advice on loading, ends and hangs has modules of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
     WAITS_FOR_OTHERS,
     BlamedLine,
+    awaits_others,
     blamed_line,
     computes_loss,
     is_of_loop,
@@ -44,7 +44,6 @@ __all__ = [
     "WITHOUT_ANOMALIES",
     "WITHOUT_ANSWERS",
     "WITHOUT_PROFILER",
-    "LeadingLines",
     "flush_denormals",
     "for_comm",
     "for_copies",
@@ -205,12 +204,6 @@ def in_threads(facts: JobFacts) -> str:
     return "" if line is None else f"other threads of the process are mostly in {line.place}"
 
 
-def _computing_threads(facts: JobFacts) -> str:
-    """Return `in_threads` of threads that compute; empty where they mostly wait, as those of a progress bar."""
-    busy = busy_share(facts.thread_lines, LINE_PHASES[LINE_THREADS])
-    return in_threads(facts) if busy is not None and busy >= _COMPUTES else ""
-
-
 def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
     """Return advice on time in which the model collects what it trains on."""
     if answers := _for_answers(part, line, facts):  # the environments are in processes of their own already
@@ -259,13 +252,6 @@ def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | N
     )
 
 
-class LeadingLines(NamedTuple):
-    """Two lines that most of some time is spent in together."""
-
-    lines: tuple[BlamedLine, ...]
-    of: str  # that time, in words
-
-
 def waiting_text(line: BlamedLine) -> str:
     """Return the sentence on a line that waits, to which the advice is added."""
     return f"{line.place} waits there ({WAITED_FOR}), and does not compute: find out for what."
@@ -281,7 +267,8 @@ def for_residual(
     is_update: bool = False,
     makes_graph: bool = False,
     trainer: BlamedLine | None = None,
-    two: LeadingLines | None = None,
+    two: Sequence[BlamedLine] = (),
+    of: str = "it",
 ) -> str:
     """Return advice on time in the user's own code.
 
@@ -291,7 +278,8 @@ def for_residual(
         is_update: whether the update of the weights is in this time, as no optimizer was called.
         makes_graph: whether backward follows operations outside of the model.
         trainer: the line that only calls a trainer, whose code takes this time.
-        two: the two lines that most of it is spent in, where no line alone is known; None for none.
+        two: the two lines that most of it is spent in, where no line alone is known.
+        of: what they are that most of, in words.
     """
     if called == EVENT_LOOP:
         return (
@@ -325,7 +313,28 @@ def for_residual(
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
-    return _for_several_lines(trainer, two, _collecting_words(part, facts))
+    collecting = ""  # what a loop does besides to collect what it trains on
+    if facts.collects:
+        texts = _generates_texts(part, facts)
+        collecting = "generated texts, rewards, " if texts else "environments, a buffer of their steps, "
+
+    if trainer is not None:
+        return (
+            f"The training loop is inside {trainer.place}: look at what it does besides the model ({collecting}loss "
+            "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
+        )
+
+    if two:
+        share = percent_text(sum(each.share for each in two))
+        return (
+            f"Look at {' and '.join(each.place for each in two)}, which have {share} of {of}: make them cheaper, or "
+            "run them every n-th step if they only measure or log. `traceml report --lines` shows the other lines."
+        )
+
+    return (
+        f"Look at what else the training loop does ({collecting}loss function, metrics, logging, .item()); `traceml "
+        "report --lines` shows the lines in which it was seen."
+    )
 
 
 def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool) -> str:
@@ -340,7 +349,9 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
                 "DataLoader with num_workers) do not wait for each other's Python code, as threads do."
             )
 
-        if called is None and (threads := _computing_threads(facts)):  # it polls, as by time.sleep until one has come
+        # It polls, as by time.sleep until one has come; threads that mostly wait may be those of a progress bar.
+        busy = busy_share(facts.thread_lines, LINE_PHASES[LINE_THREADS]) or 0.0
+        if called is None and busy >= _COMPUTES and (threads := in_threads(facts)):
             return (
                 f"{waiting_text(line)} Meanwhile {threads}: if it waits for them, make that cheaper, or let processes "
                 "do it (a DataLoader with num_workers)."
@@ -373,35 +384,6 @@ _LOSS = "loss"
 _COPIES = 0.5  # of the time in which a line receives: its messages are large
 _COMPUTES = 0.25  # of the time in which a thread is watched
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
-
-
-def _collecting_words(part: str, facts: JobFacts) -> str:
-    """Return what a training loop does besides to collect what it trains on, for a list; empty if it does not."""
-    if not facts.collects:
-        return ""
-
-    return "generated texts, rewards, " if _generates_texts(part, facts) else "environments, a buffer of their steps, "
-
-
-def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None, collecting: str) -> str:
-    if trainer is not None:
-        return (
-            f"The training loop is inside {trainer.place}: look at what it does besides the model ({collecting}loss "
-            "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
-        )
-
-    if two is not None:
-        share = percent_text(sum(each.share for each in two.lines))
-        return (
-            f"Look at {' and '.join(each.place for each in two.lines)}, which have {share} of {two.of}: make them "
-            "cheaper, or run them every n-th step if they only measure or log. `traceml report --lines` shows the "
-            "other lines."
-        )
-
-    return (
-        f"Look at what else the training loop does ({collecting}loss function, metrics, logging, .item()); `traceml "
-        "report --lines` shows the lines in which it was seen."
-    )
 
 
 def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
@@ -588,7 +570,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     reasons = f"code that runs {on_those} only, longer or larger batches, a slower device"
     if line is not None:
         spend, wait = ("spends", "waits") if is_one else ("spend", "wait")
-        if part in UNNAMED_CODE and main_library(facts.lines, part, line) in WAITS_FOR_OTHERS:
+        if part in UNNAMED_CODE and awaits_others(facts.lines, part, line):
             it = "it" if is_one else "they"
             return (
                 f"{capitalized(names)}{at} {wait} in {line.place} for another thread or process: make what {it} {wait} "
@@ -624,8 +606,13 @@ def for_own_code(ranks: tuple[int, ...], facts: JobFacts, lines: Sequence[Blamed
 
 def _at(ranks: tuple[int, ...], facts: JobFacts) -> str:
     """Return the host of late ranks, ` (node3)`; empty where they are on several, or the job is on one."""
-    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
-    return f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
+    host = _host_of(ranks, facts)
+    return f" ({host})" if host is not None and len(set(facts.hosts.values())) > 1 else ""
+
+
+def _host_of(ranks: tuple[int, ...], facts: JobFacts) -> str | None:
+    hosts = {facts.hosts[rank] for rank in ranks if rank in facts.hosts}
+    return hosts.pop() if len(hosts) == 1 else None
 
 
 def for_more_work(ranks: tuple[int, ...]) -> str:
@@ -681,10 +668,9 @@ def for_slow_group(group: RankGroup) -> str:
 
 def for_rank_without_core(ranks: tuple[int, ...], facts: JobFacts) -> str:
     """Return advice on late ranks that waited for a core."""
-    names = ranks_text(ranks)
-    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
-    at = f" on {hosts[0]}" if len(hosts) == 1 else ""
+    host = _host_of(ranks, facts)
+    at = "" if host is None else f" on {host}"
     return (
-        f"Something else uses the cores of {names}{at} (`top` names it): end or move it, or give each rank cores of "
-        "its own (taskset, Slurm's --cpus-per-task). The code of the rank is not the cause."
+        f"Something else uses the cores of {ranks_text(ranks)}{at} (`top` names it): end or move it, or give each rank "
+        "cores of its own (taskset, Slurm's --cpus-per-task). The code of the rank is not the cause."
     )

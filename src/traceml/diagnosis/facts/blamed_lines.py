@@ -39,6 +39,7 @@ __all__ = [
     "AWAITS_ANSWERS",
     "WAITS_FOR_OTHERS",
     "BlamedLine",
+    "awaits_others",
     "awaits_program",
     "blamed_line",
     "calls_collectives",
@@ -352,6 +353,11 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
     return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
 
 
+def awaits_others(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function mostly waits for another thread or process, as for those of a pool."""
+    return main_library(lines, part, line) in WAITS_FOR_OTHERS
+
+
 def is_waiting(
     lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_share: float = 0.0, asleep: float = 1.0
 ) -> bool:
@@ -370,7 +376,7 @@ def is_waiting(
     busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
     # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps,
     # or is seen in a function that does nothing else.
-    only_waits = main_library(lines, part, line) in WAITS_FOR_OTHERS
+    only_waits = awaits_others(lines, part, line)
     least = _WAITS * (1.0 - wait_share) if only_waits or wait_share < _CONTENDED else _HARDLY_RUNS
     return only_waits if busy is None else busy < least  # waits of some milliseconds are sampled, but not watched
 
@@ -378,12 +384,12 @@ def is_waiting(
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return the function that half of the time outside steps is spent in; None if the samples do not show one."""
     functions, total, _ = _by_function(lines, part)
-    place, samples = functions.most_common(1)[0] if functions else (None, 0)
-    if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):
-        return None
+    for place, samples in functions.most_common(1):
+        if total >= MIN_SAMPLES and _is_named(functions, place, total):
+            line = _by_line(lines, part, place).most_common(1)[0][0]
+            return BlamedLine(place[0], line, place[1], samples / total, total)
 
-    line = _by_line(lines, part, place).most_common(1)[0][0]
-    return BlamedLine(place[0], line, place[1], samples / total, total)
+    return None
 
 
 def importing_line(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> BlamedLine | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, overload
 
@@ -103,13 +103,7 @@ class LineCounts:
             ends_ns: time at which it ended.
             steps: those steps.
         """
-        divided = {
-            rank: counts.intervals.divided(steps, latest[rank], ends_ns[rank])
-            for rank, counts in self._ranks.items()
-            if counts.intervals is not None and rank < min(len(latest), len(ends_ns))
-        }
-        inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
-        return self._lines_of(inside), self._lines_of(outside)
+        return self._divided(latest, ends_ns, lambda first, last: (first + last) // 2 in steps)
 
     def apart_from(
         self, latest: Sequence[int], ends_ns: Sequence[int], steps: Collection[int]
@@ -120,12 +114,19 @@ class LineCounts:
             latest, ends_ns: as of `divided`.
             steps: those steps, which are few.
         """
-        apart = {
-            rank: counts.intervals.apart_from(steps, latest[rank], ends_ns[rank])
+        return self._divided(latest, ends_ns, lambda first, last: any(first <= step <= last for step in steps))[1]
+
+    def _divided(
+        self, latest: Sequence[int], ends_ns: Sequence[int], is_chosen: Callable[[int, int], bool]
+    ) -> tuple[tuple[SampledLine, ...], tuple[SampledLine, ...]]:
+        """Return the lines of intervals that are chosen, by first and last step, and those of the others."""
+        divided = {
+            rank: counts.intervals.divided(is_chosen, latest[rank], ends_ns[rank])
             for rank, counts in self._ranks.items()
             if counts.intervals is not None and rank < min(len(latest), len(ends_ns))
         }
-        return self._lines_of({rank: _by_time(parts) for rank, parts in apart.items() if parts})
+        inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
+        return self._lines_of(inside), self._lines_of(outside)
 
     def of_other_threads(self) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
@@ -205,7 +206,8 @@ class _RankCounts:
             last = int(rows["step"][flushed].max())
             counts = self._counts(rows[flushed], flushed_ns)
             if last > self._step:
-                self._parts = _compact([*self._parts, *(each for _, each in (*self._newest, *self._outside))])
+                parts = [*self._parts, *(each for _, each in (*self._newest, *self._outside))]
+                self._parts = [_summed(parts)] if len(parts) > _MAX_PARTS else parts
                 self._newest, self._outside, self._step = [], [], last
 
             middle_ns, is_outside = (self._flushed_ns + flushed_ns) // 2, outside[flushed]
@@ -277,29 +279,17 @@ class _RankIntervals:
             self._intervals[at : at + 2] = [pairs[at][0].joined(pairs[at][1])]
 
     def divided(
-        self, steps: Container[int], last: int, end_ns: int
+        self, is_chosen: Callable[[int, int], bool], last: int, end_ns: int
     ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-        """Return the counts of intervals that are mostly in some steps, and of the others up to the last step."""
+        """Return the counts of intervals that are chosen, by first and last step, and of the others up to the last."""
         inside: list[NDArray[np.int64]] = []
         outside: list[NDArray[np.int64]] = []
-        for first, until, counts in self._until(last, end_ns):
-            (inside if (first + until) // 2 in steps else outside).append(counts)
+        for each in self._intervals:
+            if each.middle_ns <= end_ns:
+                until = last if each.last < 0 else each.last
+                (inside if is_chosen(each.first, until) else outside).append(each.counts)
 
         return inside, outside
-
-    def apart_from(self, steps: Collection[int], last: int, end_ns: int) -> list[NDArray[np.int64]]:
-        """Return the counts of intervals in which none of some steps was open, up to the last step."""
-        return [
-            counts
-            for first, until, counts in self._until(last, end_ns)
-            if not any(first <= step <= until for step in steps)
-        ]
-
-    def _until(self, last: int, end_ns: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """Yield first step, last step, and counts of the intervals up to the last step."""
-        for interval in self._intervals:
-            if interval.middle_ns <= end_ns:
-                yield interval.first, last if interval.last < 0 else interval.last, interval.counts
 
 
 class LazyLines(Sequence[SampledLine]):
@@ -373,10 +363,6 @@ def _joined(newest: list[tuple[int, NDArray[np.int64]]]) -> list[tuple[int, NDAr
 
     first, *others = newest
     return [first, (others[0][0], _summed([each for _, each in others]))]
-
-
-def _compact(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    return [_summed(parts)] if len(parts) > _MAX_PARTS else parts
 
 
 def _by_time(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -114,9 +114,13 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
 
 def thread_wait_share(lines: Sequence[SampledLine], parts: Collection[str]) -> float:
     """Return the share of some parts' samples that wait for another thread of the script; 0 if unknown."""
-    seen = [each for part in parts for each in of_part(lines, part)]
+    return _library_share([each for part in parts for each in of_part(lines, part)], _AWAITS_THREAD) or 0.0
+
+
+def _library_share(seen: Sequence[SampledLine], libraries: re.Pattern[str]) -> float | None:
+    """Return the share of samples in functions of some libraries; None if there are few."""
     total = sum(each.samples for each in seen)
-    return samples_in(seen, _AWAITS_THREAD) / total if total >= MIN_SAMPLES else 0.0
+    return samples_in(seen, libraries) / total if total >= MIN_SAMPLES else None
 
 
 def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
@@ -125,23 +129,23 @@ def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[Sa
     return SampledShare(sum(each.samples for each in seen if chosen(each)) / max(total, 1), total)
 
 
-def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
-    """Return the share of a part's samples that are chosen; 0 if the part has fewer samples than `fewest`."""
+def _share(
+    lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int = MIN_SAMPLES
+) -> float | None:
+    """Return the share of a part's samples that are chosen; None if the part has fewer samples than `fewest`."""
     found = _sampled_share(lines, part, chosen)
-    return found.share if found.samples >= fewest else 0.0
+    return found.share if found.samples >= fewest else None
 
 
 def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
-    found = _sampled_share(lines, part, lambda each: _ENVIRONMENTS.search(each.library or ""))
-    return found.share if found.samples >= MIN_SAMPLES else None
+    return _share(lines, part, lambda each: _ENVIRONMENTS.search(each.library or ""))
 
 
 def fusable_share(lines: Sequence[SampledLine]) -> float | None:
     """Return the share of torch's optimizers that have a fused form, by samples; None if there are few samples."""
     seen = [each for each in of_part(lines, "optimizer") if _OPTIMIZERS.search(each.library or "")]
-    total = sum(each.samples for each in seen)
-    return samples_in(seen, _FUSABLE) / total if total >= MIN_SAMPLES else None
+    return _library_share(seen, _FUSABLE)
 
 
 def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:
@@ -167,7 +171,7 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
     Freeing large gradients takes time, and is not the work of the user's loop.
     """
-    return _share(lines, "other", _clears, _MIN_CLEARING)
+    return _share(lines, "other", _clears, _MIN_CLEARING) or 0.0
 
 
 def loss_share(lines: Sequence[SampledLine]) -> float:
@@ -175,7 +179,7 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
 
     They are computation as the forward is, of which they are a part where the loss is a module.
     """
-    return _share(lines, "other", is_loss, _MIN_CLEARING)
+    return _share(lines, "other", is_loss, _MIN_CLEARING) or 0.0
 
 
 def counted_lines(lines: Sequence[SampledLine]) -> tuple[SampledLine, ...]:
@@ -201,23 +205,22 @@ def is_loss(line: SampledLine) -> bool:
 
 def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
     """Return the share of a part's samples in some functions, by file and name; None if there are few samples."""
-    found = _sampled_share(lines, part, lambda each: (each.file, each.function) in places)
-    return found.share if found.samples >= MIN_SAMPLES else None
+    return _share(lines, part, lambda each: (each.file, each.function) in places)
 
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), MIN_SAMPLES)
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or "")) or 0.0
 
 
 def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, part, lambda each: receives(each, part), MIN_SAMPLES)
+    return _share(lines, part, lambda each: receives(each, part)) or 0.0
 
 
 def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
     """Return the share of the waiting for data in the functions of a data set's class, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", MIN_SAMPLES)
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}") or 0.0
 
 
 def handover_share(lines: Sequence[SampledLine]) -> float:

@@ -11,6 +11,7 @@ from traceml.diagnosis.advice import in_threads
 from traceml.diagnosis.facts.blamed_lines import (
     WAITS_FOR_OTHERS,
     BlamedLine,
+    awaits_others,
     is_of_loop,
     main_library,
     reads_loader,
@@ -82,7 +83,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _prefetch(pipeline)
 
     if pipeline.worker_cores and pipeline.gain_if(worker_cores=None) >= WORTHWHILE:
-        return _all_cores(pipeline, pipeline.worker_cores)
+        return _all_cores(pipeline)
 
     cores = _on(pipeline, facts)
     in_memory = is_in_memory(loader, pipeline, facts.wait_share, facts.micro_batches)
@@ -92,7 +93,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if pipeline.first_wait_ns > NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
         return _cheaper_first(loader, pipeline)
 
-    if not pipeline.workers and line is not None and _awaits_others(facts, _PART, line):
+    if not pipeline.workers and line is not None and awaits_others(facts.lines, _PART, line):
         return _for_pool(pipeline, line)
 
     if in_memory:
@@ -168,7 +169,7 @@ def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLin
     if parts.input_share < NAMED_SHARE or loader is None or loader.num_workers != 0:
         return None
 
-    if line is not None and _awaits_others(facts, part, line):
+    if line is not None and awaits_others(facts.lines, part, line):
         return None
 
     of_line = [each for each in facts.lines if line and (each.file, each.function) == (line.file, line.function)]
@@ -199,11 +200,6 @@ def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLin
         speedup_of_share(saved),
         workers,
     )
-
-
-def _awaits_others(facts: JobFacts, part: str, line: BlamedLine) -> bool:
-    """Return whether a function mostly waits for threads or processes of the script, as those of a pool."""
-    return main_library(facts.lines, part, line) in WAITS_FOR_OTHERS
 
 
 def _for_pool(pipeline: Pipeline, line: BlamedLine) -> LoadingAdvice:
@@ -351,10 +347,10 @@ def _prefetch(pipeline: Pipeline) -> LoadingAdvice:
     )
 
 
-def _all_cores(pipeline: Pipeline, allowed: int) -> LoadingAdvice:
-    gain = pipeline.gain_if(worker_cores=None)
+def _all_cores(pipeline: Pipeline) -> LoadingAdvice:
+    gain, allowed = pipeline.gain_if(worker_cores=None), cores_text(pipeline.worker_cores or 0)
     return LoadingAdvice(
-        f"The {plural(pipeline.workers, 'worker')} may use only {cores_text(allowed)} of {pipeline.cores}: the "
+        f"The {plural(pipeline.workers, 'worker')} may use only {allowed} of {pipeline.cores}: the "
         "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
         f"os.sched_setaffinity(0, range(os.cpu_count())) in worker_init_fn: {gain_text(gain, 'about')}.",
         gain,
@@ -382,12 +378,13 @@ def _more_workers(
     if workers <= pipeline.workers or gain < WORTHWHILE:
         return None
 
-    before = (
-        f"{pipeline.workers} worker{'s' if pipeline.workers > 1 else ''}{_of_several(loader, facts)} "
-        f"do{'' if pipeline.workers > 1 else 'es'} not keep up"
-        if pipeline.workers
-        else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
-    )
+    before = f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
+    if pipeline.workers:
+        several = len({each.dataset for loaders in facts.loaders.values() for each in loaders}) > 1
+        whose = f" of {_data(loader)}" if several else ""
+        do = "do" if pipeline.workers > 1 else "does"
+        before = f"{plural(pipeline.workers, 'worker')}{whose} {do} not keep up"
+
     ahead = ", and iterate over the loader in the training loop, not before it" if pipeline.is_taken_ahead else ""
     keeping = keeping_workers(facts)
     kept = "" if keeping is None else f" and {keeping.setting}"
@@ -401,7 +398,7 @@ def _more_workers(
         )
 
     text += _in_longer_epochs(pipeline, workers, gain)
-    cached = _cached(pipeline, gain, of_batches=_is_of_batches(loader, line))
+    cached = _cached(loader, pipeline, gain, line)
     return LoadingAdvice(text + (cached or _waits(loader, pipeline, workers)), gain, workers)
 
 
@@ -450,15 +447,11 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
     of_workers = line if line is not None and line.of_workers else None
     share = 1.0 if of_workers is None else of_workers.share
     gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
+    what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
     if loader.in_memory:
-        what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
+        what, how = f"what is done with {what}", "transforms, collate_fn"
     elif pipeline.takes_cpu:
-        what, how = (
-            f"the samples of {_data(loader)}",
-            "decode once and cache, smaller samples, transforms on the device",
-        )
-    else:
-        what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
+        how = "decode once and cache, smaller samples, transforms on the device"
 
     what = what if of_workers is None else of_workers.place
     # Workers of short epochs are gone before they were watched for long enough.
@@ -488,24 +481,18 @@ def _at_once(loader: LoaderFacts, pipeline: Pipeline) -> str:
 
 def _threads(loader: LoaderFacts) -> str:
     """Return how a worker fetches the samples of a batch at once; nothing for a data set that is iterated over."""
-    is_by_index = loader.length is not None and not loader.is_undivided and (loader.batch_size or 1) > 1
-    is_by_index = is_by_index and not loader.takes_batches
-    return "threads in __getitems__ that fetch the samples of a batch at once" if is_by_index else ""
+    is_by_index = loader.length is not None and not loader.is_undivided and not loader.takes_batches
+    by_threads = "threads in __getitems__ that fetch the samples of a batch at once"
+    return by_threads if is_by_index and (loader.batch_size or 1) > 1 else ""
 
 
-def _is_of_batches(loader: LoaderFacts, line: BlamedLine | None) -> bool:
-    """Return whether the time goes into making batches of samples: a cache of samples would not save it.
-
-    The samples of a TensorDataset are slices.
-    """
-    return loader.dataset == "TensorDataset" or (line is not None and "collate" in line.function.lower())
-
-
-def _cached(pipeline: Pipeline, gain: float, *, of_batches: bool) -> str:
+def _cached(loader: LoaderFacts, pipeline: Pipeline, gain: float, line: BlamedLine | None) -> str:
     cached = pipeline.gain_with(0.0, workers=0)
     if not pipeline.takes_cpu or cached < WORTHWHILE * gain:
         return ""
 
+    # Where the time goes into making batches of samples, as the slices of a TensorDataset, no cache of these saves it.
+    of_batches = loader.dataset == "TensorDataset" or (line is not None and "collate" in line.function.lower())
     what = "batches (what collate_fn returns)" if of_batches else "samples"
     return f" With {what} that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
 
@@ -538,12 +525,6 @@ def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
         return loader.dataset
 
     return "The dataset" if begins else "the dataset"
-
-
-def _of_several(loader: LoaderFacts, facts: JobFacts) -> str:
-    """Return whose the workers are, ` of Photos`, where the script reads other data, too."""
-    datasets = {each.dataset for loaders in facts.loaders.values() for each in loaders}
-    return f" of {_data(loader)}" if len(datasets) > 1 else ""
 
 
 def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> LoadingAdvice | None:

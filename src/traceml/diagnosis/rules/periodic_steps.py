@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
-from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -90,17 +90,13 @@ def periodic_steps(
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
-    may_be_chance = len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED and not _is_clear(work, period)
-    if facts.oversubscribed and may_be_chance:
+    # Longer than a wait for a core makes them, and regular by no chance.
+    longer = float(work.step[period.columns].min()) / max(float(np.median(work.step)), 1.0)
+    is_clear = longer >= CLEAR_FACTOR and period.every >= CLEAR_DISTANCE
+    if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED and not is_clear:
         return [], {}
 
     return [_finding(work, facts, period, step_ns)], period.removed
-
-
-def _is_clear(work: OwnWork, period: _Period) -> bool:
-    """Return whether long steps are regular by no chance, and longer than a wait for a core makes them."""
-    longer = float(work.step[period.columns].min()) / max(float(np.median(work.step)), 1.0)
-    return longer >= CLEAR_FACTOR and period.every >= CLEAR_DISTANCE
 
 
 def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
@@ -321,7 +317,7 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
 
     if line is not None and facts.waits_in(period.part, line):
         # A queue that is emptied half as often has twice as much in it.
-        is_for_others = main_library(facts.lines, period.part, line) in WAITS_FOR_OTHERS
+        is_for_others = awaits_others(facts.lines, period.part, line)
         alike = ", and there is no more to wait for then" if is_for_others else ""
         return (
             f"{waiting_text(line)} Do it in the background, in a thread or another process, and begin what a step "

@@ -67,7 +67,8 @@ def residual(
             continue
 
         cost = replace(cost, hidden_ns=(hidden_ns or {}).get(part, 0.0))
-        if whole is not None and RARE_STEPS not in cost.excluded and _is_longer(whole, work, part):
+        own_ns = float(work.parts[part].mean())
+        if whole is not None and RARE_STEPS not in cost.excluded and own_ns + long_ns > RARE_FACTOR * own_ns:
             cost = replace(cost, excluded=(RARE_STEPS, *cost.excluded), with_rare=whole)
 
         found += _residual_finding(cost, facts, may_have_update=part == "other" and may_have_update)
@@ -118,7 +119,6 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
     faster = gain_text(gain, bound)
     without = _MAY_UPDATE if is_update else f"{untimed or f'; without {what} steps would be {faster}'}."
     summary = f"{cost.of_step} is spent in {where}{without}"
-    leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {RARE_STEPS}") if two else None
     text = advice.for_residual(
         cost.part,
         line,
@@ -128,7 +128,8 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
         is_update=is_update,
         makes_graph=makes_graph,
         trainer=sampled if line is None and library is None else None,
-        two=leading,
+        two=two,
+        of="it" if cost.with_rare is None else f"it and the {RARE_STEPS}",
     )
     text += advice.IN_SAME_STEPS if cost.in_turns else advice.AS_MUCH_IN_EACH_STEP if cost.is_uneven else ""
     evidence = cost.line_evidence(line) | known_facts(in_turns=cost.in_turns or None)
@@ -187,10 +188,6 @@ def _counting_update(cost: PhaseCost) -> PhaseCost:
 
     more = share / cost.share
     return replace(cost, removed=cost.removed * more, saved_ns=cost.saved_ns * more, share=share, excluded=excluded)
-
-
-def _is_longer(whole: OwnWork, work: OwnWork, part: str) -> bool:
-    return float(whole.parts[part].mean()) > RARE_FACTOR * float(work.parts[part].mean())
 
 
 def _without_torch(cost: PhaseCost, work: OwnWork, facts: JobFacts) -> PhaseCost:
