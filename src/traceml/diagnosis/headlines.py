@@ -162,8 +162,7 @@ def _worker_end(evidence: Mapping[str, Any]) -> str:
     if (number := evidence.get("worker_signal")) is not None:
         return f"was killed by {signal_name(int(number))}"
 
-    code = evidence.get("worker_code")
-    return exit_text(code)
+    return exit_text(evidence.get("worker_code"))
 
 
 def lost_worker(finding: FindingFacts) -> str:
@@ -314,9 +313,8 @@ def _of_pauses(evidence: Mapping[str, Any]) -> str:
 
 def _of_own_code(evidence: Mapping[str, Any]) -> str:
     """Return `74 % of step time is spent in train.py:19 log_gradient`."""
-    line = _place(evidence)
     share = evidence.get("line_share")  # None if few samples saw it
-    return _spent_in(percent_text(share) if share else "Much", line)
+    return _spent_in(percent_text(share) if share else "Much", _place(evidence))
 
 
 def input_wait(finding: FindingFacts) -> str:
@@ -437,14 +435,13 @@ def recompiles(finding: FindingFacts) -> str:
     if finding.evidence.get("limit_reached") and not finding.is_costly:
         return "A function is no longer compiled: its inputs differ too often"
 
-    share = f"{percent_text(finding.cost_share)} of the run's time"
-    return f"The same function is compiled again and again: {share}"
+    return f"The same function is compiled again and again: {percent_text(finding.cost_share)} of the run's time"
 
 
 def device_fault(finding: FindingFacts) -> str:
     """Return `GPU 3 reports a fault`, or that several do."""
-    devices = finding.evidence.get("devices") or []
-    return f"GPU {devices[0]} reports a fault" if len(devices) == 1 else f"{len(devices)} GPUs report faults"
+    is_one = len(finding.evidence.get("devices") or []) == 1
+    return f"{_devices_text(finding.evidence)} {'reports a fault' if is_one else 'report faults'}"
 
 
 def startup(finding: FindingFacts) -> str:
@@ -479,11 +476,7 @@ def _place(evidence: Mapping[str, Any]) -> str:
 
 
 def _mostly_at(finding: FindingFacts) -> str:
-    evidence = finding.evidence
-    if "function" not in evidence:
-        return ""
-
-    return f", mostly at {_place(evidence)}"
+    return f", mostly at {_place(finding.evidence)}" if "function" in finding.evidence else ""
 
 
 def _run_share(finding: FindingFacts) -> str:
@@ -556,12 +549,10 @@ def stopped(finding: FindingFacts) -> str:
 
 def insufficient_data(finding: FindingFacts) -> str:
     """Return `Not enough data for a verdict`, or the line of a run without steps."""
-    evidence = finding.evidence
-    if "function" not in evidence:
+    if "function" not in finding.evidence:
         return "Not enough data for a verdict"
 
-    place = _place(evidence)
-    return f"No training step was seen; most of the work is in {place}"
+    return f"No training step was seen; most of the work is in {_place(finding.evidence)}"
 
 
 def unknown(finding: FindingFacts) -> str:

@@ -145,7 +145,7 @@ class RowIntake:
             kept.scatter(ranks, rows)
 
         self.facts_builder.skipped.add(ranks, rows)
-        self.facts_builder.batches.steps(rows)
+        self.facts_builder.batches.group.steps(rows)
         self.facts_builder.progress.steps(ranks, rows)
 
     def _take_device_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:

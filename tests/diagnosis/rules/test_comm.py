@@ -96,7 +96,7 @@ def test_ranks_without_collectives_wait_for_nobody(newest: int, parallel: str | 
     for rank in range(2):
         builder.info(rank, {"kind": "group", "group_size": 2})
         builder.info(rank, {"kind": "model", "parameters": 100, "parallel": parallel})
-        builder.batches.steps(rows)
+        builder.batches.group.steps(rows)
 
     assert own_work_of(window_of(Job(ranks=2)), builder.build()).grouped is not apart
 

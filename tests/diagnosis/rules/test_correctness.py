@@ -173,7 +173,7 @@ def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = 
     rows["step"], rows["comm_ns"] = np.arange(60), comm_ns
     rows["bits"] = [pack_bits(1, 0, 4 + sequence * step) for step in range(60)]
     for part in np.array_split(rows, 6):
-        batches.steps(part)
+        batches.group.steps(part)
 
     return batches
 

@@ -122,9 +122,7 @@ class TurnoverHistory:
         return {
             key: kept[-1]
             for key, kept in self._kept.items()
-            if len(kept) > 1 and all(each.per_step >= least for each in kept) and _is_recent(kept, latest)
+            if len(kept) > 1
+            and all(each.per_step >= least for each in kept)
+            and latest - kept[-1].last_step <= max(2 * (kept[-1].last_step - kept[0].first_step), 1)
         }
-
-
-def _is_recent(kept: list[SegmentTurnover], latest: int) -> bool:
-    return latest - kept[-1].last_step <= max(2 * (kept[-1].last_step - kept[0].first_step), 1)

@@ -44,9 +44,7 @@ from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]
 
-_KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s", "store_restarts")} | {
-    "torch_threads": "threads"
-}
+_KEPT = {name: name for name in ("fused", "job_end_s", "job_limit_s", "store_restarts")} | {"torch_threads": "threads"}
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
@@ -406,15 +404,13 @@ class JobFactsBuilder:
             **self._facts,
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
-        return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
+        loader = facts.loader if trained is None else trained
+        made = self._loaders_made.get(loader.signature) if loader is not None else None
+        return replace(facts, loader=loader if loader is None or made is None else replace(loader, made=made))
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
         is_new = rank in self._read_first and not self.numbers.is_given(rank) and not self.resumes_at
         return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
-
-    def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:
-        made = self._loaders_made.get(loader.signature) if loader is not None else None
-        return loader if loader is None or made is None else replace(loader, made=made)
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:

@@ -197,7 +197,9 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
     grown = quarters[-1] - quarters[0]
     least = _least_bytes(values[-1])
     level = _LEVEL_SHARE * grown / count
-    is_grown = _all_rise(quarters) and _rises_lately(steps, values) and grown >= least and _is_long(points)
+    passed, seconds = points[-1, 0] - points[0, 0], (points[-1, 1] - points[0, 1]) / 1e9
+    is_long = seconds >= MIN_S and (passed >= MIN_STEPS or seconds >= LONG_S)
+    is_grown = _all_rise(quarters) and _rises_lately(steps, values) and grown >= least and is_long
     in_stairs = float((rises > 0).mean()) < STEADY
     is_even = not in_stairs or _is_in_stairs(steps, values, rises, level)
     return GrowthEstimate(
@@ -279,11 +281,6 @@ def _median(values: NDArray[np.float64]) -> float:
     return float(np.partition(values, (half - 1, half))[half - 1 : half + 1].mean())
 
 
-def _is_long(points: _Points) -> bool:
-    steps, seconds = points[-1, 0] - points[0, 0], (points[-1, 1] - points[0, 1]) / 1e9
-    return bool(seconds >= MIN_S and (steps >= MIN_STEPS or seconds >= LONG_S))
-
-
 def _lowest(points: _Points, every: int) -> _Points:
     """Return the point with the fewest bytes of each group of `every`."""
     if not len(points):
@@ -355,7 +352,8 @@ class MemoryHistory:
         known = self._hosts.get(rank)
         recent = self._hosts[rank] = (rows if known is None else join_rows([known, rows]))[-_RECENT:]
         if len(recent):
-            self._host_memory[rank] = _host(recent)
+            used, total = recent["memory_used_bytes"], int(recent["memory_total_bytes"][-1])
+            self._host_memory[rank] = HostMemory(int(used[-1]), total, int(used.min()) / max(total, 1))
 
     def device_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.TORCH_MEMORY`, in order."""
@@ -414,9 +412,3 @@ class MemoryHistory:
     def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
         """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
         return (each for each in self.rising() if each[3].steady)
-
-
-def _host(rows: NDArray[np.void]) -> HostMemory:
-    total = int(rows["memory_total_bytes"][-1])
-    lowest = int(rows["memory_used_bytes"].min())
-    return HostMemory(int(rows["memory_used_bytes"][-1]), total, lowest / max(total, 1))

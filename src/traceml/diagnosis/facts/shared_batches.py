@@ -99,10 +99,6 @@ class BatchHistory:
         known.first_input = known.first_input or (row.get("dtype"), row.get("dimensions"), row.get("requires_grad"))
         known.tokens, known.batch_first = bool(row.get("tokens")), bool(row.get("batch_first", True))
 
-    def steps(self, rows: NDArray[np.void]) -> None:
-        """Take rows of `schema.STEPS`."""
-        self.group.steps(rows)
-
     @property
     def tokens(self) -> bool:
         """Whether the model's input is integers by sample and position, as in language models."""

@@ -122,7 +122,13 @@ class Topology(msgspec.Struct, kw_only=True):
             if size < len(ranks) and size - len(slow) <= MAX_ABSENT * size:
                 found.append((size, level, f"{word}{key}"))
 
-        return _smallest(found, len(slow))
+        if not found:
+            return None
+
+        # Of groups of one size the first is the most local: `min` keeps it.
+        size, level, name = min(found, key=lambda each: each[0])
+        also = tuple(other for count, _, other in found if count == size and other != name)
+        return RankGroup(level=level, name=name, size=size, slow=len(slow), also=also)
 
     def _levels(self, rank: int) -> Iterator[tuple[str, str, _Key]]:
         """Yield the levels at which a rank has a place, the most local first, and how a place's name begins."""
@@ -139,16 +145,6 @@ class Topology(msgspec.Struct, kw_only=True):
 
 def _is_one_of(names: Collection[str], dimension: str) -> bool:
     return any(part in names for part in dimension.lower().split("_"))
-
-
-def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:
-    if not found:
-        return None
-
-    # Of groups of one size the first is the most local: `min` keeps it.
-    size, level, name = min(found, key=lambda each: each[0])
-    also = tuple(other for count, _, other in found if count == size and other != name)
-    return RankGroup(level=level, name=name, size=size, slow=slow, also=also)
 
 
 def _at(names: tuple[str, ...], index: int) -> str | None:

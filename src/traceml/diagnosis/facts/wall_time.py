@@ -104,7 +104,8 @@ def wall_time(
     compiled_s = min(_mean([known.compile_s.get(of_rank[0].rank, 0.0) for of_rank in ranks]), spent_s["steps"])
     set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
-    spent_s = _with_compiling(spent_s, more_s, is_restarted=attempt > 0)
+    begin = "restart" if attempt > 0 else "startup"  # compiling in the first steps is no training
+    spent_s |= {"steps": spent_s["steps"] - more_s, begin: spent_s[begin] + more_s}
     of_ranks = [[sums[each.id].evals for each in of_rank if each.id in sums] for of_rank in ranks]
     evaluations, short, short_s = max(map(_evaluations, of_ranks), default=(0, 0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
@@ -165,12 +166,6 @@ def _parts_by_rank(
         return parts
 
     return [without_stops(part, stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)]
-
-
-def _with_compiling(spent_s: Mapping[str, float], more_s: float, *, is_restarted: bool) -> dict[str, float]:
-    """Return the seconds by part, with those of compiling in the first steps as start-up or restart, not as steps."""
-    begin = "restart" if is_restarted else "startup"
-    return {**spent_s, "steps": spent_s["steps"] - more_s, begin: spent_s[begin] + more_s}
 
 
 def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +19,8 @@ MIN_NS = 1e9
 COPIED_SHARE = 0.5
 """Private memory that grows is copies of shared memory if new memory explains at most this share of it."""
 _ONE_GENERATION = ("loader", "pid", "workers")
+_Passed = tuple[float, float, float]
+"""Time of all workers together, and their CPU time and waits for a core in it."""
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,35 +43,23 @@ class _Watched(msgspec.Struct):
     last: NDArray[np.void]
     kept: ThinnedRows = msgspec.field(default_factory=ThinnedRows)  # some of the rows, over the run
     memory: NDArray[np.void] | None = None  # first and newest rows with private memory of the same processes
-    worker_ns: float = 0.0
-    cpu_ns: float = 0.0
-    wait_ns: float = 0.0
-
-    def use(self) -> WorkerUse | None:
-        """Return the shares; None if the workers were not watched long enough."""
-        workers = int(self.last["workers"][0])
-        if self.worker_ns < MIN_NS * workers:
-            return None
-
-        busy, waited = min(self.cpu_ns / self.worker_ns, 1.0), min(self.wait_ns / self.worker_ns, 1.0)
-        return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(self.last["cores"][0]))
+    passed: _Passed = (0.0, 0.0, 0.0)
 
 
-def _summed(parts: Sequence[_Watched]) -> _Watched:
-    return _Watched(
-        last=max((each.last for each in parts), key=lambda last: int(last["t_ns"][0])),
-        worker_ns=sum(each.worker_ns for each in parts),
-        cpu_ns=sum(each.cpu_ns for each in parts),
-        wait_ns=sum(each.wait_ns for each in parts),
-    )
+def _use(parts: Sequence[_Watched]) -> WorkerUse | None:
+    """Return the use of workers of some loaders together; None if they were not watched long enough."""
+    last = max((each.last for each in parts), key=lambda last: int(last["t_ns"][0]))
+    (worker_ns, cpu_ns, wait_ns), workers = _sum(*(each.passed for each in parts)), int(last["workers"][0])
+    if worker_ns < MIN_NS * workers:
+        return None
+
+    busy, waited = min(cpu_ns / worker_ns, 1.0), min(wait_ns / worker_ns, 1.0)
+    return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(last["cores"][0]))
 
 
-class _Passed(NamedTuple):
-    """Time of all workers together, and their CPU time and waits for a core in it."""
-
-    worker_ns: float
-    cpu_ns: float
-    wait_ns: float
+def _sum(*parts: _Passed) -> _Passed:
+    worker_ns, cpu_ns, wait_ns = zip(*parts, strict=True)
+    return sum(worker_ns), sum(cpu_ns), sum(wait_ns)
 
 
 def _passed(rows: NDArray[np.void]) -> _Passed:
@@ -78,8 +67,8 @@ def _passed(rows: NDArray[np.void]) -> _Passed:
     before, after = rows[:-1], rows[1:]
     same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)
     worker_ns = (after["t_ns"] - before["t_ns"]) * after["workers"]
-    counted = worker_ns, after["cpu_ns"] - before["cpu_ns"], after["wait_ns"] - before["wait_ns"]
-    return _Passed(*(float(each[same].sum()) for each in counted))
+    cpu_ns, wait_ns = (after[name] - before[name] for name in ("cpu_ns", "wait_ns"))
+    return float(worker_ns[same].sum()), float(cpu_ns[same].sum()), float(wait_ns[same].sum())
 
 
 class WorkerHistory(msgspec.Struct):
@@ -99,10 +88,7 @@ class WorkerHistory(msgspec.Struct):
 
         joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
-        passed = _passed(joined)
-        watched.worker_ns += passed.worker_ns
-        watched.cpu_ns += passed.cpu_ns
-        watched.wait_ns += passed.wait_ns
+        watched.passed = _sum(watched.passed, _passed(joined))
         watched.last = joined[-1:].copy()
         watched.kept.add(rows)
         measured = rows[rows["private_bytes"] >= 0]
@@ -125,7 +111,7 @@ class WorkerHistory(msgspec.Struct):
             if counts is None or counts(rank, loader):
                 watched.setdefault((rank, loader if counts is None else -1), []).append(each)
 
-        found = [use for parts in watched.values() if (use := _summed(parts).use()) is not None]
+        found = [use for parts in watched.values() if (use := _use(parts)) is not None]
         return max(found, key=lambda use: use.busy + use.waited, default=None)
 
     def waited(self, first: int, last: int, counts: Callable[[int, int], bool]) -> float | None:
@@ -135,17 +121,12 @@ class WorkerHistory(msgspec.Struct):
             first, last: the first of the steps, and the one after them.
             counts: as of `use`.
         """
-        waited_ns = worker_ns = least_ns = 0.0
-        for (rank, loader), each in self._watched.items():
-            if not counts(rank, loader):
-                continue
-
-            rows = each.kept.rows
-            passed = _passed(rows[(rows["step"] >= first) & (rows["step"] < last)])
-            waited_ns += passed.wait_ns
-            worker_ns += passed.worker_ns
-            least_ns = max(least_ns, MIN_NS * float(each.last["workers"][0]))
-
+        watched = [each for key, each in self._watched.items() if counts(*key)]
+        within = (
+            rows[(rows["step"] >= first) & (rows["step"] < last)] for rows in (each.kept.rows for each in watched)
+        )
+        worker_ns, _, waited_ns = _sum((0.0, 0.0, 0.0), *map(_passed, within))
+        least_ns = MIN_NS * max((float(each.last["workers"][0]) for each in watched), default=0.0)
         return min(waited_ns / worker_ns, 1.0) if worker_ns >= least_ns > 0 else None
 
     def workers(self, rank: int, loader: int) -> int:

@@ -129,15 +129,19 @@ def _finding(
     if cause and cause.left_steps < (room.left_steps if room else math.inf):
         return None  # a container with a bound is full before memory is
 
-    if cause is None and (_is_history(facts, kind, growth) or _may_be_warm_up(kind, growth)):
-        return None
+    is_resident = kind is MemoryKind.RESIDENT
+    if cause is None:
+        # The history of an optimizer ends when it is full, and an allocator may just have taken some blocks more.
+        is_history = growth.grown_bytes <= facts.history_bytes and (is_resident or kind is MemoryKind.DEVICE)
+        if is_history or (is_resident and growth.samples < _UNEXPLAINED_SAMPLES):
+            return None
 
     follows = growth.now_bytes <= of_batches**2 * (growth.now_bytes - growth.grown_bytes)
     if follows and cause is None and copied is None:
         return None
 
     why = copied or cause
-    is_unseen = kind is MemoryKind.RESIDENT and rank in facts.growing and why is None
+    is_unseen = is_resident and rank in facts.growing and why is None
     unread = _unread_steps(facts)
     is_open = unread > 0 and copied is None and (cause is None or cause.is_cache)
     grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
@@ -160,16 +164,6 @@ def _finding(
             **({"left_s": room.left_s, "left_steps": room.left_steps, "limit_bytes": room.total_bytes} if room else {}),
         },
     )
-
-
-def _is_history(facts: JobFacts, kind: MemoryKind, growth: GrowthEstimate) -> bool:
-    """Return whether the history of an optimizer may be all of a growth: it stops when that is full."""
-    return kind in (MemoryKind.RESIDENT, MemoryKind.DEVICE) and growth.grown_bytes <= facts.history_bytes
-
-
-def _may_be_warm_up(kind: MemoryKind, growth: GrowthEstimate) -> bool:
-    """Return whether an allocator may just have taken a few blocks more: resident memory seldom falls again."""
-    return kind is MemoryKind.RESIDENT and growth.samples < _UNEXPLAINED_SAMPLES
 
 
 def _advice(kind: MemoryKind, facts: JobFacts, *, is_unseen: bool) -> str:

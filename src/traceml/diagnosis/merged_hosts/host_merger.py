@@ -23,6 +23,7 @@ __all__ = ["STEPS_COMPARED", "HostMerger", "HostUpdate"]
 STEPS_COMPARED = 32
 """Newest steps by which the ranks of a host are compared, and that are sent of a rank that is chosen."""
 _SLOTS = 128
+_NO_ROWS = np.empty(0, STEPS.dtype)
 MIN_DIFFERENCE = 0.02
 """A rank differs if the mean of its own work, or of a part, is this share of a step away from the host's median."""
 MIN_ERRORS = 2.5
@@ -97,7 +98,8 @@ class HostMerger:
         work, choice = self._chosen(window)
         far = set(self._held).difference(choice.ordinary, choice.outliers, self._ended)
         sent = frozenset({choice.typical, *choice.outliers, *far, *(rank for rank in asked if rank in self._held)})
-        rows = {rank: self._rows_of(rank, new, rank not in self._sent) for rank in sorted(sent)}
+        begun = {rank: self._held[rank][-STEPS_COMPARED:] for rank in sent - self._sent}
+        rows = {rank: bytes(begun.get(rank, new.get(rank, _NO_ROWS)).tobytes()) for rank in sorted(sent)}
         above = self._above(window, work, choice)
         self._sent_rows.update({rank: len(data) // STEPS.row_bytes for rank, data in rows.items()})
         self._sent, self._typical = sent, choice.typical
@@ -135,12 +137,6 @@ class HostMerger:
             return self._typical
 
         return max(self._sent_rows, key=self._sent_rows.__getitem__, default=self._typical)
-
-    def _rows_of(self, rank: int, new: dict[int, Rows], begins: bool) -> bytes:
-        if begins:
-            return bytes(self._held[rank][-STEPS_COMPARED:].tobytes())
-
-        return bytes(new[rank].tobytes()) if rank in new else b""
 
     def _above(self, window: AlignedSteps, work: OwnWork, choice: RankChoice) -> ExcessWork:
         """Return the work of the longest rank beyond the typical one, from the first new step on."""

@@ -133,7 +133,7 @@ def _steady_growth(values: Floats) -> LevelChange | None:
         return None
 
     _, (_, jump) = _best(values, [(0, end) for end in range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1)])
-    is_jump = _spread(values - _levels(values, jump)) < _spread(values - level - slope * at)
+    is_jump = _spread(_around_medians(values[:jump], values[jump:])) < _spread(values - level - slope * at)
     if is_jump and not _rises_on(values[:jump], values[jump:]):
         return None
 
@@ -178,8 +178,7 @@ def _jump(values: Floats) -> LevelChange | None:
     if _alike(inside, slow, usual) > _MAX_USUAL_SHARE * len(inside):  # it does so within the part
         return None
 
-    residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
-    spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
+    spread = max(_spread(_around_medians(inside, outside)), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
     if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
         return None
 
@@ -214,9 +213,8 @@ def _medians(ordered: Floats, chosen: NDArray[np.bool_]) -> Floats:
     return medians
 
 
-def _levels(values: Floats, at: int) -> Floats:
-    parts = np.split(values, [at])
-    return np.concatenate([np.full(len(part), np.median(part)) for part in parts])
+def _around_medians(*parts: Floats) -> Floats:
+    return np.concatenate([part - np.median(part) for part in parts])
 
 
 def _spread(values: Floats) -> float:

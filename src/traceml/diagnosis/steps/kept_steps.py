@@ -199,7 +199,13 @@ class KeptSteps:
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
         missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
-        return self._with_representatives(self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks))
+        window = self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks)
+        if not self.representatives:
+            return window
+
+        ranks = window.ranks.tolist()
+        above = self.representatives.above(ranks, window.steps)
+        return replace(window, represents=self.representatives.represents(ranks), excess_of_represented=above)
 
     def held(self, rank_index: int) -> AlignedSteps:
         """Return all steps kept of one rank, in order."""
@@ -233,14 +239,6 @@ class KeptSteps:
     def _steps_until(self, newest: int, last: int) -> Ints:
         """Return the steps that may be kept up to the newest, at most `last`, in order."""
         return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
-
-    def _with_representatives(self, window: AlignedSteps) -> AlignedSteps:
-        if not self.representatives:
-            return window
-
-        ranks = window.ranks.tolist()
-        above = self.representatives.above(ranks, window.steps)
-        return replace(window, represents=self.representatives.represents(ranks), excess_of_represented=above)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self.latest >= 0
@@ -277,7 +275,10 @@ class KeptSteps:
             leave_out_waiting(times, own, total, np.where(stored[at] == steps, spent[at], np.float32(0)))
 
         times["other"] = np.maximum(total - sum(times.values()), 0)
-        user = {name: self._user_values(name, at, steps) for name in self._user}
+        user = {
+            name: np.where(stored[at] == steps, spent[at], np.float32(0))
+            for name, (stored, spent) in self._user.items()
+        }
         if device and user:
             # The user's phases were cut to the time in which the device was idle: each by the same share.
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
@@ -312,10 +313,6 @@ class KeptSteps:
         device["backward_own"] = np.where(found, values["backward_own"], -1)
         put_device_times(times, own, total, device, np.ones_like(found))
         return True
-
-    def _user_values(self, name: str, at: Ints, steps: Ints) -> Floats:
-        stored, values = self._user[name]
-        return np.where(stored[at] == steps, values[at], np.float32(0))
 
     def _ring(self, *shape: int, numbers: type[np.signedinteger[Any]] = np.int64) -> tuple[NDArray[Any], Floats]:
         """Return room for the numbers of all kept steps, and for their values of this shape."""
