@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -136,15 +136,19 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     timing, of_timing = _split_remarks(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
-    timing = _of_slowest_ranks(timing, judged, faster)
-    main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
+    timing = _of_seen_ranks(_of_slowest_ranks(timing, judged, faster), judged, facts)
+    main, remarks = [*main, *timing], [*remarks, *of_timing]
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]
     nothing = _of_seen_ranks(_of_slowest_ranks(nothing, judged, faster), judged, facts)
-    if contention := cpu_contention(facts):
-        code = [each for each in nothing if _is_code_that_costs_more(each, contention[0])]
-        contention = [each if main or code else with_own_code(each, work, facts) for each in contention]
-        contention = [_with_other_advice(each, facts) for each in contention]
-        return [*code, *_with_contention(contention, main, timing, remarks, judged, facts)]
+    if waits := cpu_contention(facts):
+        contention = waits[0]
+        code = [each for each in nothing if _is_code_that_costs_more(each, contention)]
+        told = contention if main or code else with_own_code(contention, work, facts)
+        several = _has_several(judged, facts)
+        return [
+            *code,
+            *_with_contention(_with_other_advice(told, facts), main, timing, remarks, facts, several=several),
+        ]
 
     return [*in_order(main, in_steps), *nothing, *remarks]
 
@@ -179,7 +183,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return what is found without comparing the times of steps: ends and errors first."""
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
-    found = [
+    return [
         *ended,
         *worker_lost(facts, explained),
         *steps_skipped(facts),
@@ -187,16 +191,18 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *throttled(facts),
         *device_contention(facts),
         *device_faults(facts),
-        *_training(facts),
+        *(loss_not_finite(facts) or trainings_not_finite(facts)),
+        *duplicate_data(facts),
+        *repeated_by_workers(facts),
+        *never_synchronized(facts),
         *outside_steps(window, facts, hung=any(each.kind is Kind.HANG for each in ended)),
         *stopped_ranks(window, facts),
         *same_order(facts),
+        *memory_leaks(facts, window),
+        *memory_pressure(facts),
+        *memory_imbalance(facts),
+        *allocator_churn(facts),
     ]
-    found += memory_leaks(facts, window)
-    for rule in (memory_pressure, memory_imbalance, allocator_churn):
-        found += rule(facts)
-
-    return found
 
 
 def _split_remarks(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
@@ -206,16 +212,20 @@ def _split_remarks(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
 
 
 def _with_contention(
-    contention: list[Finding],
+    contention: Finding,
     main: list[Finding],
     timing: list[Finding],
     remarks: list[Finding],
-    window: AlignedSteps,
     facts: JobFacts,
+    *,
+    several: bool,
 ) -> list[Finding]:
-    """Return all findings of a run that waited for cores: one about a host that became busier is the same cause."""
-    several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
-    waited = contention[0].cost_share
+    """Return all findings of a run that waited for cores: one about a host that became busier is the same cause.
+
+    Args:
+        several: whether the run has several trainings.
+    """
+    waited = contention.cost_share
     of_host = [each for each in main if is_of_the_host(each, waited)]
     main = [each for each in main if each not in of_host]
     of_host = [] if several else [replace(each, severity=Severity.INFO) for each in of_host]
@@ -224,18 +234,11 @@ def _with_contention(
     ordered = in_order(main, in_steps)
     timing = [each for each in timing if not is_of_the_host(each, waited)]
     if timing and is_oversubscribed_by_others(facts) and not any(each.blames_ranks for each in timing):
-        return [*_contention_first(ordered, contention, timing), *remarks]
+        place = min(map(ordered.index, timing))
+        return [*ordered[:place], contention, *ordered[place:], *remarks]
 
     # Waiting for cores makes all phases longer: next to another cause it is a remark.
-    beside = [replace(each, severity=Severity.INFO) for each in contention] if ordered else contention
-    return [*ordered, *beside, *remarks]
-
-
-def _contention_first(ordered: list[Finding], contention: list[Finding], timing: list[Finding]) -> list[Finding]:
-    """Return the findings in order, with waiting for cores before those about the time of steps."""
-    kinds = {each.kind for each in timing}
-    place = next(number for number, each in enumerate(ordered) if each.kind in kinds)
-    return [*ordered[:place], *contention, *ordered[place:]]
+    return [*ordered, replace(contention, severity=Severity.INFO) if ordered else contention, *remarks]
 
 
 def _of_slowest_ranks(found: list[Finding], window: AlignedSteps, faster: AlignedSteps | None) -> list[Finding]:
@@ -270,11 +273,6 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
     text = f" {count_text(seen)} of {count_text(facts.world_size)} ranks were seen in these steps."
     evidence = {**found[0].evidence, "ranks_seen": seen, "world_size": facts.world_size}
     return [replace(found[0], summary=found[0].summary + text, evidence=evidence), *found[1:]]
-
-
-def _training(facts: JobFacts) -> list[Finding]:
-    lost = loss_not_finite(facts) or trainings_not_finite(facts)
-    return [*lost, *duplicate_data(facts), *repeated_by_workers(facts), *never_synchronized(facts)]
 
 
 class _Timing(NamedTuple):
@@ -345,9 +343,11 @@ def _costs(
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
     before_ns = _waiting_ns(remaining)
+    excluded = None
     if restarted:
         found += restarted
         remaining = replayed(remaining, without_restarts)
+        excluded = "restarts of workers" if "restart_ms" in restarted[0].evidence else "first batches of epochs"
 
     restarts_ns = before_ns - _waiting_ns(remaining)
 
@@ -359,7 +359,7 @@ def _costs(
     found += periodic
     remaining = replayed(remaining, without_long)
 
-    found += input_bound(remaining, facts, step_ns, _excluded_waits(restarted), restarts_ns)
+    found += input_bound(remaining, facts, step_ns, excluded, restarts_ns)
     # What rare long steps do is no steady cost of copies, or of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(window.steps, remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
@@ -379,14 +379,6 @@ def _costs(
         found += comm_bound(window, with_explained, facts)
 
     return found
-
-
-def _excluded_waits(restarted: Sequence[Finding]) -> str | None:
-    """Return in words the waiting that is reported apart; None without any."""
-    if not restarted:
-        return None
-
-    return "restarts of workers" if "restart_ms" in restarted[0].evidence else "first batches of epochs"
 
 
 def _waiting_ns(work: OwnWork) -> float:
@@ -491,11 +483,8 @@ def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, f
     if not _late_ranks(found):
         return found
 
-    bins = StepHistory.of(window, work)
-    if not _has_several(window, facts):
-        return [with_steps_from_history(each, bins) for each in found]
-
-    return [each if depends_on_model(each.phase) else with_steps_from_history(each, bins) for each in found]
+    bins, several = StepHistory.of(window, work), _has_several(window, facts)
+    return [each if several and depends_on_model(each.phase) else with_steps_from_history(each, bins) for each in found]
 
 
 def _has_several(window: AlignedSteps, facts: JobFacts) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,14 +32,6 @@ _PART = "other"
 _OUTSIDE = LINE_PHASES[LINE_OUTSIDE]
 
 
-class _SetUp(msgspec.Struct, frozen=True):
-    """Set-up before the first steps of trainings."""
-
-    usually: Floats  # other code as it would be without
-    each_ns: NDArray[np.float64]  # time of each set-up
-    saved_ns: float  # time by which the mean step would be shorter
-
-
 def set_up_between(
     window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
@@ -56,32 +47,34 @@ def set_up_between(
     if np.median(np.diff(facts.trainings_begin)) < MIN_TRAINING_STEPS:
         return [], {}
 
-    found = _set_up(window, work, begins)
-    is_usual = (found.each_ns >= LONG_NS).sum() >= max(MIN_SETUP_SHARE * len(begins), MIN_BEGINS)
-    if not is_usual or found.saved_ns < least_cost_ns(step_ns):
-        return [], {}
-
-    return [_finding(work, facts, found, step_ns)], {_PART: found.usually}
-
-
-def _set_up(window: AlignedSteps, work: OwnWork, begins: NDArray[np.int64]) -> _SetUp:
-    at = np.searchsorted(window.steps, begins)
+    at, values = np.searchsorted(window.steps, begins), work.parts[_PART]
     columns = np.unique(np.concatenate([at - 1, at]))
-    values = work.parts[_PART]
     excess = np.zeros_like(values)
     excess[:, columns] = excess_over_usual(values, columns)
-    each = excess.max(axis=0)
-    saved = saved_ns(work, {_PART: values - excess})
-    return _SetUp(values - excess, np.asarray(each[at - 1] + each[at], np.float64), saved)
+    longest = excess.max(axis=0)
+    each_ns = np.asarray(longest[at - 1] + longest[at], np.float64)
+    usually: dict[str, Floats] = {_PART: values - excess}
+    saved = saved_ns(work, usually)
+    is_usual = (each_ns >= LONG_NS).sum() >= max(MIN_SETUP_SHARE * len(begins), MIN_BEGINS)
+    if not is_usual or saved < least_cost_ns(step_ns):
+        return [], {}
+
+    return [_finding(work, facts, each_ns, saved, step_ns)], usually
 
 
-def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> Finding:
-    share, gain = found.saved_ns / step_ns, speedup(step_ns, found.saved_ns)
+def _finding(work: OwnWork, facts: JobFacts, each_ns: NDArray[np.float64], saved: float, step_ns: float) -> Finding:
+    """Return the finding.
+
+    Args:
+        each_ns: time of each set-up.
+        saved: time by which the mean step would be shorter.
+    """
+    share, gain = saved / step_ns, speedup(step_ns, saved)
     phase_share = float(work.parts[_PART].mean()) / step_ns
-    held = found.saved_ns >= LINE_SHARE * phase_share * step_ns
+    held = saved >= LINE_SHARE * phase_share * step_ns
     own = own_line(facts.lines, _PART, phase_share) if held else None
-    line = own or _line_after_evaluation(facts, found)
-    trainings, each = len(facts.trainings_begin) + 1, ns_text(float(found.each_ns.mean()))
+    line = own or _line_after_evaluation(facts, float(each_ns.sum()))
+    trainings, each = len(facts.trainings_begin) + 1, ns_text(float(each_ns.mean()))
     what = line.place if line else "what the script does there"
     see = "" if line else " `traceml report --lines` shows the lines."
     return Finding.of(
@@ -97,7 +90,7 @@ def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> F
         ),
         evidence={
             "trainings": trainings,
-            "set_up_ms": float(found.each_ns.mean()) / 1e6,
+            "set_up_ms": float(each_ns.mean()) / 1e6,
             "steps": len(work.step),
             "usual_ms": float(np.median(work.step)) / 1e6,
             **(line.evidence(phase_share if own else share) if line else {}),
@@ -107,9 +100,9 @@ def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> F
     )
 
 
-def _line_after_evaluation(facts: JobFacts, found: _SetUp) -> BlamedLine | None:
+def _line_after_evaluation(facts: JobFacts, set_up_ns: float) -> BlamedLine | None:
     """Return the line of set-up that follows an evaluation, which ends where the next training begins, for samples."""
-    if facts.time is None or float(found.each_ns.sum()) / 1e9 < facts.time.seconds.get("evaluation", 0.0):
+    if facts.time is None or set_up_ns / 1e9 < facts.time.seconds.get("evaluation", 0.0):
         return None  # the samples may be of evaluations
 
     line = outside_line(facts.lines, _OUTSIDE)

@@ -76,36 +76,37 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         return []
 
     explicit = float(np.median(window.times["comm"].mean(axis=0)))
-    share = float(window.times["comm"].mean() / max(window.total.mean(), 1.0))
-    line = _calling_line(share, facts) if explicit > cost / 2 else None
+    share, is_explicit = float(window.times["comm"].mean() / max(window.total.mean(), 1.0)), explicit > cost / 2
+    line = _calling_line(share, facts) if is_explicit else None
     if cost < FLOOR_NS and line is None and not work.device:
         return []
 
     evidence = _evidence(work, facts, cost, step, explicit)
-    if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
-        return [_too_many_reductions(needless, cost, step, evidence)]
+    known = facts.batches.reductions  # backward passes of a step, and reductions of gradients
+    if not is_explicit and known is not None and known[1] >= MIN_REDUCTIONS:  # one would do
+        return [_too_many_reductions(round(known[0]), round(known[1]), cost, step, evidence)]
 
     if unseen := facts.unseen_ranks:
         return [_waiting_for_unseen(unseen, cost, step, evidence)]
 
     # Ranks may train no steps, as one that only plays, evaluates or serves.
     without_steps = [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
-    if explicit > cost / 2 and without_steps:
+    if is_explicit and without_steps:
         how = "for messages of other ranks" if facts.batches.messages else "in collectives"
         return [_waiting_for_others(without_steps, how, cost, step, evidence)]
 
-    if explicit > cost / 2 and facts.batches.messages:
+    if is_explicit and facts.batches.messages:
         return [_waiting_for_messages(cost, step, evidence)]
 
     evidence |= line.evidence(share) if line else {}
-    where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
+    where = "in collectives" if is_explicit else "while backward waits for gradients"
     where += line.of_it if line else ""
     gain = speedup(step, cost)
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
         f"{gain_text(gain)}."
     )
-    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward", cost, line)
+    action = advice.for_comm(facts, "comm" if is_explicit else "backward", cost, line)
     if shared := _shared_cores(work, facts):
         summary += f" {shared}, which the threads that communicate need, too."
         action += " Or start fewer ranks on a host: with a core each they communicate faster."
@@ -238,17 +239,9 @@ def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit
     }
 
 
-def _needless(facts: JobFacts) -> tuple[int, int] | None:
-    """Return the backward passes of a step and its reductions, if one reduction would do; None otherwise."""
-    if facts.batches.reductions is None:
-        return None
-
-    backwards, reductions = facts.batches.reductions
-    return (round(backwards), round(reductions)) if reductions >= MIN_REDUCTIONS else None
-
-
-def _too_many_reductions(needless: tuple[int, int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
-    backwards, reductions = needless
+def _too_many_reductions(
+    backwards: int, reductions: int, cost: float, step: float, evidence: dict[str, Any]
+) -> Finding:
     gain = speedup(step, cost * (1 - 1 / reductions))
     which = f"all {backwards}" if reductions == backwards else f"{reductions} of the {backwards}"
     summary = (

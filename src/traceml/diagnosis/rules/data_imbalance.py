@@ -53,7 +53,9 @@ def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], 
         return [], {}
 
     parts = [part for part in COMPUTE if part in work.parts]
-    away, judged = sizes - sizes.mean(), _judged_steps(work)
+    # Work can follow the size in steps with a measurement: in others it is a mean.
+    is_measured = len(work.sync_intervals) == len(work.step) and int(work.measured.sum()) >= _MIN_MEASURED
+    away, judged = sizes - sizes.mean(), work.measured if is_measured else np.ones(len(work.step), bool)
     of_judged, away_judged = (work, away) if judged.all() else (work.of_steps(judged), away[:, judged])
     own_ns = sum((of_judged.parts[part] for part in parts), np.zeros_like(of_judged.own))
     slope, explained = _fit(away_judged, own_ns)
@@ -105,13 +107,6 @@ def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
     slope = float((away * around).sum()) / variance
     whole = float((around**2).sum())
     return slope, slope**2 * variance / whole if whole else 0.0
-
-
-def _judged_steps(work: OwnWork) -> NDArray[np.bool_]:
-    """Return the steps in which work can follow the size: in those without a measurement it is a mean."""
-    each_is_one = len(work.sync_intervals) == len(work.step)
-    some = each_is_one and int(work.measured.sum()) >= _MIN_MEASURED
-    return work.measured if some else np.ones(len(work.step), bool)
 
 
 def _without_where_known(

@@ -57,8 +57,12 @@ def gil_contention(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Findi
     return [
         Finding.of(
             Kind.GIL_CONTENTION,
-            summary=_summary(facts, cores, line, cost, step_ns)
-            + f"; without that steps would be {gain_text(gain, 'at least')}.",
+            summary=(
+                f"Other threads {'of each rank' if facts.world_size > 1 else 'of the script'} use {cores_text(cores)}"
+                f"{line.of_it if line else ''}. While one of them runs Python code, the training waits for the "
+                f"interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
+                f"({percent_text(cost / step_ns)}); without that steps would be {gain_text(gain, 'at least')}."
+            ),
             next=_advice(line) + _if_steps_need_it(cores * step_ns, cost, step_ns),
             evidence=known_facts(
                 step_ms=step_ns / 1e6,
@@ -92,16 +96,6 @@ def _computes(facts: JobFacts) -> bool:
 
     shares = [share for part in COMPUTE if (share := busy_share(facts.lines, part)) is not None]
     return min(shares, default=0.0) > MAX_BUSY
-
-
-def _summary(facts: JobFacts, cores: float, line: BlamedLine | None, cost: float, step_ns: float) -> str:
-    whose = "of each rank" if facts.world_size > 1 else "of the script"
-    where = line.of_it if line else ""
-    return (
-        f"Other threads {whose} use {cores_text(cores)}{where}. While one of them runs Python code, the training waits "
-        f"for the interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
-        f"({percent_text(cost / step_ns)})"
-    )
 
 
 def _advice(line: BlamedLine | None, on_ranks: str = "") -> str:

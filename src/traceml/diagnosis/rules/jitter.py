@@ -123,21 +123,12 @@ def _rare_long_steps(
     if "line" not in found.evidence and facts.is_core_wait(cost / step_ns, in_communication=found.phase == "comm"):
         return None
 
-    if found.phase is None and _in_a_row(events.columns[~events.are_waits]):
-        return None
+    own = events.columns[~events.are_waits]
+    if found.phase is None and (np.diff(own) == 1).sum() >= IN_A_ROW_SHARE * (len(own) - 1):
+        return None  # all parts are longer: they have more work
 
-    waits_for_evaluation = (
-        found.phase == "comm"
-        and facts.time is not None
-        and bool(facts.time.evaluators)
-        and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
-    )
-    return None if waits_for_evaluation else found
-
-
-def _in_a_row(columns: NDArray[np.intp]) -> bool:
-    """Return whether most long steps follow each other; if all parts are longer, they have more work."""
-    return bool((np.diff(columns) == 1).sum() >= IN_A_ROW_SHARE * (len(columns) - 1))
+    evaluations = facts.time.evaluations if facts.time is not None and facts.time.evaluators else -1
+    return None if found.phase == "comm" and len(events.columns) <= _PER_EVALUATION * evaluations else found
 
 
 def _exceeds_cpu_contention(work: OwnWork, events: _LongSteps) -> bool:
@@ -211,8 +202,8 @@ def _jitter(
 ) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
     if work.grouped:  # what no rank's own work explains is waiting, or backward of steps that did not measure it
-        unexplained = "comm" if _is_measured(work, events) else _UNKNOWN
-        sums[unexplained] = max(cost * len(work.step) - sum(sums.values()), 0.0)
+        is_measured = 2 * int(work.measured[events.columns].sum()) >= len(events.columns)
+        sums["comm" if is_measured else _UNKNOWN] = max(cost * len(work.step) - sum(sums.values()), 0.0)
 
     part = max(sums, key=lambda name: sums[name])
     is_most = sums[part] >= 0.6 * max(sum(sums.values()), 1.0)
@@ -220,7 +211,9 @@ def _jitter(
     rank = _one_rank(work, np.sum(list(events.excess.values()), axis=0)[:, ~events.are_waits])
     share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = work.as_measured(events.columns, events.usual_ns)
-    long = _described_steps(_with_waits(events, long, usual_ns), usual_ns)
+    # The waiting for a late rank belongs to its own step: a mean has a part in each.
+    excess = np.add.reduceat(long - usual_ns, np.flatnonzero(~events.are_waits))
+    long = usual_ns + _described(excess)
     how_long, them = _how_long(long, len(work.step))
     line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     line = _line_of_pause(steps, work, facts, events, phase) or line
@@ -259,20 +252,14 @@ def _jitter(
     )
 
 
-def _is_measured(work: OwnWork, events: _LongSteps) -> bool:
-    """Return whether most of the long steps have measured what of their backward is own work."""
-    return 2 * int(work.measured[events.columns].sum()) >= len(events.columns)
+def _described(excess: Floats) -> Floats:
+    """Return those of the steps that the sentence describes: no step is as long as the mean of a pause and short ones.
 
-
-def _with_waits(events: _LongSteps, long: Floats, usual_ns: float) -> Floats:
-    """Return the times of long steps, the waiting for a late rank added to its own step: a mean has a part in each."""
-    return np.asarray(np.add.reduceat(long - usual_ns, np.flatnonzero(~events.are_waits)) + usual_ns)
-
-
-def _described_steps(long: Floats, usual_ns: float) -> Floats:
-    """Return the long steps that the sentence describes: no step is as long as the mean of a pause and short ones."""
-    heavy = significant_excess(long - usual_ns)
-    return long[heavy] if (long - usual_ns)[heavy].sum() >= DESCRIBED_SHARE * (long - usual_ns).sum() else long
+    Args:
+        excess: their times beyond the usual.
+    """
+    heavy = excess[significant_excess(excess)]
+    return heavy if heavy.sum() >= DESCRIBED_SHARE * excess.sum() else excess
 
 
 def significant_excess(excess: Floats) -> NDArray[np.bool_]:
@@ -356,7 +343,7 @@ def late_in_turns(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Findin
         return []
 
     finding = _late_in_turns(work, facts, part, work.parts[part], step_ns)
-    return [finding] if finding is not None else []
+    return [] if finding is None else [finding]
 
 
 def _imbalance(values: Floats) -> float:

@@ -80,7 +80,8 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
         )
     else:
         where = f" on {ranks_text((use.rank,))}" if use.resource in _OF_RANK else ""
-        summary = f"{_amounts(use)} {words} in use{where}{_when(use)}."
+        text = bytes_text if use.resource in _BYTES else count_text
+        summary = f"{text(use.used)} of {text(use.limit)} {words} in use{where}{_when(use)}."
 
     return Finding.of(
         Kind.LIMIT_NEAR,
@@ -100,11 +101,6 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
             ),
         },
     )
-
-
-def _amounts(use: ResourceUse) -> str:
-    text = bytes_text if use.resource in _BYTES else count_text
-    return f"{text(use.used)} of {text(use.limit)}"
 
 
 def _when(use: ResourceUse) -> str:

@@ -72,7 +72,11 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
     startup_s = time.seconds.get("startup", 0.0)
     # A script that ended well without a step trains in a way that is not recognized, if at all.
     has_begun, is_running = time.share("steps", "evaluation") > 0, facts.state == RunStatus.RUNNING
-    is_known = has_begun or not (facts.state == RunStatus.FINISHED or (is_running and _is_in_first_step(facts)))
+    # A first step may be open, by what was seen after its first batch: its begin is known only with its end.
+    before = (*OUTSIDE_STEPS, Phase.INPUT_WAIT.label)
+    is_known = has_begun or not (
+        facts.state == RunStatus.FINISHED or (is_running and any(each.part not in before for each in lines))
+    )
     if is_known and startup_s >= max(STARTUP_S, HEAVY_SHARE * time.wall_s):
         startup = _startup(time, startup_s, facts)
         # While the training continues, its share becomes less.
@@ -99,12 +103,6 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
         found.append(_after_steps(time, after_s, after))
 
     return found
-
-
-def _is_in_first_step(facts: JobFacts) -> bool:
-    """Whether the first step is open, by what was seen after its first batch: its begin is known only with its end."""
-    before = (*OUTSIDE_STEPS, Phase.INPUT_WAIT.label)
-    return any(each.part not in before for each in facts.lines)
 
 
 def _after_steps(time: RunTime, seconds: float, line: BlamedLine) -> Finding:
@@ -156,7 +154,12 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
         waits = line is not None and calls_collectives(lines, "startup", line)
-        advice = _FOR_IMPORTS if mostly_imports else _FOR_RANKS if waits else _for_startup(line)
+        look = (
+            f"Look at {line.place}: cache its result, or do it in the background; in a longer run its share is smaller."
+            if line
+            else _FOR_STARTUP
+        )
+        advice = _FOR_IMPORTS if mostly_imports else _FOR_RANKS if waits else look
 
     return _startup_finding(
         time,
@@ -275,14 +278,10 @@ _FOR_IMPORTS = (
 )
 
 
-def _for_startup(line: BlamedLine | None) -> str:
-    if line is None:
-        return (
-            "In a longer run its share is smaller. Cache what is computed at each start (tokenized data, indexes, "
-            "compiled code), and move imports that only some runs need to where they are used."
-        )
-
-    return f"Look at {line.place}: cache its result, or do it in the background; in a longer run its share is smaller."
+_FOR_STARTUP = (
+    "In a longer run its share is smaller. Cache what is computed at each start (tokenized data, indexes, compiled "
+    "code), and move imports that only some runs need to where they are used."
+)
 
 
 def _evaluation(

@@ -106,12 +106,16 @@ def workers_restarted(
     # Kept workers draw the order of the samples as often, and begin an iterable data set as often.
     ordered = 0.0 if each_step else ordering_share(facts.lines)
     drawn_ns = ordered * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
-    restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - _own_samplers_share(facts))
+    loader = facts.loader or LoaderFacts()
+    in_samplers = min(sum(dataset_share(facts.lines, name) for name in loader.samplers), 1.0)
+    restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - in_samplers)
     least_ns = max(_LONG_BEGIN_NS, _LONG_BEGIN * float(start_ns.mean()))
-    starts_over = not each_step and _starts_over(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
+    # An iterable data set begins with its forked workers, which take no time after that.
+    is_forked, is_long = loader.start_method in (None, _FORK), float(rest_ns.mean()) - drawn_ns >= least_ns
+    starts_over = not each_step and loader.length is None and is_forked and is_long
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
-    if not starts_over and _is_forked(facts):
+    if not starts_over and is_forked:
         copied_ns = _copied_ns(work, columns)
         restart_ns = restart_ns + sum(float(each.mean()) for each in copied_ns.values())
         for part, excess in copied_ns.items():
@@ -128,32 +132,17 @@ def workers_restarted(
     return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
 
 
-def _own_samplers_share(facts: JobFacts) -> float:
-    """Return the share of the waiting for data in samplers of the script's own classes."""
-    names = () if facts.loader is None else facts.loader.samplers
-    return min(sum(dataset_share(facts.lines, name) for name in names), 1.0)
-
-
-def _is_forked(facts: JobFacts) -> bool:
-    return (facts.loader or LoaderFacts()).start_method in (None, _FORK)
-
-
-def _starts_over(facts: JobFacts) -> bool:
-    """Return whether the data set is iterable, and its workers are forked, which takes no time after that."""
-    return facts.loader is not None and facts.loader.length is None and _is_forked(facts)
-
-
 def _copied_ns(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
     """Return by how much computation takes longer than usual in these steps, by rank: memory that it shares is copied.
 
     After a fork, a page of weights, gradients or an optimizer's state is copied when it is written for the first time.
     """
-    parts = {part: work.parts[part] for part in COMPUTE if part in work.parts}
-    excess = {
-        part: np.median(values[:, columns], axis=1, keepdims=True) - np.median(values, axis=1, keepdims=True)
-        for part, values in parts.items()
+    medians = {
+        part: [np.median(values, axis=1, keepdims=True) for values in (work.parts[part][:, columns], work.parts[part])]
+        for part in COMPUTE
+        if part in work.parts
     }
-    return {part: np.maximum(each, 0) for part, each in excess.items()}
+    return {part: np.maximum(then - usual, 0) for part, (then, usual) in medians.items()}
 
 
 def _restarts(

@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.sampled_shares import iterator_share
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.bottlenecks.phase_cost import cost_of
+from traceml.diagnosis.rules.bottlenecks.phase_cost import PhaseCost, cost_of
 from traceml.diagnosis.rules.loading_advice import (
     LoadingAdvice,
     for_input,
@@ -70,8 +70,7 @@ def input_bound(
         line = workers_line(facts.worker_lines, cost.ranks, waits_are_rare=pipeline is None) if is_theirs else None
 
     advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, waits, line)
-    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
-    where += f"; without any of it steps would be {cost.faster}" if is_part else ""
+    where += _without_all(cost, advised)
     if line is not None:
         where = where + line.of_batches(facts.loader_workers) if line.of_workers else line.of_it + where
 
@@ -123,12 +122,18 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
     called = main_library(lines, "other", line) if line else None
     is_model = line is not None and runs_forward(lines, "other", line)
     advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called, runs_model=is_model)
-    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
-    without = f"; without any of it steps would be {cost.faster}" if is_part else ""
-    summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}{without}."
+    where = (line.of_it if line else "") + _without_all(cost, advised)
+    summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{where}."
     evidence = line.evidence(phase_share) if line else {}
     found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, evidence, advised.gain)
     return replace(found, phase="input_wait")
+
+
+def _without_all(cost: PhaseCost, advised: LoadingAdvice) -> str:
+    """Return how much faster steps would be without any waiting, where the advice gains less; else nothing."""
+    whole = speedup(cost.step_ns, cost.saved_ns)
+    is_part = advised.gain is not None and whole > MIN_PART * advised.gain
+    return f"; without any of it steps would be {cost.faster}" if is_part else ""
 
 
 def _remaining(share: float, work: OwnWork, long_ns: float) -> float:
@@ -168,5 +173,4 @@ def _loader_evidence(facts: JobFacts) -> dict[str, object]:
     if facts.loader is None:
         return {}
 
-    described = {name: getattr(facts.loader, name) for name in ("dataset", "num_workers", "in_memory")}
-    return {name: value for name, value in described.items() if value is not None}
+    return known_facts(**{name: getattr(facts.loader, name) for name in ("dataset", "num_workers", "in_memory")})

@@ -34,6 +34,7 @@ _UNEVEN_RATIO = 1.25
 _CHANCE_ERRORS = 1.0
 """Ranks differ by chance up to so many standard errors beyond the largest deviation that is usual for their number."""
 RARE_STEPS = "rare long steps"
+_LISTED = 16  # ranks in the evidence
 
 
 class PhaseCost(msgspec.Struct, frozen=True):
@@ -161,13 +162,23 @@ class PhaseCost(msgspec.Struct, frozen=True):
         self, kind: Kind, summary: str, action: str, evidence: Mapping[str, object], gain: float | None = None
     ) -> Finding:
         """Return the finding; its gain is that without any of the cost, unless it is given."""
+        values, ranks = self.work.parts[self.part], self.work.ranks[:_LISTED].tolist()
+        means = (values[:_LISTED].mean(axis=1) / 1e6).tolist()
         return Finding.of(
             kind,
             ranks=self.ranks,
             phase=self.part,
             summary=summary,
             next=action,
-            evidence={**_evidence(self.work, self.part, self.step_ns), **evidence},
+            evidence={
+                "step_ms": self.step_ns / 1e6,
+                "phase_ms": float(values.mean()) / 1e6,
+                "phase_p50_ms": float(np.median(values)) / 1e6,
+                "phase_ms_by_rank": {str(rank): mean for rank, mean in zip(ranks, means, strict=True)},
+                "compute_ms": self.work.compute_ns / 1e6,
+                "steps": values.shape[1],
+                **evidence,
+            },
             cost_share=self.saved_ns / self.step_ns,
             speedup_if_fixed=speedup(self.step_ns, self.saved_ns) if gain is None else gain,
         )
@@ -200,18 +211,3 @@ def _have_much(values: Floats) -> NDArray[np.bool_]:
     # The largest of n normal deviations is about sqrt(2 log n).
     by_chance = (2 * np.log(len(means))) ** 0.5 + _CHANCE_ERRORS
     return has | bool(np.abs(means - means.mean()).max() <= by_chance * error)
-
-
-def _evidence(work: OwnWork, part: str, step_ns: float) -> dict[str, object]:
-    values = work.parts[part]
-    means = values[:16].mean(axis=1) / 1e6
-    return {
-        "step_ms": step_ns / 1e6,
-        "phase_ms": float(values.mean()) / 1e6,
-        "phase_p50_ms": float(np.median(values)) / 1e6,
-        "phase_ms_by_rank": {
-            str(rank): float(mean) for rank, mean in zip(work.ranks[:16].tolist(), means, strict=True)
-        },
-        "compute_ms": work.compute_ns / 1e6,
-        "steps": values.shape[1],
-    }

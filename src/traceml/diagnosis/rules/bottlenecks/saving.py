@@ -35,7 +35,9 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     longest = values[:, :-1].max(axis=0, initial=0)
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
-    ranks, removed = _ranks_with(work, values[:, :-1]), values - kept
+    sums = values[:, :-1].sum(axis=1)
+    rows = np.flatnonzero(sums >= SAVING_SHARE * sums.max())
+    ranks, removed = () if len(rows) == len(sums) else tuple(work.ranks_of(rows)), values - kept
     turns_ns = _saving_in_turns_ns(work, saves, longest)
     saved = saved_ns(work, {"checkpoint": kept}) if turns_ns is None else turns_ns.sum() / len(work.step)
     cost = PhaseCost(work, "checkpoint", step_ns, ranks, removed, float(saved))
@@ -46,10 +48,15 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     known, half = facts.pauses.saves(work.ranks), speedup(step_ns, cost.saved_ns / 2)
     where = f" on {ranks_text(ranks)}" if ranks else ""
     where += "" if turns_ns is None else ", one rank after the other"
-    line = _within_save(cost.line(facts), known)
+    line = cost.line(facts)
+    if line is not None and known is not None and (known.file, known.function) == (line.file, line.function):
+        line = None  # it only calls the save
+
+    # Screens show the time of a save in the last step, too.
+    at_end = ", not counting the one in the last step" if values[:, -1].max(initial=0) > FLOOR_NS else ""
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
-        f", for {ns_text(each_ns)} each{_of_save(known, line)}{_at_end(values)}; without it steps would be "
+        f", for {ns_text(each_ns)} each{_of_save(known, line)}{at_end}; without it steps would be "
         f"{cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
@@ -74,27 +81,6 @@ def _saving_in_turns_ns(work: OwnWork, saves: NDArray[np.bool_], longest: Floats
     whole = work.parts["checkpoint"][:, :-1][:, saves].sum(axis=0)
     in_turns = np.minimum(longest[saves] + waits_ns, whole)
     return np.asarray(in_turns) if in_turns.sum() >= TURNS_FACTOR * longest[saves].sum() else None
-
-
-def _at_end(values: Floats) -> str:
-    """Return that a save in the last step does not count, where screens show its time, too."""
-    return ", not counting the one in the last step" if values[:, -1].max(initial=0) > FLOOR_NS else ""
-
-
-def _ranks_with(work: OwnWork, values: Floats) -> tuple[int, ...]:
-    """Return the ranks that have a part, where others do not; empty for all."""
-    sums = values.sum(axis=1)
-    rows = np.flatnonzero(sums >= SAVING_SHARE * sums.max())
-    return () if len(rows) == len(sums) else tuple(work.ranks_of(rows))
-
-
-def _within_save(line: BlamedLine | None, known: Saves | None) -> BlamedLine | None:
-    """Return the line that most of saving is in, where that is not the one that calls it, as in a trainer's hook."""
-    if line is None or known is None:
-        return line
-
-    called = (known.file, known.function) == (line.file, line.function)
-    return None if called else line
 
 
 def _of_save(known: Saves | None, line: BlamedLine | None) -> str:

@@ -77,18 +77,12 @@ def find_parts(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> Slo
         return SlowParts(leading=_together(*steps.levels()))
 
     line, phase_share = (None, 0.0) if parts[0] == COMM else _line(steps, facts, parts[0], ranks)
-    if parts[0] == _OTHER and line is None and _may_be_cores(steps, facts):
+    # Ranks may have had a core for a small and varying share of the time: other code enters the kernel most often.
+    may_be_cores = facts.oversubscribed and steps.change.factor * (1.0 - facts.wait_share) < 1.0
+    if parts[0] == _OTHER and line is None and may_be_cores:
         return SlowParts(is_loss_of_cores=True)
 
     return SlowParts(parts, line=line, phase_share=phase_share)
-
-
-def _may_be_cores(steps: SlowSteps, facts: JobFacts) -> bool:
-    """Return whether the cause may be that the ranks had a core for a small and varying share of the time.
-
-    Other code enters the kernel most often, and so loses its core there.
-    """
-    return facts.oversubscribed and steps.change.factor * (1.0 - facts.wait_share) < 1.0
 
 
 def slow_phases(steps: SlowSteps, facts: JobFacts) -> tuple[str, ...]:

@@ -142,26 +142,21 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
     whose = f", because of {ranks_text(ranks)}" if ranks else ""
     # A part that grew by more than the loss of cores explains has another cause, be its line known or not.
     is_other = where.line is not None or (bool(where.parts) and bool(beside) and beside[0].takes_cores)
+    # From one step to the next, as longer episodes; what a script keeps makes one pass longer, or code outside of it.
+    may_be_work = change.shape == "growth" and PASSES.issubset(where.parts)
+    meanwhile = "".join(f" {'And' if at else 'Meanwhile'} {each.text}." for at, each in enumerate(beside[:2]))
     is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or not is_other)
     return Finding.of(
         Kind.SLOWDOWN,
         severity=Severity.INFO if is_meant else None,
         ranks=ranks,
         phase=part,
-        summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + _meanwhile(beside),
+        summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + meanwhile,
         next=beside[0].advice if is_beside else slowdown_advice(change.shape, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
-        speedup_if_fixed=1.0 if is_meant or _may_be_work(change, where) else speedup_of_share(share),
+        speedup_if_fixed=1.0 if is_meant or may_be_work else speedup_of_share(share),
     )
-
-
-def _may_be_work(change: LevelChange, where: SlowParts) -> bool:
-    """Return whether steps may have more work from one to the next, as longer episodes of a policy that learns.
-
-    What a script keeps makes one pass longer, or code outside the model.
-    """
-    return change.shape == "growth" and PASSES.issubset(where.parts)
 
 
 def _batches(steps: SlowSteps) -> list[SideChange]:
@@ -208,10 +203,6 @@ def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool
     taken = any(each.takes_cores and each.name not in CORE_WAITS for each in beside)
     is_cause = waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
     return is_cause and change.factor * (1 - waited) < STILL_SLOWER
-
-
-def _meanwhile(beside: Sequence[SideChange]) -> str:
-    return "".join(f" {'Meanwhile' if not at else 'And'} {each.text}." for at, each in enumerate(beside[:2]))
 
 
 def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | None, where: str) -> str:

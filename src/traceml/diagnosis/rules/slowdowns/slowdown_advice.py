@@ -24,17 +24,14 @@ def slowdown_advice(shape: str, where: SlowParts, ranks: tuple[int, ...], facts:
     if known is not None:
         return known
 
-    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
+    may_read_ahead = part == "input_wait" and facts.loader is not None and not facts.loader_workers
+    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if may_read_ahead else ""
     if where.line is not None:
         waits = part is not None and facts.waits_in(part, where.line)
         what = f"waits for then ({WAITED_FOR}): it does not compute" if waits else "does only then"
         return f"Look at what {where.line.place} {what}.{meanwhile}"
 
     return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
-
-
-def _may_read_ahead(part: str | None, facts: JobFacts) -> bool:
-    return part == "input_wait" and facts.loader is not None and not facts.loader_workers
 
 
 def _for_shape(shape: str, part: str | None, where: SlowParts, facts: JobFacts) -> str | None:
