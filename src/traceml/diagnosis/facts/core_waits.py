@@ -21,6 +21,8 @@ __all__ = [
     "COMPETING_PROCESSES",
     "CompetingProcessHistory",
     "CoreWaits",
+    "TimeSums",
+    "added_up",
     "medians_of_others",
     "ranks_without_core",
 ]
@@ -38,8 +40,9 @@ MIN_READY_NS = 5e7
 WITHOUT_CORE_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
-_Sums = tuple[int, int, int]
-_NOTHING: _Sums = (0, 0, 0)
+TimeSums = tuple[float, float, float]
+"""Wall time, that in which threads ran, and that in which they waited for a core."""
+_NOTHING: TimeSums = (0, 0, 0)
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
 
@@ -48,8 +51,8 @@ class _MainThread(msgspec.Struct):
 
     first: tuple[int, ...] = ()
     last: tuple[int, ...] = ()
-    training: _Sums = _NOTHING  # wall time, run and waited, in steps that have ended
-    of_open: list[_Sums] = []  # the same between readings, from that before the step open last
+    training: TimeSums = _NOTHING  # wall time, run and waited, in steps that have ended
+    of_open: list[TimeSums] = []  # the same between readings, from that before the step open last
     before: tuple[int, int] | None = None  # run and waited before the first step
     has_begun: bool = False  # whether it had a step
 
@@ -67,7 +70,7 @@ class _MainThread(msgspec.Struct):
                 self.first = row
             elif last[3] >= 0:
                 if step != last[3]:
-                    self.training = _sum(self.training, *(of_open if step >= 0 else of_open[:1]))
+                    self.training = added_up(self.training, *(of_open if step >= 0 else of_open[:1]))
                     of_open.clear()
 
                 if step >= 0:
@@ -78,9 +81,9 @@ class _MainThread(msgspec.Struct):
         self.last = last
 
     @property
-    def trained(self) -> _Sums:
+    def trained(self) -> TimeSums:
         """Wall time, run and waited in training; the last step, where only one reading saw it open."""
-        return _sum(self.training, *(self.of_open if len(self.of_open) == 1 else ()))
+        return added_up(self.training, *(self.of_open if len(self.of_open) == 1 else ()))
 
     @property
     def wait_of_ready_time(self) -> float | None:
@@ -137,7 +140,8 @@ class CoreWaits:
         return {rank: wait / wall for rank, (wall, _, wait) in trained.items() if wall >= MIN_OBSERVED_NS}
 
 
-def _sum(*sums: _Sums) -> _Sums:
+def added_up(*sums: TimeSums) -> TimeSums:
+    """Return the sum of each of them."""
     wall, run, wait = zip(*sums, strict=True)
     return sum(wall), sum(run), sum(wait)
 

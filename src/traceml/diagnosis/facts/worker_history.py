@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
+from traceml.diagnosis.facts.core_waits import TimeSums, added_up
 from traceml.diagnosis.facts.machine_use import ThinnedRows
 from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS
 
@@ -19,8 +20,6 @@ MIN_NS = 1e9
 COPIED_SHARE = 0.5
 """Private memory that grows is copies of shared memory if new memory explains at most this share of it."""
 _ONE_GENERATION = ("loader", "pid", "workers")
-_Passed = tuple[float, float, float]
-"""Time of all workers together, and their CPU time and waits for a core in it."""
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,13 +42,13 @@ class _Watched(msgspec.Struct):
     last: NDArray[np.void]
     kept: ThinnedRows = msgspec.field(default_factory=ThinnedRows)  # some of the rows, over the run
     memory: NDArray[np.void] | None = None  # first and newest rows with private memory of the same processes
-    passed: _Passed = (0.0, 0.0, 0.0)
+    passed: TimeSums = (0.0, 0.0, 0.0)  # of all workers together
 
 
 def _use(parts: Sequence[_Watched]) -> WorkerUse | None:
     """Return the use of workers of some loaders together; None if they were not watched long enough."""
     last = max((each.last for each in parts), key=lambda last: int(last["t_ns"][0]))
-    (worker_ns, cpu_ns, wait_ns), workers = _sum(*(each.passed for each in parts)), int(last["workers"][0])
+    (worker_ns, cpu_ns, wait_ns), workers = added_up(*(each.passed for each in parts)), int(last["workers"][0])
     if worker_ns < MIN_NS * workers:
         return None
 
@@ -57,12 +56,7 @@ def _use(parts: Sequence[_Watched]) -> WorkerUse | None:
     return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(last["cores"][0]))
 
 
-def _sum(*parts: _Passed) -> _Passed:
-    worker_ns, cpu_ns, wait_ns = zip(*parts, strict=True)
-    return sum(worker_ns), sum(cpu_ns), sum(wait_ns)
-
-
-def _passed(rows: NDArray[np.void]) -> _Passed:
+def _passed(rows: NDArray[np.void]) -> TimeSums:
     """Return what passed from row to row of the same workers, after the first step."""
     before, after = rows[:-1], rows[1:]
     same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)
@@ -88,7 +82,7 @@ class WorkerHistory(msgspec.Struct):
 
         joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
-        watched.passed = _sum(watched.passed, _passed(joined))
+        watched.passed = added_up(watched.passed, _passed(joined))
         watched.last = joined[-1:].copy()
         watched.kept.add(rows)
         measured = rows[rows["private_bytes"] >= 0]
@@ -125,7 +119,7 @@ class WorkerHistory(msgspec.Struct):
         within = (
             rows[(rows["step"] >= first) & (rows["step"] < last)] for rows in (each.kept.rows for each in watched)
         )
-        worker_ns, _, waited_ns = _sum((0.0, 0.0, 0.0), *map(_passed, within))
+        worker_ns, _, waited_ns = added_up((0.0, 0.0, 0.0), *map(_passed, within))
         least_ns = MIN_NS * max((float(each.last["workers"][0]) for each in watched), default=0.0)
         return min(waited_ns / worker_ns, 1.0) if worker_ns >= least_ns > 0 else None
 
