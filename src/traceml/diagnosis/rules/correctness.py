@@ -64,9 +64,8 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
             ranks=ranks,
             phase="backward",
             summary=(
-                f"{subject} had a loss of {word} in step {count_text(since)}, and it has not "
-                f"been finite since{where}: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) "
-                "trained nothing useful."
+                f"{subject} had a loss of {word} in step {count_text(since)}, and it has not been finite since{where}: "
+                f"{count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
             ),
             next=_for_lost_training(since, facts),
             evidence={

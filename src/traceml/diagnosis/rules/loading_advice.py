@@ -505,8 +505,7 @@ def _waits(loader: LoaderFacts, pipeline: Pipeline, workers: int) -> str:
     instead = f", or {threads}" if threads else ""
     return (
         f" A fetch spends {waits} of its time waiting, so there may be more workers than cores{instead}; they gain "
-        f"nothing "
-        "if they wait for each other (a lock, a server's limit)."
+        "nothing if they wait for each other (a lock, a server's limit)."
     )
 
 

@@ -391,8 +391,7 @@ def _untrained(shares: Mapping[str, float], step: float) -> str:
     return (
         f" Backward takes only {ns_text(backward * step)}: where forward is not trained (a frozen part, a teacher, "
         "sampling), cache its outputs for inputs that are repeated, or call it with more inputs at once, without "
-        "gradients "
-        "(torch.no_grad())."
+        "gradients (torch.no_grad())."
     )
 
 

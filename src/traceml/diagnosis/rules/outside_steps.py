@@ -261,8 +261,7 @@ _FOR_CHILDREN = (
 )
 _FOR_RANKS = (
     "It waits there for the other ranks to join the process group: look at what they do before that (imports, data "
-    "that "
-    "one rank prepares for all), and start all ranks at the same time. In a longer run its share is smaller."
+    "that one rank prepares for all), and start all ranks at the same time. In a longer run its share is smaller."
 )
 _FOR_UNSEEN_STEPS = (
     "If the script trains by these calls (zeroth-order or evolution strategies), mark its steps with "
@@ -273,8 +272,7 @@ _FOR_FEATURES = (
 )
 _FOR_IMPORTS = (
     "In a longer run its share is smaller. Move imports that only some runs need to where they are used (python -X "
-    "importtime "
-    "shows what takes long), and keep the Python environment on a local disk."
+    "importtime shows what takes long), and keep the Python environment on a local disk."
 )
 
 

@@ -215,8 +215,7 @@ def _finding(
         Kind.INPUT_BOUND,
         phase=_PART,
         summary=(
-            f"{who} restarted {times}: {ns_text(each_ns)} each, "
-            f"{percent_text(share)} of step time; with "
+            f"{who} restarted {times}: {ns_text(each_ns)} each, {percent_text(share)} of step time; with "
             f"{'one iterator' if each_step else 'persistent workers'}, steps would be "
             f"{gain_text(gain, 'at most' if each_step else '')}."
         ),

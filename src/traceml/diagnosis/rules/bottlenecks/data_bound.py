@@ -47,9 +47,12 @@ def input_bound(
         excluded: waiting that another finding has, and `work` has not, in words.
         hidden_ns: its mean time of a step.
     """
+    if "input_wait" not in work.parts:
+        return []
+
     # Two steps are left out: the first batch after a pause is slow in any run.
     cost = cost_of(work, "input_wait", step_ns, rare_share=0)
-    if cost is None or not cost.exceeds():
+    if not cost.exceeds():
         return []
 
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
@@ -81,8 +84,11 @@ def input_bound(
 
 def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find copies to the device that all ranks spend time on."""
+    if "h2d" not in work.parts:
+        return []
+
     cost = cost_of(work, "h2d", step_ns, rare_share=0)
-    if cost is None or not cost.exceeds():
+    if not cost.exceeds():
         return []
 
     line = cost.line(facts)
@@ -97,7 +103,7 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
 
 
 def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: float = 0.0) -> Finding | None:
-    """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`.
+    """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`, a part of the step.
 
     Args:
         long_ns: mean time of `other` in long steps that another finding has. It may all be waiting for the iterator, as
@@ -108,11 +114,7 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
     if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):
         return None
 
-    whole = cost_of(work, "other", step_ns, rare_share=0)
-    if whole is None:
-        return None
-
-    cost = whole.scaled(share)
+    cost = cost_of(work, "other", step_ns, rare_share=0).scaled(share)
     if not cost.exceeds():
         return None
 
@@ -138,7 +140,7 @@ def _without_all(cost: PhaseCost, advised: LoadingAdvice) -> str:
 
 def _remaining(share: float, work: OwnWork, long_ns: float) -> float:
     """Return a share of all of `other` as that of what `work` has of it, if the long steps have all that they can."""
-    own_ns = float(work.parts["other"].mean()) if "other" in work.parts else 0.0
+    own_ns = float(work.parts["other"].mean())
     return max(share * (own_ns + long_ns) - long_ns, 0.0) / own_ns if own_ns else 0.0
 
 

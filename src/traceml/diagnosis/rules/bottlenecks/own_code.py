@@ -80,9 +80,6 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
     """Return the cost of a part that is the script's own code; None if it is too small to be reported."""
     # A named phase explains its rare long steps; those of unnamed code are jitter.
     cost = cost_of(work, part, step_ns, rare_share=0.05 if part in UNNAMED_CODE else 0)
-    if cost is None:
-        return None
-
     if part == "other":
         cost = _without_torch(cost, work, facts)
         cost = replace(cost, excluded=(*cost.excluded, _UPDATE)) if update_share >= MIN_EXCLUDED else cost

@@ -184,15 +184,12 @@ class PhaseCost(msgspec.Struct, frozen=True):
         )
 
 
-def cost_of(work: OwnWork, part: str, step_ns: float, *, rare_share: float) -> PhaseCost | None:
-    """Return the cost of a part without its rare long steps; None if there is no such part.
+def cost_of(work: OwnWork, part: str, step_ns: float, *, rare_share: float) -> PhaseCost:
+    """Return the cost of a part without its rare long steps.
 
     A part that only half of the ranks or fewer have saves nothing: stragglers are a finding of their own.
     """
-    values = work.parts.get(part)
-    if values is None:
-        return None
-
+    values = work.parts[part]
     removed = without_rare(values, rare_share)
     has = _have_much(removed)
     saved = saved_ns(work, {part: values - removed}) if has.mean() > 0.5 else 0.0
