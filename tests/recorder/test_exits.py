@@ -250,6 +250,17 @@ def test_hooks_of_others_are_called(serving: Serving, run_script: Run) -> None:
     assert exit_rows(serving)[0]["exception"] == "ZeroDivisionError"
 
 
+def test_an_error_at_the_prompt_ends_nothing(serving: Serving, run_script: Run) -> None:
+    """The interpreter calls the hook for it, and asks for the next line."""
+    typed = "import traceml\ntraceml.init()\n1 / 0\ntraceml.shutdown()\n"
+    run_script(f"""
+        import subprocess, sys
+        subprocess.run([sys.executable, "-i"], input={typed!r}, text=True, check=True)
+    """)
+
+    assert not exit_rows(serving)
+
+
 def test_shutdown_puts_the_hooks_back(run_script: Run) -> None:
     """Nothing of ours stays in sys."""
     done = run_script(

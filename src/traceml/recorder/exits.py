@@ -131,15 +131,14 @@ class ExitWatch:
 
     def last_error(self) -> BaseException | None:
         """Return the exception that ended the main program, if a hook that replaced ours has printed it."""
-        if hasattr(sys, "ps1"):  # interactive: errors end nothing
-            return None
-
-        error = getattr(sys, "last_value", None)
+        error = None if _is_prompt() else getattr(sys, "last_value", None)
         return error if isinstance(error, BaseException) else None
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self.interrupted = isinstance(error, KeyboardInterrupt)
-        self._report(error, status_of(error))
+        if not _is_prompt():
+            self.interrupted = isinstance(error, KeyboardInterrupt)
+            self._report(error, status_of(error))
+
         self._previous_hook(kind, error, trace)
 
     def _unraisable(self, ignored: Any) -> None:
@@ -244,6 +243,11 @@ def _set_code(attribute: Any) -> None:
     (attributes,) = gc.get_referents(SystemExit.__dict__)
     attributes["code"] = attribute
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
+
+
+def _is_prompt() -> bool:
+    """Whether somebody types at this process: errors end nothing there."""
+    return hasattr(sys, "ps1")
 
 
 def _is_at_end(hook: FrameType) -> bool:
