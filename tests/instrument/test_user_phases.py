@@ -8,10 +8,10 @@ import inspect
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -435,7 +435,7 @@ def test_any_iterable_can_be_waited_for(traced: Traced) -> None:
 
 
 def test_a_traced_iterable_can_do_what_it_could(traced: Traced) -> None:
-    """An iterator is read by next(), with its waits timed; a sequence is indexed, asked and copied as before."""
+    """An iterator is read by next(), with its waits timed; others are indexed, asked, copied, set, closed as before."""
     model, optimizer, _ = parts()
 
     def stream() -> Iterator[torch.Tensor]:
@@ -457,6 +457,32 @@ def test_a_traced_iterable_can_do_what_it_could(traced: Traced) -> None:
     assert bool(batches)
     assert not hasattr(numbers, "__next__")
     assert not hasattr(batches, "__len__")
+
+    class Reader:
+        epoch = 0
+        is_closed = False
+
+        def __iter__(self) -> Iterator[Any]:
+            yield self.epoch
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.is_closed = True
+
+    reader = Reader()
+    with traced.instrumentation.trace_data(reader) as epochs:
+        epochs.epoch = 3
+        assert list(epochs) == [3]
+
+    assert reader.is_closed
+
+    async def stream_later() -> AsyncIterator[int]:
+        yield 1
+
+    later = stream_later()
+    assert traced.instrumentation.trace_data(later) is later
 
 
 def test_a_model_inside_the_dataset_is_input(traced: Traced) -> None:

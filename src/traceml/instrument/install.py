@@ -119,7 +119,13 @@ class Instrumentation:
         return self.clock.before
 
     def trace_data(self, iterable: Iterable[Any]) -> Any:
-        """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
+        """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps.
+
+        What `for` cannot read, as an asynchronous generator, is returned as it is.
+        """
+        if not (hasattr(type(iterable), "__iter__") or hasattr(type(iterable), "__getitem__")):
+            return iterable
+
         self.guard(self._facts.loader, iterable)
         return TracedIterable.of(iterable, self.clock)
 

@@ -383,10 +383,14 @@ class _LoaderTokens:
 class TracedIterable(Generic[T]):
     """Iterable with timed waits for its items. Like a DataLoader, it separates steps."""
 
+    _iterable: Iterable[T]
+    _token: LoaderToken
+    _begin: Begin
+    _end: End
+
     def __init__(self, iterable: Iterable[T], clock: StepClock) -> None:
-        self._iterable = iterable
-        self._token = LoaderToken()
-        self._begin, self._end = timed_wait(clock)
+        begin, end = timed_wait(clock)
+        vars(self).update(_iterable=iterable, _token=LoaderToken(), _begin=begin, _end=end)
 
     @staticmethod
     def of(iterable: Iterable[Any], clock: StepClock) -> TracedIterable[Any]:
@@ -420,6 +424,9 @@ class TracedIterable(Generic[T]):
         # Scripts use attributes of loaders: `dataset`, `sampler.set_epoch(...)`.
         return getattr(self._iterable, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._iterable, name, value)
+
 
 _SPECIAL_METHODS: dict[str, Callable[..., Any]] = {
     "__next__": uncounted(lambda self: self._next()),
@@ -427,6 +434,8 @@ _SPECIAL_METHODS: dict[str, Callable[..., Any]] = {
     "__bool__": lambda self: bool(self._iterable),
     "__contains__": lambda self, item: item in self._iterable,
     "__getitem__": lambda self, index: self._iterable[index],
+    "__enter__": lambda self: self if (entered := self._iterable.__enter__()) is self._iterable else entered,
+    "__exit__": lambda self, *error: self._iterable.__exit__(*error),
 }
 
 
