@@ -92,6 +92,15 @@ def test_wrong_words(run_dir, monkeypatch, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_pipe_is_not_replaced(run_dir, tmp_path, capsys):
+    """So it is for a device: a superuser's export to /dev/null took its place."""
+    pipe = tmp_path / "run.json"
+    os.mkfifo(pipe)
+    assert cli.main(["export", str(run_dir), "--format", "perfetto", "-o", str(pipe)]) == 2
+    assert "is a folder, pipe or device" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("name", ["gone/run.json", "gone/run.pfw.gz", "file/tables.csv", "file/x/tables.parquet"])
 def test_an_output_that_cannot_be_written(run_dir, tmp_path, capsys, name):
     """The error names the run as it was given, and the way out."""

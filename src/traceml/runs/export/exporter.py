@@ -58,7 +58,8 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
         progress: called from time to time with the frames of the store that were read, and their number.
 
     Raises:
-        UsageError: the path ends like a file of another format, or the format needs a package that is not installed.
+        UsageError: the path ends like a file of another format, or is no file; or the format needs a package that is
+            not installed.
         StoreError: the store cannot be read at all, or the output cannot be written.
     """
     ends = FORMATS[form]
@@ -104,6 +105,9 @@ def _export_trace(
     reader: StoreReader, form: str, path: Path, damage: dict[str, None], progress: Progress
 ) -> ExportResult:
     from traceml.runs.export.timeline import TimelineExporter, origin_of
+
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a folder, pipe or device; {form} is written to a file, which it replaces")
 
     clocks = RunClocks(reader.streams())
     # dftracer's readers take microseconds since 1970; Perfetto takes nanoseconds, but not 19 digits of them.
