@@ -230,6 +230,15 @@ def test_init_adds_its_settings(python: Python, tmp_path: Path) -> None:
     assert len(CARD.findall(ended.stderr)) == 1
 
 
+def test_a_training_after_shutdown_runs_untraced(python: Python, tmp_path: Path) -> None:
+    """The hook of `init` around what waits for the first optimizer is undone, and leaves that in place."""
+    again = "import traceml; traceml.init(); train(); traceml.shutdown(); train()\n"
+    ended = python(SCRIPT.replace("train()\n", again))
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr
+    assert steps(tmp_path) == [(0, 30)]
+
+
 def test_a_late_init_is_reported(python: Python, tmp_path: Path) -> None:
     """After the first optimizer the run has its name; `init` says which settings it ignores."""
     ended = python(f"{LOOP}\ntrain()\nimport traceml\ntraceml.init(run_name='late', local=True)")

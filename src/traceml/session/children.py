@@ -111,8 +111,9 @@ class _SetupCalls:
         def call(*args: Any, **kwargs: Any) -> Any:
             is_outermost = getattr(owners[0], name) is call
             self._begin()
-            # `start` may have put a hook around the original
-            return (getattr(owners[0], name) if is_outermost else original)(*args, **kwargs)
+            # `start` may have put a hook around the original; one that was around this function may have been undone
+            outermost = getattr(owners[0], name)
+            return (outermost if is_outermost and outermost is not call else original)(*args, **kwargs)
 
         for owner in owners:
             self._replaced.append((owner, name, original, call))
