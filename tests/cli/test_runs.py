@@ -272,6 +272,21 @@ def test_a_running_job_is_not_removed(tmp_path, monkeypatch, capsys):
     assert run.exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "store.db"])
+def test_a_folder_of_another_program_is_not_removed(three, tmp_path, capsys, name):
+    """Its file has the name of a run's: neither by hand, nor as one of the old runs."""
+    own = three[0].parent / "coverage"
+    own.mkdir()
+    (own / name).write_text('{"covered": 0.9}')
+    for given in (str(own), "coverage"):
+        assert cli.main(["runs", "rm", given, "--yes"]) == 3
+        assert "may not be a run's folder" in capsys.readouterr().err
+
+    assert cli.main(["runs", "--prune", "--keep", "0"]) == 0
+    assert [path.name for path in own.iterdir()] == [name]
+    assert not any(folder.exists() for folder in three)
+
+
 def test_commit_and_branch_are_columns(tmp_path, monkeypatch, capsys):
     """The beginning of the commit is shown, all of it is in the JSON, and both are conditions."""
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.renderers.text.viewport import plain_console
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs, why_unreadable
-from traceml.runs.remove import is_delivered, prune, refuse_running, remove_ended
+from traceml.runs.remove import check_removable, is_delivered, prune, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.runs.run_state import UNREADABLE_STATES
@@ -274,7 +274,7 @@ class ArchiveOptions(_LabelOptions):
 def _remove(argv: list[str]) -> int:
     options = parse(RemoveOptions, argv, prog="traceml runs rm")
     infos = [describe_run(path) for path in _found(options.runs, options.config.runs_dir)]
-    refuse_running(infos)
+    check_removable(infos)
     if not options.yes and not _confirmed(infos):
         print("Nothing was removed", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +17,18 @@ from traceml.runs.run_labels import read_labels
 from traceml.track.tracker_state import DeliveryPhase, states_of
 from traceml.trusted_files import replace_link
 
-__all__ = ["is_delivered", "prune", "refuse_running", "remove_ended", "remove_run"]
+__all__ = ["check_removable", "is_delivered", "prune", "remove_ended", "remove_run"]
+
+_RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[0-9a-f]{4}")  # as `new_run_id` makes it
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """Remove all but the newest `keep` runs of this user; return what was removed.
 
     Runs that are running, that people gave a tag, such as baseline, or whose trackers or center are still missing data,
-    are kept.
+    are kept. What may be no run is neither counted nor removed.
     """
-    own = [info for info in list_runs(runs_dir) if info.path.stat().st_uid == os.geteuid()]
+    own = [info for info in list_runs(runs_dir) if info.path.stat().st_uid == os.geteuid() and _is_run(info)]
     old = own[max(keep, 0) :]
     ended = [info for info in old if info.state != RunStatus.RUNNING and not read_labels(info.path).tags]
     removed = [info for info in ended if is_delivered(info.path) and not _waits_for_center(info.path)]
@@ -35,13 +38,16 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     return removed
 
 
-def refuse_running(infos: Sequence[RunInfo]) -> None:
-    """Raise if any of these runs is still running.
+def check_removable(infos: Sequence[RunInfo]) -> None:
+    """Raise if any of these is still running, or may be no run.
 
     Raises:
         TraceMLError: with the id of the run.
     """
     for info in infos:
+        if not _is_run(info):
+            raise TraceMLError(f"{info.path} may not be a run's folder: remove it by other means. Nothing was removed")
+
         if info.state == RunStatus.RUNNING:
             raise TraceMLError(f"run {info.id} is still running: end its job before removing it. Nothing was removed")
 
@@ -50,16 +56,21 @@ def remove_ended(infos: Sequence[RunInfo]) -> None:
     """Remove runs with everything in their folders.
 
     Raises:
-        TraceMLError: one of them still runs; nothing was removed then.
+        TraceMLError: one of them still runs, or may be no run; nothing was removed then.
         StoreError: a file cannot be removed.
     """
     infos = [describe_run(info.path) for info in infos]  # one may have started again since it was listed
-    refuse_running(infos)
+    check_removable(infos)
     for info in infos:
         try:
             remove_run(info.path)
         except OSError as error:
             raise StoreError(f"cannot remove {info.path}: {error.strerror or error}") from error
+
+
+def _is_run(info: RunInfo) -> bool:
+    """Whether a folder is a run's, by its id or its store: other programs write a `report.json` or `store.db`, too."""
+    return bool(_RUN_ID.fullmatch(info.path.name)) or (info.state != "damaged" and (info.path / STORE_NAME).is_file())
 
 
 def is_delivered(run_dir: Path) -> bool:

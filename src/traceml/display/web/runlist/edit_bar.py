@@ -12,7 +12,7 @@ from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.find import RunInfo
-from traceml.runs.remove import is_delivered, refuse_running, remove_ended
+from traceml.runs.remove import check_removable, is_delivered, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 
 __all__ = ["EditBar"]
@@ -102,7 +102,7 @@ class EditBar:
     async def _ask(self) -> None:
         """Open the dialog with what would be lost; the button in it is pressed twice."""
         try:
-            refuse_running(self._picked)
+            check_removable(self._picked)
         except TraceMLError as error:
             self._said.set_text(printable(str(error)))
             return
