@@ -212,6 +212,44 @@ def test_a_call_of_the_class_s_own_is_timed(traced: Traced) -> None:
     assert OwnCall.__call__ is own
 
 
+class _OwnImplementation(Net):
+    """A class that changes what a call of its modules does."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._call_impl(*args, **kwargs) + 1
+
+
+def _of_the_module(model: Net, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model, "_call_impl", lambda x: nn.Module._call_impl(model, x) + 1)
+
+
+def _of_all_modules(model: Net, patch: pytest.MonkeyPatch) -> None:
+    original = nn.Module._call_impl
+    patch.setattr(nn.Module, "_call_impl", lambda own, x: original(own, x) + (own is model))
+
+
+def _of_another_class(model: Net, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model, "__class__", _OwnImplementation)
+
+
+@pytest.mark.parametrize("change", [_of_the_module, _of_all_modules, _of_another_class])
+def test_a_call_that_is_changed_later_is_called(
+    change: Callable[[Net, pytest.MonkeyPatch], None], traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers and monitors of models replace `_call_impl`: a timed model calls what it has by then."""
+    model, optimizer = made(traced)
+    x = torch.randn(2, 4)
+    before = model(x)
+    change(model, monkeypatch)
+
+    after = model(x)
+    after.sum().backward()
+    optimizer.step()
+
+    assert torch.equal(after, before + 1)
+    assert traced.finish()[0]["forward_ns"] > 0
+
+
 def test_an_exception_passes_through(traced: Traced) -> None:
     """A failing forward raises its own error, and the phase is closed."""
     model, _ = made(traced)

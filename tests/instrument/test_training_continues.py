@@ -83,7 +83,7 @@ _GUARDS = frozenset(
     }
 )
 _GUARD_NAMES = frozenset({"_begin", "_end", "_nested_call", "_slow_path", "<genexpr>", "<lambda>"})
-_OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "original_next", "timed"})
+_OUTER = frozenset({"compile_in_place", "inner", "original", "original_iter", "original_next", "timed"})
 
 
 class Injected(Exception):

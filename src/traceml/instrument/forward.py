@@ -59,14 +59,16 @@ Measure = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class TimedModule:
-    """A timed module, held weakly so that deleting the module frees it at once."""
+    """A timed module, held weakly so that deleting the module frees it at once.
 
-    __slots__ = ("impl", "inner", "module")
+    A call of it calls `inner`, or what the module has as `_call_impl` by then: compilers and monitors replace that.
+    """
+
+    __slots__ = ("inner", "module")
 
     def __init__(self, module: Any, inner: Callable[..., Any] | None) -> None:
-        self.module = weakref.ref(module)
+        self.module: Callable[[], Any] = weakref.ref(module)
         self.inner = inner  # previous content of the slot: the result of Module.compile()
-        self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
 
 
 class ForwardTimer:
@@ -106,12 +108,12 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     input_shape: Any = None
 
     def make(own: TimedModule) -> Callable[..., Any]:
-        impl, module = own.impl, own.module
+        module, inner = own.module, own.inner
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal current, forward_ns
             if is_dynamo_compiling():
-                return impl(module(), *args, **kwargs)
+                return (module()._call_impl if inner is None else inner)(*args, **kwargs)
 
             other = _other_owner(own, sys._getframe(1))
             if other is not None:
@@ -138,7 +140,7 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
                 fail(error)
 
             try:
-                return impl(module(), *args, **kwargs)
+                return (module()._call_impl if inner is None else inner)(*args, **kwargs)
             finally:
                 try:
                     forward_ns += monotonic_ns() - t
@@ -165,11 +167,7 @@ def _native_timer(
 
         return _nested_call(timed, clock, measure, args, kwargs)
 
-    inner = timed.inner
-    original = timed.impl if inner is None else inner
-    hook: Callable[..., Any] = make_hook(
-        clock, _FORWARD, original, slow, measure, timed.module, _of_torch(), inner is None
-    )
+    hook: Callable[..., Any] = make_hook(clock, _FORWARD, timed.inner, slow, measure, timed.module, _of_torch())
     hook.timed = timed  # type: ignore[attr-defined]
     return hook
 
@@ -196,7 +194,7 @@ def _own_timer(module: Any, make: TimerMaker, clock: StepClock) -> Callable[...,
     """Return a timer of a module's own in place of another one's; after the end of tracing, the call without one."""
     if not clock.thread:
         del module.__dict__[_SLOT]
-        return partial(type(module)._call_impl, module)
+        return module._call_impl  # type: ignore[no-any-return]
 
     timer = module.__dict__[_SLOT] = make(TimedModule(module, None))
     return timer
@@ -218,7 +216,7 @@ def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: A
     """Call the module inside another phase, or on another thread."""
     began = _begin(timed, clock, measure, args, kwargs)
     try:
-        return timed.impl(timed.module(), *args, **kwargs)
+        return (timed.module()._call_impl if timed.inner is None else timed.inner)(*args, **kwargs)
     finally:
         if began is not None:
             clock.leave(_FORWARD, began)
@@ -360,14 +358,6 @@ def _first_module(functions: Any) -> Any:
     """Return the model that is given as a whole, or the first module of a list; None without one."""
     parts = functions if isinstance(functions, (list, tuple)) else (functions,)
     return next((part for part in parts if isinstance(part, torch.nn.Module)), None)
-
-
-@uncounted
-def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
-    def call(_module: Any, *args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs)
-
-    return call
 
 
 def is_instrumented(module: Any) -> bool:

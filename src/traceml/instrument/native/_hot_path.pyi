@@ -81,20 +81,18 @@ class UserPhase:
 
 class Hook:
     phase: int
-    original: Callable[..., Any]
+    original: Callable[..., Any] | None
     module: Any
-    passes_module: bool
 
     def __new__(
         cls,
         hot: HotFields,
         phase: int,
-        original: Callable[..., Any],
+        original: Callable[..., Any] | None,
         slow: Callable[..., Any],
         helper: Callable[..., Any] | None = None,
         module: Any = None,
         of_torch: tuple[type[Any], Callable[[], int], Callable[[], bool], int] = ...,
-        passes_module: bool = True,
     ) -> Self: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def __getattr__(self, name: str) -> Any: ...

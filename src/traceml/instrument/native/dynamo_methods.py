@@ -11,19 +11,15 @@ from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 
-from traceml.database.schema import Phase
-
 __all__ = ["__call__", "__get__"]
-
-_FORWARD = int(Phase.FORWARD)
 
 
 def __call__(hook: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - name of the slot
     """Call the original; outside dynamo, where code calls this by its name, the slot."""
     if not is_dynamo_compiling():
         return hook(*args, **kwargs)
-    if hook.phase == _FORWARD and hook.passes_module:
-        return hook.original(hook.module(), *args, **kwargs)
+    if hook.original is None:
+        return hook.module()._call_impl(*args, **kwargs)
 
     return hook.original(*args, **kwargs)
 

@@ -1,44 +1,19 @@
 /* The hook around the outermost call of a model. */
 #include "hook.h"
 
-#define MOST_ON_STACK 8
+static PyObject *trains_names, *impl_name;
 
-static PyObject *trains_names;
-
-COLD static PyObject *call_with_many(PyObject *function, PyObject *first, PyObject *const *args, Py_ssize_t n,
-                                     Py_ssize_t all, PyObject *names) {
-    PyObject **values = PyMem_Malloc((size_t)(all + 2) * sizeof *values);
-    if (!values) return PyErr_NoMemory();
-
-    values[1] = first;
-    memcpy(values + 2, args, (size_t)all * sizeof *values);
-    PyObject *result = PyObject_Vectorcall(function, values + 1, (size_t)(n + 1) | ARGUMENTS_OFFSET, names);
-    PyMem_Free(values);
-    return result;
-}
-
-/* Call a function with one more argument, before the others. */
-static inline PyObject *call_with(PyObject *function, PyObject *first, PyObject *const *args, Py_ssize_t n,
-                                  PyObject *names) {
-    Py_ssize_t all = n + (names ? PyTuple_Size(names) : 0);
-    if (!LIKELY(all <= MOST_ON_STACK)) return call_with_many(function, first, args, n, all, names);
-
-    PyObject *values[MOST_ON_STACK + 2]; /* its first place is the called function's to use */
-    values[1] = first;
-    switch (all) { /* a loop or memcpy costs more than the few words that most models take */
-    default: memcpy(values + 4, args + 2, (size_t)(all - 2) * sizeof *values); /* fall through */
-    case 2: values[3] = args[1]; /* fall through */
-    case 1: values[2] = args[0]; /* fall through */
-    case 0: break;
-    }
-
-    return PyObject_Vectorcall(function, values + 1, (size_t)(n + 1) | ARGUMENTS_OFFSET, names);
-}
-
+/* Call what is compiled, or as `Module.__call__` does: the script may have replaced the method. */
 static inline PyObject *call_original(Hook *hook, PyObject *module, PyObject *const *args, size_t nargsf,
                                       PyObject *names) {
-    return LIKELY(hook->passes_module) ? call_with(hook->original, module, args, count_of(nargsf), names)
-                                       : PyObject_Vectorcall(hook->original, args, nargsf, names);
+    if (hook->original != Py_None) return PyObject_Vectorcall(hook->original, args, nargsf, names);
+
+    PyObject *method = PyObject_GetAttr(module, impl_name);
+    if (!method) return NULL;
+
+    PyObject *result = PyObject_Vectorcall(method, args, nargsf, names);
+    Py_DECREF(method);
+    return result;
 }
 
 COLD static PyObject *call_inside(Hook *hook, PyObject *module, PyObject *const *args, size_t nargsf, PyObject *names) {
@@ -159,7 +134,7 @@ PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyO
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
     PyObject *module = none_for_null(PyWeakref_GetObject(hook->module)), *result;
-    if (!LIKELY(!hook->passes_module || is_own_call(self, module))) return call_slow(hook, args, nargsf, names);
+    if (!LIKELY(hook->original != Py_None || is_own_call(self, module))) return call_slow(hook, args, nargsf, names);
 
     Py_INCREF(module); /* in use until the call returns */
     if (LIKELY(is_usual(hot))) result = call_timed(hook, module, args, nargsf, names);
@@ -171,7 +146,8 @@ PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyO
 
 int prepare_forward(Hook *hook, PyObject *numel, size_t grad_mode) {
     if (!trains_names) trains_names = Py_BuildValue("(s)", "trains");
-    PyObject *base = trains_names ? PyObject_GetAttrString(hook->tensor_type, "__base__") : NULL;
+    if (!impl_name) impl_name = PyUnicode_InternFromString("_call_impl");
+    PyObject *base = trains_names && impl_name ? PyObject_GetAttrString(hook->tensor_type, "__base__") : NULL;
     if (!base) return -1;
 
     if (PyType_Check(base)) hook->length = (lenfunc)PyType_GetSlot((PyTypeObject *)base, Py_mp_length);

@@ -10,7 +10,6 @@ typedef struct {
     HotFields *hot;
     PyObject *original, *slow, *helper;
     int phase;
-    char passes_module;
     PyObject *module, *tensor_type, *is_grad_enabled; /* of a forward */
     lenfunc length;
     PyCFunction numel;

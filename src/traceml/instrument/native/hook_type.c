@@ -137,17 +137,16 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     PyObject *hot, *original, *slow, *helper = NULL, *module = NULL, *tensor_type = NULL;
     PyObject *numel = NULL, *is_grad_enabled = NULL;
     unsigned long long grad_mode = 0;
-    int phase, passes_module = 1;
+    int phase;
     if ((kwargs && PyDict_Size(kwargs))
-        || !PyArg_ParseTuple(args, "O!iOO|OO(OOOK)p:Hook", hot_fields_type, &hot, &phase, &original, &slow, &helper,
-                             &module, &tensor_type, &numel, &is_grad_enabled, &grad_mode, &passes_module))
+        || !PyArg_ParseTuple(args, "O!iOO|OO(OOOK):Hook", hot_fields_type, &hot, &phase, &original, &slow, &helper,
+                             &module, &tensor_type, &numel, &is_grad_enabled, &grad_mode))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "Hook takes no keyword arguments");
 
     Hook *hook = (Hook *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!hook) return NULL;
 
     hook->phase = phase;
-    hook->passes_module = (char)passes_module;
     assign((PyObject **)&hook->hot, hot);
     assign(&hook->original, original);
     assign(&hook->slow, slow);
@@ -209,7 +208,6 @@ static PyMemberDef members[] = {
     {"phase", T_INT, offsetof(Hook, phase), READONLY, NULL},
     {"original", T_OBJECT, offsetof(Hook, original), READONLY, NULL},
     {"module", T_OBJECT, offsetof(Hook, module), 0, NULL},
-    {"passes_module", T_BOOL, offsetof(Hook, passes_module), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
