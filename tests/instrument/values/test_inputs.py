@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
@@ -635,6 +636,35 @@ def test_fingerprints_are_few(traced: Traced) -> None:
 def test_batches_without_fingerprint(tensor: Any) -> None:
     """A batch of equal numbers, a small one, or one that is not on the CPU has none."""
     assert fingerprint_of(tensor) == 0
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that a script runs, as estimators of memory and time do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_script_that_counts_operators_sees_its_own(traced: Traced) -> None:
+    """Neither batches nor the samples of rollouts are read where each operator is seen."""
+    model = net()
+    optimizer = sgd(model)
+    with Operators() as operators:
+        for (x,) in data(3):
+            with torch.no_grad():
+                model(x[:1])
+
+            model(x).sum().backward()
+            optimizer.step()
+
+    assert "addmm" in operators.seen
+    assert operators.seen.isdisjoint(("clone", "eq", "unbind"))
+    assert len(traced.finish()) == 3
 
 
 def test_fingerprints_tell_batches_apart() -> None:

@@ -33,7 +33,7 @@ from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.batch_calls import BatchCalls, OnCalls
-from traceml.instrument.values.rollouts import RolloutSearch
+from traceml.instrument.values.rollouts import RolloutSearch, is_readable
 
 __all__ = ["BatchReader", "patch_autocast"]
 
@@ -226,11 +226,8 @@ def fingerprint_of(tensor: Any, others: Iterable[Any] = ()) -> int:
 
 
 def _spread_numbers(tensor: Any) -> list[float]:
-    """Return 16 numbers that are spread over a tensor, or all of a smaller one; none where it is not on the CPU."""
-    if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
-        return []
-
-    if not tensor.is_contiguous():
+    """Return 16 numbers that are spread over a tensor, or all of a smaller one; none of one that cannot be read."""
+    if not is_readable(tensor) or not tensor.is_contiguous():
         return []
 
     stride = max((tensor.numel() // _NUMBERS - 1) | 1, 1)  # odd: the rows of images are often a power of two

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RolloutSearch"]
+__all__ = ["RolloutSearch", "is_readable"]
 
 _ROWS = 16  # samples of a call that are remembered
 _MAX_NUMBERS = 1 << 16
@@ -47,7 +47,7 @@ class RolloutSearch:
     def called(self, tensor: Any) -> None:
         """Remember samples of a call without gradients."""
         self._seen, self._batches_left = None, _BATCHES
-        if not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+        if not is_readable(tensor) or not tensor.numel():
             return
 
         rows = tensor.detach() if tensor.dim() > 1 else tensor.detach()[None]  # a state alone, without a batch
@@ -60,7 +60,7 @@ class RolloutSearch:
         if self._batches_left <= 0:
             self._seen = None
 
-        if seen is None or not tensor.is_cpu or tensor.dtype != seen[1].dtype or tensor.layout is not torch.strided:
+        if seen is None or not is_readable(tensor) or tensor.dtype != seen[1].dtype:
             return
 
         continued = _continued(tensor, seen[1])
@@ -80,6 +80,14 @@ class RolloutSearch:
         numbers = tuple(row[:64].tolist())
         if len(set(numbers)) >= _DISTINCT:
             self._trained_on.add(numbers)
+
+
+def is_readable(tensor: Any) -> bool:
+    """Return whether numbers of a tensor can be read unseen: not where its class or a mode sees each operation."""
+    if type(tensor) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+        return False
+
+    return bool(tensor.is_cpu) and tensor.layout is torch.strided
 
 
 def _continued(batch: Any, texts: Any) -> Any:
