@@ -117,7 +117,7 @@ def one_backward_after_each_epoch() -> None:
     [
         (after_each_epoch, [3, 3, 3, 3]),
         (left_early, [3, 3, 3, 3]),  # with the one at which the loop is left
-        (both_left_early, [2, 2, 2, 2]),  # the first call ends the step before
+        (both_left_early, [3, 3, 3, 3]),
         (within_an_epoch, [3, 3, 3, 3]),
         (on_two_loaders, [4, 4, 4, 4]),
         (on_all_data_at_once, [1, 1, 1, 1]),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.instrument.clocks import use_clock
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, evaluate, net, sgd, train
 from traceml.clock import monotonic_ns
@@ -399,6 +400,46 @@ def test_batches_that_are_taken_at_once_are_waited_for_in_the_first_step(traced:
     assert np.flatnonzero(waits).tolist() == [0, 10, 20]
     assert [bool(step["flags"] & StepFlag.EPOCH) for step in steps[::10]] == [True] * 3
     assert sum(bool(step["flags"] & StepFlag.EPOCH) for step in steps) == 3
+
+
+class Waits(torch.utils.data.Dataset[torch.Tensor]):
+    """Samples that take a moment each, by the clock that it is given."""
+
+    def __init__(self, now: list[int]) -> None:
+        self._now = now
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self._now[0] += 1
+        return torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("read", "waits"),
+    [
+        (lambda loader: [next(iter(loader))], [1] * 4),
+        (list, [5, 0, 0, 0, 0] * 4),
+        (lambda loader: (batch for _, batch in zip((1, 2), loader, strict=False)), [1, 1] * 4),
+        (lambda loader: (batch for batch, _ in zip(loader, (1, 2), strict=False)), [1, 1] + [2, 1] * 3),
+    ],
+    ids=["the first", "all at once", "two", "one too many"],
+)
+def test_batches_of_a_new_loader_each_time_are_waited_for_in_their_steps(
+    read: Callable[[Any], Iterable[torch.Tensor]], waits: list[int], traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for a batch belongs to the step that uses it, also if the loader of the step before is left."""
+    now = [monotonic_ns()]
+    use_clock(monkeypatch, lambda: now[0])
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(4):
+        for batch in read(torch.utils.data.DataLoader(Waits(now))):
+            train(model, optimizer, batch)
+            now[0] += 1
+
+    assert [row["input_wait_ns"] for row in traced.finish()] == waits
 
 
 @pytest.mark.parametrize("fetches", [False, True])

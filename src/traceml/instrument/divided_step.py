@@ -462,7 +462,7 @@ class DividedStep(PhaseTimer):
         self.part_start = t
         self.closing_trigger = CHECK_FORWARD
         self.own = self.flags = self.fingerprint = self.create_ns = self.drain_ns = 0
-        unused = max(self.batches - self.backwards, 0)
+        unused = 0 if self.ended.may_be_step else max(self.batches - self.backwards, 0)
         self._clear_part()
         self.batches = unused
         if self.device is not None:

@@ -219,7 +219,10 @@ class StepClock(DividedStep):
         closes = self.step_call and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
         if not self._leave_evaluation(t) and closes:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
-            self.commit(t)
+            if self.ended.may_be_step and self.batch is not None:
+                self._close_ended()  # the batch is the next step's
+            else:
+                self.commit(t)
 
     def begin_training_mode(self) -> None:
         """Handle a model's change to training mode: evaluation ends there, and the next step has what follows.
