@@ -134,6 +134,7 @@ def test_they_look_like_the_functions_that_they_time(traced: Traced) -> None:
     assert str(inspect.signature(step)) == "(self, closure=None)"
     assert str(inspect.signature(optimizer.step)) == "(closure=None)"
     assert "grad_tensors" in inspect.signature(torch.autograd.backward).parameters
+    assert inspect.getfullargspec(torch.autograd.backward).args[:2] == ["tensors", "grad_tensors"]
     assert "def backward" in inspect.getsource(torch.autograd.backward)
     assert step.__doc__ == inspect.unwrap(step).__doc__
 

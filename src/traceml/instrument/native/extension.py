@@ -65,6 +65,7 @@ def _add_methods(loaded: Any) -> bool:
     """Give the hooks their methods in Python; return whether calls still reach the code in C."""
     _set_method(loaded, "__reduce__", _reduce)
     _set_method(loaded, "__call__", _no_call)
+    _set_method(loaded, "__signature__", property(_signature))
     hook = loaded.Hook(loaded.HotFields(), int(Phase.OPTIMIZER), _no_call, lambda value: value)
     try:
         return loaded.Hook.__dict__["__call__"] is _no_call and hook(7) == 7
@@ -72,7 +73,7 @@ def _add_methods(loaded: Any) -> bool:
         return False
 
 
-def _set_method(loaded: Any, name: str, method: Callable[..., Any]) -> None:
+def _set_method(loaded: Any, name: str, method: Any) -> None:
     (attributes,) = gc.get_referents(loaded.Hook.__dict__)  # the dictionary behind the read-only view
     attributes[name] = method
     loaded.type_changed(loaded.Hook)
@@ -85,6 +86,13 @@ def _no_call(*_: object) -> None:
 def _reduce(hook: _hot_path.Hook) -> Any:
     """Pickle and copy as an empty slot of a module, or by name as a function."""
     return (type(None), ()) if hook.phase == int(Phase.FORWARD) else hook.__qualname__
+
+
+def _signature(hook: _hot_path.Hook) -> Any:
+    """Return the signature of the function that is timed: `inspect.getfullargspec` would find none."""
+    from inspect import signature
+
+    return signature(hook.__wrapped__)
 
 
 def show_torch() -> None:
