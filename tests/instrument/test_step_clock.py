@@ -190,6 +190,17 @@ def gan_two_loaders() -> None:
         og.step()
 
 
+def gan_new_loaders() -> None:
+    generator, critic = nn.Linear(WIDTH, WIDTH), net()
+    optimizers = sgd(critic), sgd(generator)
+    for _ in range(N):
+        for optimizer, made in zip(optimizers, (nn.Identity(), generator), strict=True):
+            (x,) = next(iter(data()))
+            optimizer.zero_grad()
+            critic(made(x)).mean().backward()
+            optimizer.step()
+
+
 def wgan() -> None:
     generator, critic = net(), net()
     og, od = sgd(generator), sgd(critic)
@@ -512,6 +523,7 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (gan, 20, 0),
     (gan_no_loader, 20, 0),
     (gan_two_loaders, 20, 0),
+    (gan_new_loaders, 20, 0),
     (wgan, 20, 0),
     (two_optimizers_one_model, 20, 0),
     (lbfgs_loader, 20, 0),

@@ -217,12 +217,14 @@ class StepClock(DividedStep):
             return
 
         closes = self.step_call and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
-        if not self._leave_evaluation(t) and closes:
+        if self._leave_evaluation(t) or not closes:
+            return
+
+        if self.batch is None or not self.ended.may_be_step:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
-            if self.ended.may_be_step and self.batch is not None:
-                self._close_ended()  # the batch is the next step's
-            else:
-                self.commit(t)
+            self.commit(t)
+        elif not self._may_step_again(self.step_call):
+            self._close_ended()  # the batch is the next step's
 
     def begin_training_mode(self) -> None:
         """Handle a model's change to training mode: evaluation ends there, and the next step has what follows.
