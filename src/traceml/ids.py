@@ -17,6 +17,7 @@ __all__ = [
     "RankIdentity",
     "detect_rank",
     "group_address",
+    "is_new_run_id",
     "job_key",
     "launcher_job",
     "new_run_id",
@@ -148,6 +149,11 @@ def new_run_id(name: str, runs_dir: Path) -> str:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{os.urandom(2).hex()}"
         if not os.access(runs_dir / run_id, os.F_OK):
             return run_id
+
+
+def is_new_run_id(text: str) -> bool:
+    """Return whether a text has the form of what `new_run_id` makes."""
+    return re.fullmatch(r"\d{8}-\d{6}-.+-[0-9a-f]{4}", text) is not None
 
 
 def safe_run_id(text: str) -> str:

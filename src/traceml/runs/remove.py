@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError
+from traceml.ids import is_new_run_id
 from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, list_runs
 from traceml.runs.run_labels import read_labels
@@ -18,8 +18,6 @@ from traceml.track.tracker_state import DeliveryPhase, states_of
 from traceml.trusted_files import replace_link
 
 __all__ = ["check_removable", "is_delivered", "prune", "remove_ended", "remove_run"]
-
-_RUN_ID = re.compile(r"\d{8}-\d{6}-.+-[0-9a-f]{4}")  # as `new_run_id` makes it
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
@@ -70,7 +68,7 @@ def remove_ended(infos: Sequence[RunInfo]) -> None:
 
 def _is_run(info: RunInfo) -> bool:
     """Whether a folder is a run's, by its id or its store: other programs write a `report.json` or `store.db`, too."""
-    return bool(_RUN_ID.fullmatch(info.path.name)) or (info.state != "damaged" and (info.path / STORE_NAME).is_file())
+    return is_new_run_id(info.path.name) or (info.state != "damaged" and (info.path / STORE_NAME).is_file())
 
 
 def is_delivered(run_dir: Path) -> bool:
