@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.formatting import name_order, name_without_rank, phase_label
+from traceml.formatting import name_without_rank, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     Points,
@@ -20,7 +20,7 @@ from traceml.renderers.charts.chart_options import (
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE
 from traceml.runs.comparison.comparison_types import Comparison
-from traceml.runs.rows.metrics import is_loss, metric_turns
+from traceml.runs.rows.metrics import drawn_metrics, is_loss
 from traceml.runs.rows.series import RunSeries, StepSeries
 
 __all__ = [
@@ -66,9 +66,7 @@ def overlaid_metric_charts(runs: Sequence[tuple[str, RunSeries]], theme: Theme =
             if line.name == name_without_rank(line.name):
                 found.setdefault(line.name, []).append((run, pairs(line.steps, line.values)))
 
-    turns = metric_turns(found)
-    drawn = sorted(turns, key=lambda name: (-len(found[name]), not is_loss(name), turns[name]))[:_METRICS]
-    names = sorted(drawn, key=lambda name: (-len(found[name]), not is_loss(name), name_order(name)))
+    names = drawn_metrics(found, _METRICS, lambda name: (-len(found[name]), not is_loss(name)))
     colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
     return [(name, _overlaid(found[name], theme, "", [colors[run] for run, _ in found[name]])) for name in names]
 

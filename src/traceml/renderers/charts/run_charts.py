@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from traceml.database.schema import in_phase_order
 from traceml.formatting import (
     duration_text,
-    name_order,
     name_without_rank,
     part_words,
     percent_text,
@@ -42,7 +41,7 @@ from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
 from traceml.runs.rows.logged_media import LoggedItem
 from traceml.runs.rows.metric_series import MetricSeries
-from traceml.runs.rows.metrics import is_loss, metric_turns
+from traceml.runs.rows.metrics import drawn_metrics, is_loss
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
@@ -201,9 +200,7 @@ def metric_charts(
     for line in series.metrics:
         by_name.setdefault(name_without_rank(line.name), []).append(line)
 
-    turns = metric_turns(by_name)
-    drawn = sorted(turns, key=lambda name: (not is_loss(name), turns[name]))[:most]
-    names = sorted(drawn, key=lambda name: (not is_loss(name), name_order(name)))
+    names = drawn_metrics(by_name, most, lambda name: not is_loss(name))
     charts = [(name, _metric_chart(by_name[name], theme)) for name in names]
     if axes:
         for name, option in charts:

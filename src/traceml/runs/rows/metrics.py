@@ -20,8 +20,8 @@ from traceml.database.store.reader import Frame, StoreReader
 from traceml.database.store.run_clocks import RunClocks
 from traceml.formatting import name_at_rank, name_order
 
-__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss",
-           "metric_group", "metric_turns"]  # fmt: skip
+__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "drawn_metrics", "is_hidden",
+           "is_loss", "metric_group", "metric_turns"]  # fmt: skip
 
 OWN_LOSS = "traceml/loss"
 """Name of the losses that traceml reads."""
@@ -69,8 +69,19 @@ def metric_group(name: str) -> str:
     return prefix if slash else ""
 
 
+def drawn_metrics(names: Iterable[str], most: int, weight: Callable[[str], Any]) -> list[str]:
+    """Return the names of the metrics that have charts, in order, where a screen has charts for some only.
+
+    Args:
+        weight: sorts the names; those with the same weight take turns by group.
+    """
+    turns = metric_turns(names)
+    drawn = sorted(turns, key=lambda name: (weight(name), turns[name]))[:most]
+    return sorted(drawn, key=lambda name: (weight(name), name_order(name)))
+
+
 def metric_turns(names: Iterable[str]) -> dict[str, int]:
-    """Return the turn of each name, for screens that have fewer charts than there are metrics.
+    """Return the turn of each name.
 
     The first of each group comes in turn 0, the second of each in turn 1: a hundred norms of gradients do not hide the
     accuracy. Within a group, likewise, names that differ in a number only, as those of layers do.
