@@ -313,11 +313,18 @@ def for_residual(
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
-    collecting = ""  # what a loop does besides to collect what it trains on
-    if facts.collects:
-        texts = _generates_texts(part, facts)
-        collecting = "generated texts, rewards, " if texts else "environments, a buffer of their steps, "
+    return _for_several_lines(trainer, two, of, _collecting_words(part, facts))
 
+
+def _collecting_words(part: str, facts: JobFacts) -> str:
+    """Return what a training loop does besides to collect what it trains on, for a list; empty if it does not."""
+    if not facts.collects:
+        return ""
+
+    return "generated texts, rewards, " if _generates_texts(part, facts) else "environments, a buffer of their steps, "
+
+
+def _for_several_lines(trainer: BlamedLine | None, two: Sequence[BlamedLine], of: str, collecting: str) -> str:
     if trainer is not None:
         return (
             f"The training loop is inside {trainer.place}: look at what it does besides the model ({collecting}loss "

@@ -544,7 +544,7 @@ def stopped(finding: FindingFacts) -> str:
     if finding.evidence.get("suspended"):
         return f"The machine of {ranks} was suspended for {how_long}"
 
-    return f"{capitalized(ranks)} {'was' if len(finding.ranks) == 1 else 'were'} stopped for {how_long}"
+    return f"{capitalized(ranks)} {_be(finding.ranks)} stopped for {how_long}"
 
 
 def insufficient_data(finding: FindingFacts) -> str:

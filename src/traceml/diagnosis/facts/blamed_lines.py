@@ -384,12 +384,12 @@ def is_waiting(
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return the function that half of the time outside steps is spent in; None if the samples do not show one."""
     functions, total, _ = _by_function(lines, part)
-    for place, samples in functions.most_common(1):
-        if total >= MIN_SAMPLES and _is_named(functions, place, total):
-            line = _by_line(lines, part, place).most_common(1)[0][0]
-            return BlamedLine(place[0], line, place[1], samples / total, total)
+    place, samples = functions.most_common(1)[0] if functions else (None, 0)
+    if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):
+        return None
 
-    return None
+    line = _by_line(lines, part, place).most_common(1)[0][0]
+    return BlamedLine(place[0], line, place[1], samples / total, total)
 
 
 def importing_line(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> BlamedLine | None:

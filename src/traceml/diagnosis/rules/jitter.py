@@ -127,8 +127,13 @@ def _rare_long_steps(
     if found.phase is None and (np.diff(own) == 1).sum() >= IN_A_ROW_SHARE * (len(own) - 1):
         return None  # all parts are longer: they have more work
 
-    evaluations = facts.time.evaluations if facts.time is not None and facts.time.evaluators else -1
-    return None if found.phase == "comm" and len(events.columns) <= _PER_EVALUATION * evaluations else found
+    waits_for_evaluation = (
+        found.phase == "comm"
+        and facts.time is not None
+        and bool(facts.time.evaluators)
+        and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
+    )
+    return None if waits_for_evaluation else found
 
 
 def _exceeds_cpu_contention(work: OwnWork, events: _LongSteps) -> bool:

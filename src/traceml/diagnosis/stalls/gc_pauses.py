@@ -72,6 +72,11 @@ class _Collections(msgspec.Struct, frozen=True):
         """Number of collections."""
         return int(self.rows["count"].sum())
 
+    def is_significant(self, work: OwnWork) -> bool:
+        """Return whether there are several that cost enough, and not mostly those of a step that imports modules."""
+        is_habit = self.number >= MIN_NUMBER and not self.of_imports
+        return is_habit and self.saved_ns >= least_cost_ns(work.step_ns)
+
 
 def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the findings about garbage collections, and the parts of the step without them."""
@@ -80,9 +85,7 @@ def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[lis
     for called in (True, False):
         changed = replayed(work, without)
         cost = _collections(window, changed, facts, called=called)
-        # A habit that costs enough, and not mostly the collections of a step that imports modules.
-        is_habit = cost is not None and cost.number >= MIN_NUMBER and not cost.of_imports
-        if cost is not None and is_habit and cost.saved_ns >= least_cost_ns(work.step_ns):
+        if cost is not None and cost.is_significant(work):
             line = None if called else _allocating_line(work, changed, cost, facts)
             found.append(_finding(work, cost, line))
             without |= cost.without

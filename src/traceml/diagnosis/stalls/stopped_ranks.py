@@ -29,20 +29,13 @@ def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     Args:
         window: the steps; while the run continues, only stops in these count.
     """
-    stops, wall_s = facts.stops, 0.0 if facts.time is None else facts.time.wall_s
-    if facts.time is None:
-        first = int(window.steps[0]) if len(window) else 0
-        stops = {rank: [stop for stop in of_rank if stop.last_step >= first] for rank, of_rank in stops.items()}
-
+    stops = _recent(window, facts.stops) if facts.time is None else facts.stops
     seconds = {rank: sum(stop.seconds for stop in of_rank) for rank, of_rank in stops.items() if of_rank}
     if not seconds:
         return []
 
     worst = max(seconds, key=lambda rank: (seconds[rank], -rank))
-    row = np.flatnonzero(window.ranks == worst)
-    if facts.time is None and len(row):
-        wall_s = float(window.total[row[0]].sum(dtype=np.float64)) / 1e9
-
+    wall_s = _window_s(window, worst) if facts.time is None else facts.time.wall_s
     share = min(seconds[worst] / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
     if seconds[worst] < MIN_S and share < WARNING_SHARE:
         return []
@@ -78,6 +71,16 @@ def _have_waited(window: AlignedSteps, rank: int, stop: Stop) -> bool:
     rows = np.flatnonzero(window.ranks == rank)
     column = _column_of(window, int(rows[0]), stop) if len(rows) and stop.part == "steps" else None
     return column is not None and bool(window.total[:, column].min() >= _MIN_OF_STEP * stop.seconds * 1e9)
+
+
+def _recent(window: AlignedSteps, stops: Mapping[int, Sequence[Stop]]) -> dict[int, list[Stop]]:
+    first = int(window.steps[0]) if len(window) else 0
+    return {rank: [stop for stop in of_rank if stop.last_step >= first] for rank, of_rank in stops.items()}
+
+
+def _window_s(window: AlignedSteps, rank: int) -> float:
+    rows = np.flatnonzero(window.ranks == rank)
+    return float(window.total[rows[0]].sum(dtype=np.float64)) / 1e9 if len(rows) else 0.0
 
 
 def _stopped_with(worst: int, stops: Mapping[int, Sequence[Stop]]) -> tuple[int, ...]:
