@@ -7,6 +7,7 @@ import sys
 import time
 
 from traceml.clock import TICKS_PER_S, process_start_ticks
+from traceml.inspection.loaded_modules import multiprocessing_parent
 from traceml.inspection.user_files import is_user_file
 
 __all__ = ["is_interactive", "note_end_of_run", "script_age_ms"]
@@ -44,8 +45,7 @@ def _runs_script() -> bool:
     if is_interactive():
         return False
 
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
+    if multiprocessing_parent() is not None:
         return False
 
     file = getattr(sys.modules.get("__main__"), "__file__", None)

@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from traceml.inspection.loaded_modules import loaded_module
+
 __all__ = ["PostImportHook", "is_imported"]
 
 _FLAG = "_initializing"
@@ -23,7 +25,7 @@ _CALLBACKS = "_traceml_callbacks"
 
 def is_imported(name: str) -> bool:
     """Return whether a module is imported, and its import has ended."""
-    return name in sys.modules and not getattr(getattr(sys.modules[name], "__spec__", None), _FLAG, False)
+    return loaded_module(name) is not None
 
 
 class PostImportHook:

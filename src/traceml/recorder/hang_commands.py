@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Any
 
 from traceml.fail_open import print_notice
 from traceml.inspection.kernel_state import end_started_processes
+from traceml.inspection.loaded_modules import loaded_module
 from traceml.transport.run_line import stuck_line
 
 __all__ = ["abort_process", "print_stuck"]
@@ -35,7 +35,7 @@ def abort_process(call_later: Callable[[float, Callable[[], None]], None]) -> di
 
 def _terminate() -> None:
     """End this process with its loader's workers and the programs it has started: they would outlive it if stuck."""
-    if (processes := sys.modules.get("multiprocessing")) is not None:
+    if (processes := loaded_module("multiprocessing")) is not None:
         for child in processes.active_children():
             if child.daemon:
                 child.kill()

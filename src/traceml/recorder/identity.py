@@ -15,6 +15,7 @@ from traceml.clock import process_start_ticks
 from traceml.formatting import shell_joined
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
 from traceml.inspection.kernel_state import process_info
+from traceml.inspection.loaded_modules import multiprocessing_parent
 from traceml.inspection.program_names import python_module
 from traceml.inspection.script_time import script_age_ms
 from traceml.privacy import secrets_only
@@ -158,7 +159,7 @@ def spawned_from() -> SpawnedFrom | None:
 
     None also for a rank of a process group, which logs for itself.
     """
-    if _parent_process() is None or detect_rank().source == "torch.distributed":
+    if multiprocessing_parent() is None or detect_rank().source == "torch.distributed":
         return None
 
     return _exported_parent()
@@ -177,7 +178,7 @@ def _exported_parent() -> SpawnedFrom | None:
 
     try:
         facts = json.loads(os.environ[_PARENT])
-        if facts["pid"] != _parent_process() and facts["pid"] not in _ancestors():
+        if facts["pid"] != multiprocessing_parent() and facts["pid"] not in _ancestors():
             return None
 
         recorder, job, parent = facts["identity"]
@@ -200,7 +201,7 @@ def identify(config: Config, before: Identity | None = None, joining: tuple[int,
         joining: rank and size of the process group that this process is about to join.
     """
     own = detect_rank(joining=joining)
-    parent = _parent_process()
+    parent = multiprocessing_parent()
     job = config.run_id or (before.job if before is not None else job_key())
     # A script that starts its other ranks itself, as Lightning does, sets the address in its own environment, too.
     unlaunched = launcher_job() in (None, group_address()) and not config.run_id
@@ -271,13 +272,6 @@ def _group_key(job: str, parent: int | None) -> str:
         return f"group-{socket.gethostname()}-{parent}-{process_start_ticks(parent)}"
 
     return job
-
-
-def _parent_process() -> int | None:
-    """Return the pid of the process that started this one through `multiprocessing`; None for another start."""
-    process = sys.modules.get("multiprocessing.process")
-    parent = process.parent_process() if process is not None else None
-    return None if parent is None else parent.pid
 
 
 def _ancestors() -> Iterator[int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.gc_pause import gc_pause
+from traceml.inspection.loaded_modules import imports_main_again, loaded_module
 from traceml.recorder.current_recorder import notify_change, notify_start, state
 from traceml.settings import level_number
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "await_start",
     "in_fixed_folder",
-    "is_helper_process",
     "note_exit",
     "note_return",
     "on_end",
@@ -92,7 +92,7 @@ def start(
 
         state.starter, state.recorder = threading.get_ident(), recorder
         try:
-            if config.enabled and not is_helper_process():
+            if config.enabled and not imports_main_again():
                 with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
                     recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
                     state.instrumentation = recorder.instrumentation
@@ -230,16 +230,6 @@ def _stop(reason: str) -> None:
             recorder.stop(reason)
 
 
-def is_helper_process() -> bool:
-    """Whether this is a spawned child that only imports the main script again, to find the function it has to run.
-
-    `multiprocessing` marks that moment; a data-loader worker whose script calls `init` without a guard must not become
-    a second rank.
-    """
-    process = sys.modules.get("multiprocessing.process")
-    return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
-
-
 def _hook_process(*, watch: bool) -> None:
     """Register for the end of this process (with `watch` also for how it ends) and for its forks."""
     global _hooked, _watch
@@ -250,7 +240,7 @@ def _hook_process(*, watch: bool) -> None:
         _watch.install()
 
     # A process that multiprocessing has forked ends without atexit, but runs these.
-    util = sys.modules.get("multiprocessing.util")
+    util = loaded_module("multiprocessing.util")
     if util is not None and not util.is_exiting():
         util.Finalize(None, _at_exit, exitpriority=0)
 

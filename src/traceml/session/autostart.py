@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.fail_open import fail_open
+from traceml.inspection.loaded_modules import imports_main_again, multiprocessing_parent
 from traceml.installation import warn_of_foreign
 from traceml.session.traceml_variable import is_switched_on
 
@@ -103,12 +104,10 @@ def _start_in_job() -> None:
 
 
 def _start() -> None:
-    from traceml.recorder.lifecycle import is_helper_process
     from traceml.session.children import at_training_setup
     from traceml.session.startup import start_held, start_in_child
 
-    process = sys.modules.get("multiprocessing.process")
-    if is_helper_process() or (process is not None and process.parent_process() is not None):
+    if imports_main_again() or multiprocessing_parent() is not None:
         at_training_setup(start_in_child)  # workers of loaders and pools neither join nor make any
     else:
         start_held()

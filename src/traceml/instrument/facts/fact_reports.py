@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.info_kinds import InfoKind
+from traceml.inspection.loaded_modules import loaded_module
 
 if TYPE_CHECKING:
     from traceml.instrument.loader import LoaderToken
@@ -210,7 +211,7 @@ class FactReports:
 
     def debugging(self) -> None:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
-        torch = sys.modules.get("torch")  # a script may have steps without it
+        torch = loaded_module("torch")  # a script may have steps without it
         profiler = sys.modules.get("torch.autograd.profiler")
         self._switch(InfoKind.ANOMALY_DETECTION, is_on=torch is not None and bool(torch.is_anomaly_enabled()))
         self._switch(InfoKind.PROFILER, is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))

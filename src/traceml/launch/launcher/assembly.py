@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.errors import UsageError
+from traceml.inspection.loaded_modules import imports_main_again
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
 from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
@@ -184,8 +185,7 @@ def _refuse_in_spawned() -> None:
     Raises:
         UsageError: it does; each such process would launch all over again.
     """
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and getattr(process.current_process(), "_inheriting", False):
+    if imports_main_again():
         raise UsageError(
             "launch was called while a process that multiprocessing has spawned imports this script. "
             "Put the call under `if __name__ == '__main__':`"

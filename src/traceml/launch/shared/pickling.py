@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from traceml.inspection.loaded_modules import loaded_module
+
 __all__ = ["PickleSink", "PickleSource", "Unpickler", "pickler_class", "rebuild_exception"]
 
 # Classes of this process that were sent by value: one that comes back is the same class and is not modified.
@@ -115,7 +117,7 @@ def pickler_class() -> Any:
             super().__init__(file, protocol=5, buffer_callback=in_band)
             self.kept: list[Any] = []
             self._storages: dict[int, _Untyped] = {}
-            torch = sys.modules.get("torch")
+            torch = loaded_module("torch")
             self._storage_types = (torch.UntypedStorage, torch.TypedStorage) if torch is not None else None
 
         def reducer_override(self, obj: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import TraceMLError
+from traceml.inspection.loaded_modules import imports_main_again
 from traceml.recorder import lifecycle
 from traceml.recorder.current_recorder import state
 from traceml.recorder.identity import spawned_from
@@ -43,7 +44,7 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
 
         return recorder if recorder.enabled else None
 
-    if lifecycle.is_helper_process() or sys.is_finalizing():
+    if imports_main_again() or sys.is_finalizing():
         return None
 
     _log.debug("a logging call starts a recorder without tracing")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from traceml.database.file_contents import Content, LaterBytes, Pixels, encode_array
 from traceml.errors import ArgumentTypeError, UsageError
+from traceml.inspection.loaded_modules import loaded_module
 from traceml.track.rank.logged_values import PlainList, copied_to_host, whole_of
 
 __all__ = ["histogram_of", "image_of"]
@@ -70,7 +71,7 @@ def _pixels_of_tensor(tensor: Any, limit_bytes: int) -> Content:
 
 
 def _pixels_of_array(array: Any, limit_bytes: int) -> Content:
-    numpy = sys.modules.get("numpy")
+    numpy = loaded_module("numpy")
     if numpy is not None and type(array) is numpy.ndarray and array.dtype.kind in "biuf":
         return _pixels_of(array)
 
@@ -151,7 +152,7 @@ def _finite_chunks(flat: Any) -> Iterator[Any]:
 
 
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
-    numpy = sys.modules.get("numpy")
+    numpy = loaded_module("numpy")
     if numpy is not None:
         array = numpy.asarray(values, dtype=float).reshape(-1)
         finite = array[numpy.isfinite(array)]
