@@ -424,6 +424,55 @@ def test_late_rank_of_an_earlier_attempt_does_not_resize_the_job(registry):  # n
     assert run.world_size == len(run.live.intake.kept.latest) == 2
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_hosts_whose_launchers_count_restarts_differently_are_in_one_attempt(registry, first):  # noqa: F811
+    """torchrun's agent on `b` starts its ranks again because `a` has failed, and counts no restart for that."""
+    hosts = {0: "a", 1: "a", 2: "b", 3: "b"}
+    order = sorted(hosts, key=lambda rank: (rank - first) % 4)
+
+    def start(pid, counts):
+        each = [
+            hello(
+                rank,
+                4,
+                run_id="j",
+                host=hosts[rank],
+                pid=pid + rank,
+                recorder=f"{pid + rank}",
+                attempt=counts[hosts[rank]],
+            )
+            for rank in order
+        ]
+        return [join(registry, one) for one in each]
+
+    for pid, counts, attempt in (
+        (2**22, {"a": 0, "b": 0}, 0),
+        (2**22 + 10, {"a": 1, "b": 0}, 1),
+        (2**22 + 20, {"a": 1, "b": 1}, 2),
+        (2**22 + 30, {"a": 2, "b": 2}, 3),
+    ):
+        joined = start(pid, counts)
+        run = joined[0][0]
+        assert [(each is run, stream.attempt) for each, stream in joined] == [(True, attempt)] * 4
+        assert run.is_complete
+        for _, stream in joined:
+            leave(run, stream, "failed")
+
+
+def test_a_host_that_replaces_another_joins_the_newest_attempt(registry):  # noqa: F811
+    """Its agent is new, and has counted no restart."""
+    run, first = join(registry, hello(0, 2, run_id="j", host="a", pid=2**22, attempt=2))
+    _, new = join(registry, hello(1, 2, run_id="j", host="c", pid=2**22 + 1, recorder="c"))
+    assert (first.attempt, new.attempt) == (2, 2)
+
+    for stream in (first, new):
+        leave(run, stream, "failed")
+
+    _, newest = join(registry, hello(1, 2, run_id="j", host="d", pid=2**22 + 2, recorder="d"))
+    _, again = join(registry, hello(0, 2, run_id="j", host="a", pid=2**22 + 3, recorder="e", attempt=3))
+    assert (newest.attempt, again.attempt) == (3, 3)
+
+
 def test_rows_that_the_verdict_cannot_take_are_stored_and_acknowledged(registry, caplog):  # noqa: F811
     """The rank that leaves gets its answer, and the next rows count again."""
     run, stream = join(registry, hello(0, 1))

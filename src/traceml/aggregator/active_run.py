@@ -84,7 +84,7 @@ class ActiveRun(RunStreams):
             self._facts.begin_at(flight.began_s)
             self._facts.write(self.store)
 
-            attempt = self._facts.attempt_of(flight.attempt)
+            attempt = self._facts.attempt_of(flight.attempt, flight.incarnation.host)
             stream = self._add_stream(
                 attempt,
                 flight.rank,

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from traceml.clock import SteadyClock, boot_id, pid_namespace, process_start_ticks
@@ -14,7 +15,16 @@ from traceml.database.store.store import StoreWriter
 from traceml.ids import DEFAULT_PROJECT
 from traceml.transport.hello import Hello
 
-__all__ = ["RunFacts"]
+__all__ = ["RunFacts", "attempt_base"]
+
+
+def attempt_base(run: Mapping[str, Any], host: str) -> int:
+    """Return the number of the run's attempt in which the launcher on a host has counted no restart yet.
+
+    Args:
+        run: the facts of the run.
+    """
+    return int(run.get("attempt_bases", {}).get(host, 0))
 
 
 class RunFacts:
@@ -29,7 +39,7 @@ class RunFacts:
         clock = SteadyClock.start()
         self.values: dict[str, Any] = {
             "id": run_id, "name": run_id, "project": DEFAULT_PROJECT, "job": key, "named": named, "command": "",
-            "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
+            "world_size": 1, "attempt": 0, "attempt_bases": {}, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
             "ended": None, "state": RunStatus.RUNNING.value, "hosts": [],
         }  # fmt: skip
 
@@ -53,13 +63,17 @@ class RunFacts:
         """Number of ranks of the newest attempt."""
         return int(self.values["world_size"])
 
-    def attempt_of(self, attempt: int) -> int:
-        """Return the run's number of an attempt that a launcher counts: it begins at 0 when the job comes again."""
-        return attempt + int(self.values["attempt_base"])
+    def attempt_of(self, counted: int, host: str) -> int:
+        """Return the run's number of an attempt, from the restarts that the launcher on a host counts.
 
-    def begin_attempt(self, attempt: int, hello: Hello) -> None:
-        """Count from a new attempt on, which a rank has begun."""
-        self.values |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
+        Its count begins at 0 when the job comes again. And torchrun's agents count each for itself, the failures of
+        their own ranks only: one that starts its ranks again because of another host counts no restart.
+        """
+        return counted + attempt_base(self.values, host)
+
+    def begin_attempt(self, attempt: int) -> None:
+        """Set the newest attempt, which a rank has begun."""
+        self.values["attempt"] = attempt
 
     def resize(self, world_size: int) -> None:
         """Set the number of ranks."""
@@ -70,8 +84,11 @@ class RunFacts:
         self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}
         self.begin_with(hello)
 
-    def add_rank(self, hello: Hello) -> None:
-        """Take a rank's host and the restarts that are left."""
+    def add_rank(self, hello: Hello, attempt: int) -> None:
+        """Take a rank's host, how the attempt is counted there, and the restarts that are left."""
+        if self.attempt_of(hello.attempt, hello.host) != attempt:
+            self.values["attempt_bases"] = {**self.values["attempt_bases"], hello.host: attempt - hello.attempt}
+
         hosts = self.values["hosts"]
         at = bisect_left(hosts, hello.host)  # sorted: thousands of hosts are asked for by each of their ranks
         if hosts[at : at + 1] != [hello.host]:

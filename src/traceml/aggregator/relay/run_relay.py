@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from traceml.aggregator.run_facts import attempt_base
 from traceml.database.schema import (
     DEVICE_STEPS,
     LINES,
@@ -410,7 +411,7 @@ def _hello_of(record: StreamRecord, run: dict[str, Any]) -> dict[str, Any]:
     age_s = max(time.time() - float(run.get("started") or time.time()), 0.0)  # of the run, which began on this host
     hello = Hello(
         role="rank", run=_key(run), rank=identity.rank, world_size=int(facts.get("world_size", 1)),
-        local_rank=int(facts.get("local_rank", 0)), attempt=max(identity.attempt - int(run.get("attempt_base", 0)), 0),
+        local_rank=int(facts.get("local_rank", 0)), attempt=max(identity.attempt - attempt_base(run, identity.host), 0),
         host=identity.host, pid=identity.pid, start_ticks=identity.start_ticks, recorder=identity.recorder,
         boot_id="", run_id=str(run.get("id", "")) if run.get("named") else "", name=str(run.get("name", "")),
         project=str(run.get("project", DEFAULT_PROJECT)), command=str(facts.get("command", "")),

@@ -33,7 +33,7 @@ class Admission:
 
     def attempt_for(self, hello: Hello) -> int | None:
         """Return the attempt that a new rank belongs to, None when it is of another job."""
-        attempt = self._facts.attempt_of(hello.attempt)
+        attempt = self._attempt_of(hello)
         if self.is_helper(hello):
             return attempt
 
@@ -62,12 +62,30 @@ class Admission:
 
     def starts_next_run(self, hello: Hello) -> bool:
         """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
-        current = self._table.of_rank(self._facts.attempt_of(hello.attempt), hello.rank)
+        current = self._table.of_rank(self._attempt_of(hello), hello.rank)
         return (
             current is not None
             and current.ended
             and replace(current.incarnation, recorder=hello.recorder) == Incarnation.from_hello(hello)
         )
+
+    def _attempt_of(self, hello: Hello) -> int:
+        """Return the attempt that a rank's launcher counts; where others are further, the one under way or the next.
+
+        The agent on its host may have counted fewer restarts than others, or have come later.
+        """
+        attempt, newest = self._facts.attempt_of(hello.attempt, hello.host), self._facts.attempt
+        if attempt >= newest:
+            return attempt
+
+        ranks = self._table.of_attempt(newest)
+        if any(stream.incarnation.host == hello.host for stream in ranks):
+            return attempt  # a rank of an earlier one that connects late
+
+        if not all(stream.ended for stream in ranks):
+            return newest
+
+        return newest + 1 if self._named else attempt
 
     def _leave_to_children(self, hello: Hello, attempt: int) -> None:
         """Make a process that has only started a rank a helper, because it is not a rank itself."""

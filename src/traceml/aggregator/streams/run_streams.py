@@ -135,7 +135,7 @@ class RunStreams:
 
     def lacks(self, identity: Mapping[str, Any]) -> bool:
         """Return whether a rank of the newest attempt has not connected."""
-        attempt = self._facts.attempt_of(int(identity.get("attempt") or 0))
+        attempt = self._facts.attempt_of(int(identity.get("attempt") or 0), str(identity.get("host", "")))
         return attempt == self.attempt and self._table.of_rank(attempt, identity["rank"]) is None
 
     def expect(self, identity: Mapping[str, Any]) -> None:
@@ -242,7 +242,7 @@ class RunStreams:
         """Update the run's facts from a rank's hello."""
         facts, before = self._facts, dict(self._facts.values)
         if attempt > self.attempt:
-            facts.begin_attempt(attempt, hello)
+            facts.begin_attempt(attempt)
             self.live.begin_attempt()
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
@@ -254,7 +254,7 @@ class RunStreams:
         if not self.streams:
             facts.name_after(hello)
 
-        facts.add_rank(hello)
+        facts.add_rank(hello, attempt)
         if facts.values != before:  # most of ten thousand ranks change nothing
             facts.write(self.store)
 
