@@ -395,6 +395,19 @@ def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F8
     assert stream.exit == {}
 
 
+def test_exit_of_a_process_is_not_that_of_another_host_with_its_pid(registry):  # noqa: F811
+    """In containers ranks have the same few pids; a rank here that was stopped is not the later one there."""
+    run, here = join(registry, hello(0, 2, run_id="j", pid=20))
+    run.disconnected(here)
+    _, there = join(registry, hello(1, 2, run_id="j", host="far", pid=20, recorder="far", attempt=1))
+    leave(run, there)
+
+    run.take_exit(ExitReport(rank=0, pid=20, exitcode=-15, stopped=True))
+
+    assert here.exit["signal"] == 15
+    assert (str(there.state), there.exit) == ("finished", {})
+
+
 def test_last_rank_of_a_large_job_may_connect_first(registry):  # noqa: F811
     """The window is sized by the world before the rank joins it: 4,096 steps of 1,024 ranks would take 230 MB."""
     tracemalloc.start()

@@ -23,7 +23,7 @@ class ExitReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank: int | None = None
     local_rank: int = 0
     pid: int | None = None
-    host: str | None = None  # where the job has several
+    host: str | None = None  # None: the aggregator's
     exitcode: int | None = None  # negative for a signal; None where the host is lost
     lost: str | None = None  # why the launcher gave up the host
     time: float | None = None  # epoch seconds at which the launcher saw the end

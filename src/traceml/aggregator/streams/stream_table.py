@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.transport.exit_report import ExitReport
 
@@ -65,6 +67,7 @@ class StreamTable:
     def of_exit(self, report: ExitReport) -> RankStream | None:
         """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
         of_pid = () if report.pid is None else self._by_pid.get(report.pid, ())
-        by_pid = [stream for stream in of_pid if report.host in (None, stream.incarnation.host)]
+        host = report.host or socket.gethostname()
+        by_pid = [stream for stream in of_pid if stream.incarnation.host == host]  # containers have the same few pids
         of_rank = () if report.rank is None else self._by_rank.get(report.rank, ())
         return next(reversed(by_pid or [stream for stream in of_rank if not stream.ended]), None)
