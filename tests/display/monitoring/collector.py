@@ -64,10 +64,19 @@ def collecting(port: int = 0) -> Iterator[Collector]:
                 elif self.path == "/v1/traces":
                     collector.traces.append(ExportTraceServiceRequest.FromString(body))
 
-            self.send_response(collector.status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._answer(collector.status)
             collector.arrived.set()
+
+        def do_GET(self) -> None:
+            self._answer(200)
+
+        def _answer(self, status: int) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            if status in (301, 302, 307):
+                self.send_header("Location", "/moved")
+
+            self.end_headers()
 
         def log_message(self, *_: Any) -> None:
             pass

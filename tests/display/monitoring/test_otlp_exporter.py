@@ -244,15 +244,17 @@ def test_texts_of_findings_are_masked(tmp_path):
     assert "[masked:custom]" in attributes(root.events[0])["traceml.finding.summary"]
 
 
-def test_an_error_of_the_collector_keeps_the_spans(tmp_path):
-    """A refusal is tried again; then each run arrives once."""
+@pytest.mark.parametrize("status", [400, 302])
+def test_an_error_of_the_collector_keeps_the_spans(tmp_path, caplog, status):
+    """A refusal is tried again; then each run arrives once. A redirect would become a GET, without the spans."""
     clock = Clock()
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
         sender = exporter(tmp_path, collector.url, clock)
-        collector.status = 400
+        collector.status = status
         end(tmp_path / "r1", writer)
         sender.poll(15.0)
         assert collector.spans() == []
+        assert ("it redirects: set the address" in caplog.text) is (status == 302)
         collector.status = 200
         clock.now_s += 1000
         sender.poll(15.0)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import StatusCode, set_span_in_context
+from requests import Response, Session
 
 from traceml.database.states import ENDED_BADLY, RunStatus
 from traceml.display.monitoring.active_runs import ActiveRuns, is_store_of
@@ -78,8 +80,9 @@ class OtlpExporter:
         self._readings: list[Reading] = []
         self._reader = InMemoryMetricReader()
         self._provider = MeterProvider([self._reader], self._resource, shutdown_on_exit=False)
-        self._metrics = OTLPMetricExporter(endpoint=config.url("metrics"), timeout=config.timeout_s)
-        self._spans = OTLPSpanExporter(endpoint=config.url("traces"), timeout=config.timeout_s)
+        session, self._redirects = self._session(), False
+        self._metrics = OTLPMetricExporter(endpoint=config.url("metrics"), timeout=config.timeout_s, session=session)
+        self._spans = OTLPSpanExporter(endpoint=config.url("traces"), timeout=config.timeout_s, session=session)
         self._pending: deque[tuple[ReadableSpan, ...]] = deque(maxlen=_MAX_PENDING)
         self._known: set[str] = set()
         self._due_s = self._retry_s = 0.0
@@ -124,6 +127,22 @@ class OtlpExporter:
         if self._pending and (last or now_s >= self._retry_s):
             self._send_spans()
 
+    def _session(self) -> Session | None:
+        """Return a session for which a redirect is an error: the exporters take it for success, or send a GET.
+
+        None where a provider of credentials makes the session, by OpenTelemetry's variables.
+        """
+        if any(name.endswith("_CREDENTIAL_PROVIDER") for name in os.environ):
+            return None
+
+        def refuse_redirect(response: Response, **_: object) -> None:
+            if response.is_redirect:
+                self._redirects, response.status_code = True, HTTPStatus.MISDIRECTED_REQUEST
+
+        session = Session()
+        session.hooks["response"].append(refuse_redirect)
+        return session
+
     def _declare(self) -> None:
         meter = self._provider.get_meter("traceml", __version__)
         for instrument in Instruments.all():
@@ -160,7 +179,8 @@ class OtlpExporter:
             self._failing = not accepted
             where = self._config.endpoint or "the address in OTEL_EXPORTER_OTLP_ENDPOINT"
             state = "accepts data again" if accepted else "accepts nothing; it is tried again, training is not affected"
-            _log.warning("the OpenTelemetry collector at %s %s", where, state)
+            remedy = "; it redirects: set the address that it leads to" if self._redirects and not accepted else ""
+            _log.warning("the OpenTelemetry collector at %s %s%s", where, state, remedy)
 
     def _take_ended(self, info: RunInfo, *, last: bool) -> None:
         """Keep the spans of a run of our aggregator; before its report is written only at the end."""
