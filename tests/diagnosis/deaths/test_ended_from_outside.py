@@ -103,11 +103,19 @@ def test_a_launcher_that_is_killed_after_its_ranks_is_no_cause(end: RankExit) ->
         (15, 1.2, "SIGTERM from slurmstepd (process 812) ended the job"),
         (15, 30.0, "Rank 1 was killed by signal 15"),
         (9, 1.2, "Rank 1 was killed by signal 9"),
+        (None, 1.2, "SIGTERM from slurmstepd (process 812) ended the job"),
+        (None, 30.0, "Rank 1 lost its connection without a report"),
     ],
 )
-def test_a_rank_that_got_the_signal_before_its_launcher_is_no_cause(number: int, before_s: float, words: str) -> None:
-    """A scheduler signals all processes of a job, within seconds. What killed a rank otherwise, or earlier, did."""
-    first = RankExit(rank=1, state="killed", signal=number, last_step=811, open_step=812, at_s=AT_S - before_s)
+def test_a_rank_that_got_the_signal_before_its_launcher_is_no_cause(
+    number: int | None, before_s: float, words: str
+) -> None:
+    """A scheduler signals all processes of a job, within seconds. What killed a rank otherwise, or earlier, did.
+
+    Of a rank without a report only the last beat is known, which is older than its end.
+    """
+    state = "lost" if number is None else "killed"
+    first = RankExit(rank=1, state=state, signal=number, last_step=811, open_step=812, at_s=AT_S - before_s)
     (finding, *_) = rank_lost(job(swept(0), first))
 
     assert finding.summary.startswith(words)

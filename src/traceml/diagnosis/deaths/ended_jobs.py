@@ -146,11 +146,12 @@ def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
 
 
 def ended_with_job(ended: RankExit, by: EndingSignal | None) -> bool:
-    """Return whether a rank got the signal that ended the job, as its launcher did."""
-    if by is None or not by.number or ended.signal != by.number or ended.at_s is None:
+    """Return whether a rank got the signal that ended the job, as its launcher did, or was lost at that time."""
+    if by is None or not by.number or ended.at_s is None:
         return False
 
-    return ended.at_s > by.at_s - _SAME_SIGNAL_S
+    may_be_of_signal = ended.signal == by.number or (ended.state == "lost" and ended.code is None)
+    return may_be_of_signal and ended.at_s > by.at_s - _SAME_SIGNAL_S
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
