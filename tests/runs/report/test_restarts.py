@@ -113,6 +113,19 @@ def test_an_attempt_that_the_scheduler_ended_blames_no_rank(tmp_path: Path, caus
         assert build_report(tmp_path / f"run{number}").run.restarts == [expected]
 
 
+def test_a_rank_that_left_early_is_the_reason(tmp_path: Path) -> None:
+    """The others failed because they needed it, as the verdict says where no restart follows."""
+    peer = failed(exception="RuntimeError", message="Connection closed by peer", last_step=29, step=30, at_s=2.0)
+    left = {"state": "finished", "exit": {"last_step": 29, "step": 29, "at_s": 1.0}}
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, peer, left)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    [restart] = build_report(tmp_path / "run").run.restarts
+    assert (restart.ranks, restart.reason, restart.step) == ([1], "ended before the others", 30)
+    assert restarts_text([restart]).startswith("Restarted once: rank 1, ended before the others at step 30")
+
+
 def test_a_rank_that_failed_before_the_scheduler_is_the_reason(tmp_path: Path) -> None:
     """The scheduler's words say nothing of an exception."""
     swept = {"state": "killed", "exit": {**SWEPT["exit"], "scheduler": "requeued"}}

@@ -20,7 +20,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text
 
-__all__ = ["failed_because_of_peer", "left_early"]
+__all__ = ["early_ends", "failed_because_of_peer", "left_early"]
 
 _OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's server closes connections too
 _PEER_GONE = (
@@ -60,15 +60,12 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
     Args:
         causes: ends of ranks that nothing else explains.
     """
-    gone = [each for each in facts.exits if each.state == "finished"]
-    if not gone or not causes or not all(map(failed_because_of_peer, causes)):
+    gone = early_ends(causes, facts.exits)
+    if not gone:
         return []
 
     causes = [each for each in ended_badly(facts.exits) if failed_because_of_peer(each)]
     failed = min(causes, key=lambda each: each.rank)
-    if any(each.steps > (failed.step or 0) + 1 for each in gone):
-        return []  # it had come further, and did not need the others any more
-
     first, diverged = gone[0], facts.progress.diverged if facts.progress is not None else None
     data = _ended_data(gone, failed)
     why = [data.sentence if data is not None else "", diverged.text if diverged is not None else ""]
@@ -94,6 +91,22 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             cost_share=1.0,
         )
     ]
+
+
+def early_ends(causes: Sequence[RankExit], exits: Sequence[RankExit]) -> list[RankExit]:
+    """Return the ranks whose script had ended when the others, which needed them, failed.
+
+    Args:
+        causes: ends of ranks that nothing else explains.
+        exits: those of all ranks.
+    """
+    gone = [each for each in exits if each.state == "finished"]
+    if not causes or not all(map(failed_because_of_peer, causes)):
+        return []
+
+    failed = min((each for each in ended_badly(exits) if failed_because_of_peer(each)), key=lambda each: each.rank)
+    # One that had come further did not need the others any more.
+    return [] if any(each.steps > (failed.step or 0) + 1 for each in gone) else gone
 
 
 def _ended_data(gone: Sequence[RankExit], failed: RankExit) -> UnevenData | None:

@@ -14,6 +14,7 @@ from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapsh
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.run_clocks import RunClocks
+from traceml.diagnosis.deaths.closed_connections import early_ends
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.deaths.out_of_memory import is_out_of_memory
@@ -75,11 +76,15 @@ class _Ended(NamedTuple):
 
 
 def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
-    bad = ended_badly(_newest_exits(streams))
+    exits = _newest_exits(streams)
+    bad = ended_badly(exits)
     causes = root_causes(bad)
     if by_scheduler := end_by_scheduler(bad, causes, None):
         last, cause = by_scheduler
         return _Ended(last, [], _BY_SCHEDULER[cause])
+
+    if gone := early_ends(causes, exits):
+        return _Ended(causes[0], sorted(each.rank for each in gone), "ended before the others")
 
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
 
