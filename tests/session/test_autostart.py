@@ -220,6 +220,28 @@ def test_ranks_that_the_script_starts(python: Python, tmp_path: Path, method: st
     assert len(LINE.findall(ended.stderr)) == len(CARD.findall(ended.stderr)) == 1
 
 
+def test_a_worker_of_a_pool_that_is_ended_at_once(python: Python, tmp_path: Path) -> None:
+    """It gives its result when the aggregator that it starts can read its steps: the pool ends it then."""
+    code = """
+        import torch
+
+        def work(size):
+            optimizer = torch.optim.SGD([parameter := torch.nn.Parameter(torch.ones(size))], lr=0.01)
+            for _ in range(30):
+                parameter.sum().backward()
+                optimizer.step()
+
+        if __name__ == "__main__":
+            with torch.multiprocessing.get_context("fork").Pool(1) as pool:
+                pool.apply(work, (8,))
+    """
+    ended = python(code)
+
+    assert ended.returncode == 0, ended.stderr
+    [(rank, count)] = steps(tmp_path)
+    assert (rank, count >= 29) == (0, True)  # the last step is not over when the task is
+
+
 def test_init_adds_its_settings(python: Python, tmp_path: Path) -> None:
     """An explicit `init` before the training names the run; there is one run, and one card."""
     ended = python(SCRIPT.replace("train()\n", "import traceml; traceml.init(run_name='baseline'); train()\n"))

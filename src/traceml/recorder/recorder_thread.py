@@ -22,7 +22,7 @@ from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_detector import StopDetector
 from traceml.samplers.base import SamplerScheduler
 
-__all__ = ["FILES_TIMEOUT_S", "RecorderThread", "WakeSignal"]
+__all__ = ["DIALING_S", "FILES_TIMEOUT_S", "RecorderThread", "WakeSignal"]
 
 _log = logging.getLogger("traceml")
 
@@ -32,7 +32,7 @@ _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
-_DIALING_S = 30.0  # more than the start of an aggregator has
+DIALING_S = 30.0  # more than the start of an aggregator has
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
@@ -164,7 +164,7 @@ class RecorderThread:
         limit_s = timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0)
         self._thread.join(limit_s)
         if keep_trying and not self._sender.dialed.is_set():  # an aggregator starts slowly, as on a busy host
-            self._sender.dialed.wait(_DIALING_S)
+            self._sender.dialed.wait(DIALING_S)
             self._thread.join(limit_s)
 
         if self._thread.is_alive():

@@ -26,7 +26,7 @@ from traceml.recorder.hang_commands import abort_process, print_stuck
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.rank_tracing import RankTracing
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
-from traceml.recorder.recorder_thread import RecorderThread
+from traceml.recorder.recorder_thread import DIALING_S, RecorderThread
 from traceml.recorder.sending.dialing import dial, stored_elsewhere
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
@@ -99,7 +99,7 @@ class Recording:
             },
             files=self.files,
             on_welcome=self._welcomed,
-            is_deferred=self.check_deferred,
+            is_deferred=lambda: self._is_held or self.check_deferred(),
             is_ending=lambda: self._ending,
         )
         self.thread = RecorderThread(
@@ -260,10 +260,19 @@ class Recording:
         self.flight.open_slots[Slot.EXIT_START] = 0
 
     def note_idle(self, *, idle: bool) -> None:
-        """Record that this process waits for another task, or has one: one that waits may be ended by a signal."""
-        if not self.exit_noted:
-            is_over = idle and not self.tracing.trains_in_thread
-            self.flight.open_slots[Slot.STATE] = FlightState.FINISHED if is_over else FlightState.RUNNING
+        """Record that this process waits for another task, or has one: one that waits may be ended by a signal.
+
+        An aggregator reads the steps of a process that has ended only if the process has connected to it before.
+        """
+        if self.exit_noted:
+            return
+
+        is_over = idle and not self.tracing.trains_in_thread
+        self.flight.open_slots[Slot.STATE] = FlightState.FINISHED if is_over else FlightState.RUNNING
+        deadline = time.monotonic() + DIALING_S
+        while is_over and self.sender.is_unknown and time.monotonic() < deadline:
+            self.thread.wake()
+            time.sleep(0.02)
 
     def _is_in_step(self, status: int, reported: Mapping[str, Any]) -> bool:
         """Whether the end comes in the middle of a step: after the last one another is open, with nothing done."""
@@ -359,6 +368,11 @@ class Recording:
     def _wake(self) -> None:
         self.thread.wake()
 
+    @property
+    def _is_held(self) -> bool:
+        """Whether it does not connect yet, because its rank may still change."""
+        return self._hold_until_ns > monotonic_ns() and not self.flight.ring("steps").appended
+
     def _remove_stale_flights(self) -> None:
         runs_dir = self._config.runs_dir
         remove_stale(default_folder(), *disk_folders(runs_dir), runs_dir=runs_dir)
@@ -378,9 +392,6 @@ class Recording:
     def _dial(self, timeout_s: float) -> Connection:
         """Connect by one try, on the recorder's thread."""
         config = self._config
-        if self._hold_until_ns > monotonic_ns() and not self.flight.ring("steps").appended:
-            raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
-
         hello = self.identity.hello(config, self.flight.path)
         connection = dial(config, hello, timeout_s=timeout_s, tries=1, is_ending=lambda: self._ending)
         self.address = connection.address

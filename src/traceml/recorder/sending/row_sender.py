@@ -140,6 +140,11 @@ class RowSender:
         return steps.appended - steps.read_from(steps.acked, 1).first if steps.appended > steps.acked else 0
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether this process has steps, and no aggregator has been asked to take them yet."""
+        return bool(self._steps.appended) and not self.connections and not self.trouble
+
+    @property
     def steps_sent(self) -> bool:
         """Whether any step is on the wire or stored."""
         return self._rings[0].sent > 0
