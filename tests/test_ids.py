@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from traceml.ids import detect_rank, job_key, launcher_job, new_run_id
+from traceml.ids import detect_rank, job_key, launcher_job, new_run_id, run_name_of, safe_run_id
 
 HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
@@ -94,12 +94,23 @@ def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_run_has_an_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many jobs that start in one second two draw the same number."""
-    drawn = iter([b"\1\2", b"\1\2", b"\3\4"])
+    """Of many jobs that start in one second two draw the same number, also when neither has a folder yet."""
+    drawn = iter([b"\1\2", b"\1\2", b"\3\4", b"\3\4", b"\5\6"])
     monkeypatch.setattr(os, "urandom", lambda _count: next(drawn))
     monkeypatch.setattr(time, "strftime", lambda _layout: "20260101-000000")
 
     first = new_run_id("train", tmp_path)
     (tmp_path / first).mkdir()
+    monkeypatch.setattr("traceml.ids._given", set())
+    ids = [first, new_run_id("train", tmp_path), new_run_id("train", tmp_path)]
 
-    assert (first, new_run_id("train", tmp_path)) == ("20260101-000000-train-0102", "20260101-000000-train-0304")
+    assert [run_id[-4:] for run_id in ids] == ["0102", "0304", "0506"]
+
+
+def test_letters_of_other_languages_stay() -> None:
+    """Two names that differ in them alone are two runs; how an accent is written makes no other run."""
+    names = ["größe", "grüße", "grün", "gru\u0308n", "学習", "a b\u202e/c", "ü" * 300]
+
+    expected = ["größe", "grüße", "grün", "grün", "学習", "a-b-c"]
+    assert [safe_run_id(name) for name in names] == [*expected, "ü" * 100]
+    assert [run_name_of(name) for name in names] == [*expected, "ü" * 24]

@@ -27,8 +27,10 @@ __all__ = [
 
 DEFAULT_PROJECT = "default"
 """Project of runs for which nobody names one."""
-RUN_ID_ALLOWED = "a string with a letter a-z, a digit or one of _=+@ in it, other than 'latest'"
+RUN_ID_ALLOWED = "a string with a letter, a digit or one of _=+@ in it, other than 'latest'"
 """What `safe_run_id` makes a folder's name of, in words."""
+
+_given: set[str] = set()  # ids of runs that this process has chosen
 
 
 class RankIdentity(NamedTuple):
@@ -143,11 +145,12 @@ def new_run_id(name: str, runs_dir: Path) -> str:
     """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time, which no run in the folder has yet.
 
     Of 300 jobs of one name that start in one second, two would have one id in half of the cases. A job whose folder is
-    made later than its id, as that of `traceml run` and `submit`, is not seen here meanwhile.
+    made later than its id, as that of `traceml run` and `submit`, is seen meanwhile in the process that chose it.
     """
     while True:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{os.urandom(2).hex()}"
-        if not os.access(runs_dir / run_id, os.F_OK):
+        if run_id not in _given and not os.access(runs_dir / run_id, os.F_OK):
+            _given.add(run_id)
             return run_id
 
 
@@ -162,7 +165,7 @@ def safe_run_id(text: str) -> str:
     Raises:
         ValueError: nothing is left of it.
     """
-    name = re.sub(r"[^A-Za-z0-9._=+@-]+", "-", text).strip("-.")[:200]
+    name = _cut(re.sub(r"[^\w.=+@-]+", "-", _composed(text)).strip("-."), 200)
     if not name or name == "latest":
         raise ValueError(f"{text[:100]!r} cannot be the name of a run's folder. Allowed: {RUN_ID_ALLOWED}")
 
@@ -171,7 +174,22 @@ def safe_run_id(text: str) -> str:
 
 def run_name_of(text: str) -> str:
     """Return `text` reduced to the characters that are safe in a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:48] or "run"
+    return _cut(re.sub(r"[^\w.-]+", "-", _composed(text)).strip("-._"), 48) or "run"
+
+
+def _composed(text: str) -> str:
+    """Return a text in which a letter and its accent are one character: an accent alone is no letter."""
+    if text.isascii():
+        return text
+
+    import unicodedata  # every rank imports this module
+
+    return unicodedata.normalize("NFC", text)
+
+
+def _cut(name: str, most_bytes: int) -> str:
+    """Return as much of a name as fits, in whole characters: a folder's name has at most 255 bytes, with a host's."""
+    return name.encode("utf-8", "ignore")[:most_bytes].decode("utf-8", "ignore")
 
 
 def _int(text: str | None, default: int) -> int:
