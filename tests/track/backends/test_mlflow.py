@@ -191,6 +191,16 @@ def test_long_names_of_runs_and_projects(make: Maker, uri: str, request: pytest.
     assert len(_client(uri).get_experiment(info.experiment_id).name) == 500
 
 
+def test_the_experiment_of_mlflows_variable(make: Maker, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of runs for which nobody names a project; in Databricks an id is the usual way to name one."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", wanted := _client(uri).create_experiment(f"of {uri}"))
+    runs = [make("mlflow", tracking_uri=uri, experiment={"id": f"of {project}"}).start_experiment("first", project)
+            for project in ("default", "tests")]  # fmt: skip
+
+    found = [_client(uri).get_run(run_id).info.experiment_id for run_id in runs]
+    assert [each == wanted for each in found] == [True, False]
+
+
 def test_special_values_and_steps_out_of_order(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
     """NaN stays; the infinities become the largest numbers, as MLflow keeps them; steps may go backwards."""
     backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from traceml.database.states import RunStatus
 from traceml.errors import BackendError
+from traceml.ids import DEFAULT_PROJECT
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
@@ -63,8 +64,11 @@ class MLflowBackend(BatchBackend):
         description="an MLflow server, or a database file",
         dependencies=("mlflow",),
         extra="mlflow",
-        options={"tracking_uri": str},
-        option_variables={"tracking_uri": first_set("MLFLOW_TRACKING_URI")},
+        options={"tracking_uri": str, "experiment_id": str},
+        option_variables={
+            "tracking_uri": first_set("MLFLOW_TRACKING_URI"),
+            "experiment_id": first_set("MLFLOW_EXPERIMENT_ID"),
+        },
         address_option="tracking_uri",
         key_variable="MLFLOW_TRACKING_TOKEN",
         project_variable="MLFLOW_EXPERIMENT_NAME",
@@ -88,7 +92,7 @@ class MLflowBackend(BatchBackend):
         self._experiment: Mapping[str, Any] = config["experiment"]
         self._traceml_run = str(config.get("run_id", ""))
         self._run_id: str | None = config.get("continue_run")
-        self._experiment_id = ""
+        self._experiment_id, self._wanted_id = "", str(options.get("experiment_id") or "")
         self._params: dict[str, str] = {}
         self._duplicates = DuplicateShifter()
         self._paths = RepeatedPaths((config.get("mark") or {}).get("paths"))
@@ -275,8 +279,14 @@ class MLflowBackend(BatchBackend):
         self._client = MlflowClient(self._uri)
 
     def _project(self, project: str) -> str:
-        """Return the MLflow experiment of that name; another delivery may create it at the same moment."""
+        """Return the MLflow experiment of that name; another delivery may create it at the same moment.
+
+        Where no project is named, it is the one of the option `experiment_id`.
+        """
         from mlflow.exceptions import MlflowException
+
+        if self._wanted_id and project == DEFAULT_PROJECT:
+            return str(self._client.get_experiment(self._wanted_id).experiment_id)
 
         project = safe_name(project, NO_TEXT, _LONGEST_PROJECT)
         found = self._client.get_experiment_by_name(project)
