@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.collectors.collector_process import CollectorProcess
 from traceml.track.rank.collectors.environment import EnvironmentCollector, SystemCollector
 from traceml.track.rank.collectors.git import MAX_DIFF_BYTES, GitCollector, without_credentials
+from traceml.track.rank.collectors.reading_schedule import readings
 
 PASSWORD = "hunter2" + "correcthorse"
 BUILT_IN_NAMES = BUILT_IN[PluginType.COLLECTOR]
@@ -356,6 +358,15 @@ def test_names_that_are_not_utf_8_cost_no_facts() -> None:
     child.stop(timeout_s=60)
 
     assert [row["facts"] for row in rows] == [{"folder": "/runs/\\udcff", "beside": 1}]
+
+
+def test_a_collector_that_returns_nothing_is_told_so() -> None:
+    """It forgot its `return`; "'NoneType' object is not iterable" did not say whose error it was."""
+    errors: list[Exception] = []
+    collector: Any = SimpleNamespace(interval=None, collect=lambda: None)
+
+    assert list(readings(collector, errors.append)) == []
+    assert [str(error) for error in errors] == ["collect() must return a list of Metric and dict, not of NoneType None"]
 
 
 @pytest.mark.usefixtures("plugins")

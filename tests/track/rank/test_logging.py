@@ -548,10 +548,13 @@ if dist.get_rank() == 0:  # a collective operation here would wait for the other
     for step in range(2):
         traceml.log_metric("part", DTensor.from_local(norm, mesh, [Partial()], run_check=False), step)
     traceml.log_histogram("whole", DTensor.from_local(weight, mesh, [Replicate()], run_check=False), 0, bins=2)
-    try:
-        traceml.log_histogram("part", DTensor.from_local(weight, mesh, [Shard(0)], run_check=False), 0)
-    except TypeError as error:
-        print(error)
+    pixels = weight.reshape(2, 2)
+    traceml.log_image("whole", DTensor.from_local(pixels, mesh, [Replicate()], run_check=False), 0)
+    for log in traceml.log_histogram, traceml.log_image:
+        try:
+            log("part", DTensor.from_local(pixels, mesh, [Shard(0)], run_check=False), 0)
+        except TypeError as error:
+            print(error)
 dist.barrier()
 traceml.log_metric("end", 1)
 dist.destroy_process_group()
@@ -566,9 +569,10 @@ def test_a_distributed_tensor_is_read_without_the_other_ranks(script: Script, tm
     finish(second)
 
     assert first.returncode == 0, err
-    assert "of which each rank has a part: full_tensor() makes one" in out
+    assert out.count("of which each rank has a part: full_tensor() makes one") == 2
     assert err.count("a DTensor of which each rank has a part is logged as text") == 1
     stored = ended_run(tmp_path / "traceml_runs")
     assert stored.values("whole") == [2.0]
     assert [row["value"].startswith("DTensor(") for row in stored.of("value")] == [True, True]
     assert [sum(row["counts"]) for row in stored.of("histogram")] == [4]
+    assert len(stored.of("image")) == 1

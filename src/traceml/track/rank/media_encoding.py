@@ -60,7 +60,7 @@ def _pixels_of_pil(image: Any) -> Pixels:
 
 def _pixels_of_tensor(tensor: Any, limit_bytes: int) -> Content:
     """Return the pixels; of a tensor on a device a function, which waits for the copy."""
-    tensor = tensor.detach()
+    tensor = _whole(tensor, "an image")
     if tensor.device.type == "cpu":
         with suppress(Exception):  # a sparse one, for example: the thread that encodes it says why it is refused
             return _pixels_of(_on_host(tensor), channels_first=True)
@@ -119,14 +119,9 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
         kind = "one without data" if values.is_meta else f"a {values.layout} one{dense}"
         raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
 
-    whole = whole_of(values.detach())
-    if whole is None:
-        raise ArgumentTypeError(
-            f"a histogram must be made of a whole tensor, not of a {type(values).__name__} of which each rank has a "
-            "part: full_tensor() makes one, if all ranks call it; to_local() is the part"
-        )
-
-    flat = whole.cpu().reshape(-1)  # on a device, doubles of it could be too large for the memory left
+    flat = (
+        _whole(values, "a histogram").cpu().reshape(-1)
+    )  # on a device, doubles of it could be too large for the memory left
     low, high, number = math.inf, -math.inf, 0
     for finite in _finite_chunks(flat):
         if finite.numel():
@@ -140,6 +135,22 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
         counts += torch.bincount(at, minlength=bins)
 
     return counts.tolist(), value_range.edges(bins), flat.numel() - number
+
+
+def _whole(tensor: Any, what: str) -> Any:
+    """Return a tensor with all its values on this rank.
+
+    Raises:
+        ArgumentTypeError: this rank has a part of them.
+    """
+    whole = whole_of(tensor.detach())
+    if whole is None:
+        raise ArgumentTypeError(
+            f"{what} must be made of a whole tensor, not of a {type(tensor).__name__} of which each rank has a part: "
+            "full_tensor() makes one, if all ranks call it; to_local() is the part"
+        )
+
+    return whole
 
 
 def _finite_chunks(flat: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,8 @@ def readings(
     due = time.monotonic()
     while not stopped.is_set():
         try:
-            rows = [_checked(row) for row in collector.collect()]
+            found: Any = collector.collect()
+            rows = [_checked(row) for row in (found if isinstance(found, Iterable) else [found])]
         except Exception as error:  # noqa: BLE001 - code of a third party
             rows = []
             if not has_failed:
