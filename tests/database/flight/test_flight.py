@@ -263,6 +263,23 @@ def test_a_process_may_make_several(tmp_path: Path) -> None:
     second.close(unlink=True)
 
 
+def test_a_process_that_gave_up_its_rights_is_closed_nevertheless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `os.setuid` it may not remove its file: the next one of the earlier user does, as its owner is dead."""
+    flight = FlightFile.create(tmp_path, {})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        flight.close(unlink=True)
+
+    assert flight.path is not None
+    assert not is_alive(flight.path)
+
+
 @pytest.mark.process
 def test_imports_nothing_heavy() -> None:
     """The training process gets msgpack and the standard library, and no database."""

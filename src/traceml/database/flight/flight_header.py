@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,9 @@ class MappedFile:
         if self.descriptor < 0:
             return
 
-        if unlink:
-            self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, PermissionError):  # a process may have given up its rights since
+            if unlink:
+                self.path.unlink()
 
         _own_mappings.pop(self._key, None)
         self._own.close()  # drops the lock

@@ -153,8 +153,9 @@ class Journal:
 
         self._own.close()
         self._own = None
-        if unlink and self._pid == os.getpid():
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # a process may have given up its rights since
+            if unlink and self._pid == os.getpid():
+                self.path.unlink()
 
 
 def read_journal(path: Path) -> Iterator[RowSlice]:
