@@ -27,6 +27,14 @@ def dataset(tmp_path):
     return FleetDataset(tmp_path / "fleet")
 
 
+def test_the_file_of_a_run_has_its_id_as_it_is_but_for_marks(dataset):
+    """The longest id of another language fits; of ours only what a folder's name would take for a partition changes."""
+    report = fleet_report(0, ["a", "b"])
+    report.run.id = "学" * 60 + "=1"
+
+    assert dataset.add(report).name == "学" * 60 + "%3D1-1760000000.parquet"
+
+
 def test_a_run_has_a_row_for_each_host_rank_and_phase(dataset):
     """In a folder by project and month, with the facts of the run in each row."""
     path = dataset.add(fleet_report(0, ["a", "b"]))

@@ -6,6 +6,7 @@ under another name and then renamed, so readers see it whole, and writers on any
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,9 @@ class FleetDataset:
         """Return the file of a run; ids that people choose may repeat, so the start is part of its name."""
         month = "unknown" if run.started is None else f"{datetime.fromtimestamp(run.started, UTC):%Y-%m}"
         folder = self.folder / f"project={quote(run.project, safe='')}" / f"month={month}"
-        return folder / f"{quote(run.id, safe='')}-{int(run.started or 0)}.parquet"
+        # Letters of other languages stay: quoted, each would take up to nine of the 255 bytes that a name may have.
+        name = re.sub("[ -~]+", lambda text: quote(text[0], safe=""), run.id)
+        return folder / f"{name}-{int(run.started or 0)}.parquet"
 
     def add(self, report: Report) -> Path | None:
         """Add a run, or replace it; return its file, None if it has no steps.
