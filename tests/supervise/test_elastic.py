@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import get_method_name
 
 from tests.forked import client as forked
+from tests.ports import free_port
 from traceml.supervise.elastic import _method_name, first_failure, terminate_remaining_workers
 
 
@@ -91,9 +93,11 @@ time.sleep(600)
 """
 
 
-def start_torchrun(script: Path, ranks: int, failures_fd: int, stdin: int | None = None) -> subprocess.Popen[str]:
+def start_torchrun(
+    script: Path, ranks: int, failures_fd: int, stdin: int | None = None, *, nodes: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
     return forked.Popen(
-        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", str(ranks), script],
+        [sys.executable, "-m", "traceml.supervise.elastic", *nodes, "--nproc-per-node", str(ranks), script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,),
         stdin=stdin, stdout=subprocess.PIPE, text=True, forks=True,
     )  # fmt: skip
@@ -117,6 +121,33 @@ def test_ranks_that_torchrun_ends_on_a_signal_are_stopped(tmp_path: Path) -> Non
             torchrun.kill()
 
     assert (end["exitcode"], end.get("stopped")) == (-signal.SIGTERM, True)
+
+
+@pytest.mark.process
+def test_ranks_that_torchrun_ends_as_another_node_joins_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts them again with those of the other node; they have not failed, and nobody has killed them."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, sys\nif os.environ['WORLD_SIZE'] == '1':\n    print('ready', flush=True)\n    sys.stdin.readline()"
+    )
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # torch 2.13: in a shared one the other finds nobody
+    nodes = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    nodes += ["--rdzv-conf", "last_call_timeout=1"]
+    held, release = os.pipe()
+    ours, theirs = os.pipe()
+    with start_torchrun(script, 1, theirs, held, nodes=nodes) as first, open(os.devnull, "w") as unread:
+        os.close(theirs)
+        assert first.stdout is not None
+        assert first.stdout.readline() == "ready\n"
+        with start_torchrun(script, 1, unread.fileno(), held, nodes=nodes) as other, open(ours) as lines:
+            ends = [(end["exitcode"], end.get("stopped", False)) for end in map(json.loads, lines)]
+
+    os.close(release)
+    os.close(held)
+    assert (first.returncode, other.returncode) == (0, 0)
+    assert ends == [(-signal.SIGTERM, True), (0, False)]
 
 
 # Rank 1 fails when torchrun has seen, and collected, the end of rank 0.

@@ -132,8 +132,8 @@ def _reporter(fd_text: str | None) -> Any:
 def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
     """Make torchrun's agent report the failures of each attempt, also of those that it restarts, and ends without one.
 
-    `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are reported at the
-    end.
+    So it does with workers that it ends as other nodes have joined or left. `_monitor_workers` and `_stop_workers` are
+    private to torch: where one is missing, the failures of the last attempt are reported at the end.
 
     Returns:
         A list that is empty until something was reported, and one that will hold the agent.
@@ -142,26 +142,36 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
 
     reported: list[bool] = []
     agents: list[Any] = []
-    ended_well: set[int] = set()
-    original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
-    if original is None:
+    known: set[int] = set()  # pids of workers whose ends were reported
+    agent: Any = getattr(api, "LocalElasticAgent", None)
+    original, original_stop = getattr(agent, "_monitor_workers", None), getattr(agent, "_stop_workers", None)
+    if original is None or original_stop is None:
         return reported, agents
+
+    def report_new(ends: Iterable[tuple[int, Any]], running: Collection[int] = ()) -> None:
+        new = [(rank, end) for rank, end in ends if end.pid not in known]
+        known.update(end.pid for _, end in new)
+        report(new, running)
 
     def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
         agents[:] = [self]
         running = _running_at_close(getattr(self, "_pcontext", None))
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
-            report(failures.items(), running)
+            report_new(failures.items(), running)
             reported.append(True)
 
         # One that left by os._exit(0) says no bye, and counts as lost until its code is known.
-        well = [(rank, end) for rank, end in _ended(self, lambda code: code == 0) if end.pid not in ended_well]
-        ended_well.update(end.pid for _, end in well)
-        report(well)
+        report_new(_ended(self, lambda code: code == 0))
         return result
 
-    api.LocalElasticAgent._monitor_workers = monitor
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running = _running_at_close(getattr(self, "_pcontext", None))
+        result = original_stop(self, *args, **kwargs)
+        report_new(_ended(self, lambda code: code is not None), running)
+        return result
+
+    agent._monitor_workers, agent._stop_workers = monitor, stop
     return reported, agents
 
 

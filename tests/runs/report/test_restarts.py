@@ -126,6 +126,28 @@ def test_a_rank_that_left_early_is_the_reason(tmp_path: Path) -> None:
     assert restarts_text([restart]).startswith("Restarted once: rank 1, ended before the others at step 30")
 
 
+def test_an_attempt_that_the_launcher_stopped_blames_no_rank(tmp_path: Path) -> None:
+    """As torchrun does when another host joins, and `traceml run` when it is interrupted."""
+    stopped = {"state": "killed", "exit": {"signal": 15, "last_step": 29, "step": 30, "stopped": True}}
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, stopped, stopped)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    expected = RestartSection(attempt=0, ranks=[], reason="stopped by the launcher", step=30, lost_s=12.0)
+    assert build_report(tmp_path / "run").run.restarts == [expected]
+
+
+def test_a_rank_whose_end_nobody_saw_was_in_the_last_step_that_arrived(tmp_path: Path) -> None:
+    """Its host is gone: it was not lost before its first step."""
+    lost = {"state": "lost", "exit": {"at_s": 3.0, "unsent": True}}
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, lost, lost)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    [restart] = build_report(tmp_path / "run").run.restarts
+    assert (restart.ranks, restart.reason, restart.step) == ([0, 1], "lost without a report", 29)
+
+
 def test_a_rank_that_failed_before_the_scheduler_is_the_reason(tmp_path: Path) -> None:
     """The scheduler's words say nothing of an exception."""
     swept = {"state": "killed", "exit": {**SWEPT["exit"], "scheduler": "requeued"}}

@@ -55,8 +55,8 @@ _STANDS_OUT = 1.10
 class RestartSection(msgspec.Struct, kw_only=True):
     """A restart of the job: the attempt that ended, the ranks that ended it, why, and in which step.
 
-    `ranks` is empty if the scheduler ended the job. `lost_s` is the time from the last step before to the first step
-    after; None while there is none.
+    `ranks` is empty if the scheduler or the launcher ended it. `lost_s` is the time from the last step before to the
+    first step after; None while there is none.
     """
 
     attempt: int

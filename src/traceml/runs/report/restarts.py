@@ -45,8 +45,11 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
         # An attempt that was ended as it hung ended at the step of its first rank.
         if ended := _Ended(_newest_exits(streams)[0], [], "hung") if attempt in hung else _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
-            before = resumes_at(died, checkpoints(streams))
-            found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
+            step = ended.first.step if ended.first.step is not None else _last_step(reader, died)
+            section = RestartSection(attempt=attempt, ranks=ended.ranks, reason=ended.reason)
+            section.step = None if step is None else step + resumes_at(died, checkpoints(streams))
+            section.lost_s = _lost_s(reader, streams, following)
+            found.append(section)
 
     return found
 
@@ -83,20 +86,13 @@ def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
         last, cause = by_scheduler
         return _Ended(last, [], _BY_SCHEDULER[cause])
 
+    if bad and all(each.stopped for each in bad):
+        return _Ended(bad[0], [], "stopped by the launcher")
+
     if gone := early_ends(causes, exits):
         return _Ended(causes[0], sorted(each.rank for each in gone), "ended before the others")
 
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
-
-
-def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:
-    return RestartSection(
-        attempt=attempt,
-        ranks=ended.ranks,
-        reason=ended.reason,
-        step=None if ended.first.step is None else ended.first.step + before,
-        lost_s=lost_s,
-    )
 
 
 def _reason(end: RankExit) -> str:
@@ -142,6 +138,12 @@ def _last_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
 
     clock = stream.facts.get("clock")
     return int(clock[0]) if clock else None
+
+
+def _last_step(reader: StoreReader, stream: StreamRecord) -> int | None:
+    """Return the last step of a rank that has arrived, of one whose end nobody saw."""
+    rows = reader.rows(STEPS.name, [stream.id], last=1)
+    return int(rows["step"][-1]) if len(rows) else None
 
 
 def _first_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
