@@ -81,10 +81,13 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
 
 
 def _know_ends(serving: Serving) -> bool:
+    """Whether each rank has ended. One that came a moment ago may not be in the store yet."""
     for path in (run_dir / STORE_NAME for run_dir in serving.run_dirs):
         with StoreReader(path) as store:
-            if any(stream.state == "running" for stream in store.streams()):
-                return False
+            states = [stream.state for stream in store.streams()]
+
+        if not states or "running" in states:
+            return False
 
     return True
 
