@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,14 @@ TURNS = """
 import os, sys, time
 from traceml.helper_programs import lower_priority
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+os.setpriority(os.PRIO_PROCESS, 0, 0)  # the tests may be nice themselves
 delivery = os.fork()
 if delivery == 0:
     lower_priority(int(sys.argv[1]))
     while True:
         pass
-while time.process_time() < 1:  # this is the training
+end_s = time.process_time() + 1
+while time.process_time() < end_s:  # this is the training
     pass
 os.kill(delivery, 9)
 used = os.wait4(delivery, 0)[2]
@@ -39,6 +42,7 @@ print(used.ru_utime + used.ru_stime)
 
 
 @pytest.mark.process
+@pytest.mark.skipif(os.nice(0) > 0 and os.geteuid() != 0, reason="only root takes back that the tests are nice")
 def test_delivery_gets_a_part_of_a_core_that_is_busy() -> None:
     """It loads a tracker's library within half a minute of a training that uses every core, which takes seconds."""
     command = [sys.executable, "-c", TURNS, str(Config().delivery_nice)]
