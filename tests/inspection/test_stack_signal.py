@@ -182,6 +182,38 @@ def test_two_askers_do_not_mix_their_answers(monkeypatch: pytest.MonkeyPatch) ->
             os.close(file)  # type: ignore[arg-type]
 
 
+_STOPS_IN_BETWEEN = """
+def write(*_):
+    os.write(file, b"half")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os.write(file, b" and half")
+
+import signal
+signal.signal(stack_signal.STACK_SIGNAL, write)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_what_has_no_core_to_write_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the stacks looks like those of a process with fewer threads, and its last thread like the main one."""
+    monkeypatch.setattr(stack_signal, "_FIRST_S", 240.0)
+    monkeypatch.setattr(stack_signal, "_QUIET_S", -1.0)
+    monkeypatch.setattr(stack_signal, "_NO_CORE_S", 240.0)
+    with standing(_STOPS_IN_BETWEEN) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+        asked = SignaledStacks(told.pid, file, target=told.pid)
+        assert not asked.step()
+        eventually(lambda: (info := process_info(told.pid)) is not None and info.state == "T")
+        assert not asked.step()
+
+        os.kill(told.pid, signal.SIGCONT)
+        assert asked.wait(240) == "half and half"
+        os.close(file)
+
+
 def test_a_worker_in_a_sleep_of_c_code_is_left_alone() -> None:
     """Its only thread is in a wait that a signal would end; in a lock it is not."""
     sleeper = [sys.executable, "-c", "import ctypes; print(flush=True); ctypes.PyDLL(None).sleep(600)"]

@@ -46,6 +46,8 @@ _PROBES_S = 0.45
 # of them, and no other does, holds it in one call; what only wakes to ask for it runs for microseconds.
 _RUNS_NS, _HOLDS_NS = 1_000_000, 15_000_000
 _FIRST_S, _QUIET_S = 0.3, 0.05
+# The thread that writes may wait for a core between two lines: half of the stacks looks like those of fewer threads.
+_NO_CORE_S = 0.4
 # A signal ends the waits of these system calls in user code: sleep, poll, select, epoll.
 _ENDED_EARLY = {
     "x86_64": {"7", "23", "35", "230", "232", "270", "271", "281"},
@@ -125,7 +127,7 @@ class SignaledStacks:
         self._wakes = self._wakes_of() if silent_thread is not None else 0
         self._ran_ns = self._run_times() if silent_thread is not None else {}
         self._probe_s = self._began_s = time.monotonic()
-        self._sent_s, self._grown_s, self._size = 0.0, 0.0, 0
+        self._sent_s, self._grown_s, self._grown_ns, self._size = 0.0, 0.0, 0, 0
 
     def step(self) -> bool:
         """Go on; return whether it is over."""
@@ -141,7 +143,8 @@ class SignaledStacks:
             return self._silent_thread is None or now_s - self._began_s >= _PROBES_S
 
         self.was_sent = True
-        self._sent_s = self._grown_s = now_s
+        self._sent_s = now_s
+        self._note_growth(now_s, 0)
         return False
 
     def wait(self, timeout_s: float = 1.0) -> str:
@@ -166,6 +169,7 @@ class SignaledStacks:
 
         import ctypes
 
+        self._target = target
         return bool(ctypes.CDLL(None).tgkill(self._pid, target, int(STACK_SIGNAL)) == 0)
 
     def _target_of_silent(self) -> int | None:
@@ -202,16 +206,31 @@ class SignaledStacks:
         """Whether faulthandler has written everything."""
         size = os.fstat(file).st_size
         if size != self._size:
-            self._size, self._grown_s = size, now_s
+            self._note_growth(now_s, size)
 
-        if now_s - self._grown_s <= (_QUIET_S if size else _FIRST_S):
+        quiet_s = now_s - self._grown_s
+        if quiet_s <= (_QUIET_S if size else _FIRST_S):
             return False
 
-        self.text = os.pread(file, _MAX_BYTES, 0).decode("utf-8", "replace")
+        if not self._has_no_core():
+            self.text = os.pread(file, _MAX_BYTES, 0).decode("utf-8", "replace")
+        elif quiet_s <= _NO_CORE_S:
+            return False
+
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
         return True
+
+    def _note_growth(self, now_s: float, size: int) -> None:
+        self._grown_s, self._size = now_s, size
+        self._grown_ns = thread_cpu_ns(self._target or self._pid, self._pid) or 0
+
+    def _has_no_core(self) -> bool:
+        """Return whether the thread that writes could not run since the text has grown last, though it would."""
+        ran_ns = thread_cpu_ns(self._target or self._pid, self._pid)
+        is_waiting = read_status(self._pid, "State", self._target)[:1] in ("R", "T", "t")
+        return is_waiting and ran_ns is not None and ran_ns - self._grown_ns < _HOLDS_NS
 
 
 def _system_call(pid: int) -> str:
