@@ -41,7 +41,8 @@ def test_a_training_that_goes_on_beside_a_silent_recorder_is_no_silence(tmp_path
         snapshots = ExternalSnapshots(1, os.getpid(), flight.path)
         first = snapshots.make()
         assert first is not None
-        assert (first.answered, first.is_gil_held, int(first.quiet_s)) == ("kernel", False, 10)
+        assert (first.answered, first.is_gil_held) == ("kernel", False)
+        assert first.quiet_s >= 10
 
         flight.open_slots[Slot.STEP] = 7
         assert snapshots.make() is None
