@@ -125,7 +125,12 @@ class Config:
     on_missing: Literal["raise", "warn"] = _set(
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
     )
-    connect_timeout: float = _set(5.0, "Longest time in seconds that `init` tries to connect to the aggregator.", low=0)
+    connect_timeout: float = _set(
+        5.0,
+        "Longest time in seconds that `init` tries to connect to the aggregator. One that starts with the job has at "
+        "least 20.",
+        low=0,
+    )
     runs_dir: Path = _set(
         Path("traceml_runs"),
         "Folder of the runs, relative to the working directory; under Hydra to the one in which it was started.",

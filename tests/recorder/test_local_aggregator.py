@@ -207,7 +207,7 @@ def test_an_aggregator_that_cannot_store_is_explained_after_the_usual_time(
         while file.write(bytes(4096)):
             pass
 
-    monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
+    monkeypatch.setattr(local_aggregator, "START_S", math.inf)
     with pytest.raises(AggregatorUnavailableError, match=r"cannot accept this process: .*disk is full"):
         traceml.init(local=True, port=free_port(), runs_dir=disk / "runs", connect_timeout=0.2)
 
@@ -240,7 +240,7 @@ def test_one_that_another_rank_started_and_cannot_store_is_given_up_likewise(
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
+        monkeypatch.setattr(local_aggregator, "START_S", math.inf)
         monkeypatch.setattr(local_aggregator, "connect", refuse)
         monkeypatch.setattr(local_aggregator, "address_of", lambda *_: AggregatorAddress("127.0.0.1", port))
         given = {"port": port} if is_port_given else {}

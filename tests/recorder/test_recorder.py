@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import signal
 import socket
 import sys
 import threading
@@ -184,6 +185,18 @@ def test_something_else_on_the_port_is_an_error_too() -> None:
     """A program that listens and says nothing does not hold the training up."""
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(AggregatorUnavailableError, match="sent no"):
         traceml.init(port=mute.getsockname()[1], connect_timeout=0.3)
+
+
+def test_a_launchers_aggregator_that_still_starts_is_waited_for(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket takes the connection before: no job fails because its aggregator is slow to start."""
+    monkeypatch.setattr("traceml.recorder.recording.START_S", 240.0)
+    monkeypatch.setenv("TRACEML_ADDRESS", f"127.0.0.1:{serving.port}")
+    serving.process.send_signal(signal.SIGSTOP)
+    threading.Timer(1.0, serving.process.send_signal, (signal.SIGCONT,)).start()
+
+    assert traceml.init(token=TOKEN, connect_timeout=0.2).statistics().connected
 
 
 def test_warn_goes_on_and_connects_later(tmp_path: Path, serving: Serving, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ from traceml.helper_programs import helper_program
 from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
-from traceml.transport.client import Connection, connect
+from traceml.transport.client import START_S, Connection, connect
 from traceml.transport.client_handshake import addresses_of
 from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock, address_of
 from traceml.transport.hello import Hello
@@ -38,7 +38,6 @@ _TRY_S = 1.0
 _LOCK_POLL_S = 0.05
 _REFUSED_POLL_S = 0.5
 _ENDING_S = 4.0
-_START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 
 # Settings of the job that its aggregator goes by.
@@ -107,7 +106,7 @@ class _RefusalTimeout:
 def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
     """Connect to the aggregator that serves the runs folder, or become the one process that starts it."""
     began_s = time.monotonic()
-    timeout_s = max(config.connect_timeout, _START_S)
+    timeout_s = max(config.connect_timeout, START_S)
     pause_s = _LOCK_POLL_S
     missing: AggregatorUnavailableError | AggregatorForeignError | None = None
     refusals = _RefusalTimeout(config.connect_timeout)
@@ -162,7 +161,7 @@ def _at_given_address(config: Config, hello: Hello, is_ending: Callable[[], bool
         pass
 
     listener = _listen(config)
-    timeout_s = max(config.connect_timeout, _START_S)
+    timeout_s = max(config.connect_timeout, START_S)
     if listener is None:  # another rank is starting it, or another program has the port
         return _await(config, hello, began_s, timeout_s, is_ending)
 

@@ -30,7 +30,7 @@ from traceml.recorder.recorder_thread import DIALING_S, RecorderThread
 from traceml.recorder.sending.dialing import dial, stored_elsewhere
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
-from traceml.transport.client import Connection
+from traceml.transport.client import START_S, Connection
 
 if TYPE_CHECKING:
     from traceml.settings import Config
@@ -381,7 +381,8 @@ class Recording:
         """Return a connection; None if only the aggregator's presence was checked."""
         config, identity = self._config, self.identity
         hello = identity.probe(config) if identity.provisional else identity.hello(config, self.flight.path)
-        connection = dial(config, hello, timeout_s=config.connect_timeout)
+        start_s = START_S if config.on_missing == "raise" else 0.0  # else it is connected to in the background
+        connection = dial(config, hello, timeout_s=config.connect_timeout, start_s=start_s)
         self.address = connection.address
         if not identity.provisional:
             return connection

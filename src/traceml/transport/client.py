@@ -33,8 +33,10 @@ from traceml.trusted_files import GuardedDescriptor
 if TYPE_CHECKING:
     from traceml.transport.tls import TlsLayer
 
-__all__ = ["ClockOffset", "Connection", "connect"]
+__all__ = ["START_S", "ClockOffset", "Connection", "connect"]
 
+START_S = 20.0
+"""Time for an aggregator to start: a cold start on a slow disk; usually it is half a second."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _CLOCK_READINGS = 8
 

@@ -27,12 +27,14 @@ def dial(
     *,
     timeout_s: float,
     tries: int | None = None,
+    start_s: float = 0.0,
     is_ending: Callable[[], bool] = lambda: False,
 ) -> Connection:
     """Connect; with `local`, start an aggregator where none answers.
 
     Args:
         timeout_s: time for all tries together; an aggregator that is started here has more.
+        start_s: time for one that a launcher is starting, if that is more.
 
     Raises:
         AggregatorRefusedError: it answered and refused; trying again would not help.
@@ -44,7 +46,7 @@ def dial(
         return connect_or_start(config, hello, is_ending)
 
     if config.supervised:
-        return _dial_launched(config, hello, timeout_s, tries)
+        return _dial_launched(config, hello, timeout_s, tries, start_s)
 
     if config.address_given:
         return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
@@ -73,19 +75,28 @@ def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:
     return f"{run_dir}{host}"
 
 
-def _dial_launched(config: Config, hello: Hello, timeout_s: float, tries: int | None) -> Connection:
+def _dial_launched(config: Config, hello: Hello, timeout_s: float, tries: int | None, start_s: float) -> Connection:
     """Connect to the aggregator of a launcher, whose socket takes connections also while no aggregator runs."""
-    try:
-        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
-    except AggregatorUnavailableError as error:
-        if not error.reason.startswith(SILENT):
-            raise
+    began_s = time.monotonic()
+    while True:
+        try:
+            return connect(
+                config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls
+            )
+        except AggregatorUnavailableError as error:
+            if not error.reason.startswith(SILENT):
+                raise
 
-        run_dir = config.runs_dir / (config.run_id or "")
-        words = aggregator_words(run_dir)
-        log = f"; {run_dir / AGGREGATOR_LOG} ends in: {words}" if words else ""
-        why = f"the aggregator of this run does not answer{log}"
-        raise AggregatorUnavailableError(error.host, error.port, error.waited_s, why) from error
+            waited_s = time.monotonic() - began_s
+            timeout_s = start_s - waited_s
+            if timeout_s > 0:
+                continue
+
+            run_dir = config.runs_dir / (config.run_id or "")
+            words = aggregator_words(run_dir)
+            log = f"; {run_dir / AGGREGATOR_LOG} ends in: {words}" if words else ""
+            why = f"the aggregator of this run does not answer{log}"
+            raise AggregatorUnavailableError(error.host, error.port, waited_s, why) from error
 
 
 def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | None) -> Connection:
