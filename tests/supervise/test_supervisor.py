@@ -73,7 +73,8 @@ def test_an_aggregator_that_does_not_answer_at_the_end_is_replaced(tmp_path: Pat
 def test_the_end_is_prepared_when_the_ranks_have_said_bye(tmp_path: Path) -> None:
     """Their processes take a moment to end: here this one waits for the preparation."""
     told = tmp_path / "told"
-    script = f"import traceml; traceml.init(); traceml.shutdown(); wait_for({str(told)!r}); sys.exit(5)"
+    ends = "traceml.init(connect_timeout=240).stop(timeout_s=240)"  # a bye is said within seconds, or not at all
+    script = f"import traceml; {ends}; wait_for({str(told)!r}); sys.exit(5)"
     job = LocalJob(
         [sys.executable, "-c", _FIND + script], uses_torchrun=False, run_id="a-run", runs_dir=tmp_path / "runs"
     )
