@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tests.instrument.conftest import Traced
+from traceml.instrument.facts.descriptions import model_facts
 from traceml.instrument.forward import is_instrumented
 
 
@@ -175,12 +176,23 @@ def test_a_timed_model_can_be_scripted(traced: Traced) -> None:
     assert is_instrumented(model)
 
 
-def test_script_modules_are_left_alone(traced: Traced) -> None:
-    """A ScriptModule has no Python call to stand before."""
-    scripted = torch.jit.script(nn.Linear(4, 4))
-    torch.optim.SGD(scripted.parameters(), lr=0.1)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_scripted_modules_are_timed(traced: Traced, *, is_part: bool) -> None:
+    """Also as part of a model; they are named as the class, and copied and saved as without a timer."""
+    scripted: Any = torch.jit.script(Net())
+    model = nn.Sequential(scripted) if is_part else scripted
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
 
-    assert "_compiled_call_impl" not in vars(scripted)
+    copied = copy.deepcopy(scripted)
+    torch.jit.save(scripted, io.BytesIO())
+    assert "_compiled_call_impl" not in vars(copied)
+    # torch makes them without its hooks: the first backward pass looks for models.
+    assert [row["forward_ns"] > 0 for row in traced.finish()] == [is_part, True, True]
+    assert model_facts(model).items() >= {"model": "Sequential" if is_part else "Net", "parameters": 20}.items()
 
 
 class OwnCall(Net):

@@ -381,7 +381,7 @@ def instrument_module(module: Any, make: TimerMaker) -> bool:
     if is_instrumented(module):
         return True
 
-    if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
+    if not hasattr(type(module), "_call_impl"):
         return False
 
     inner = module.__dict__.get(_SLOT)

@@ -155,7 +155,7 @@ def model_facts(module: Any) -> dict[str, Any]:
     while True:  # OptimizedModule(DistributedDataParallel(model)) and the like, in any order
         name = type(inner).__name__
         wrapped = wrapped or _WRAPPERS.get(name)
-        below = vars(inner).get("_modules", {})
+        below = dict(vars(inner).get("_modules", {}).items())  # a scripted module's is no dict
         child = below.get("_orig_mod") or (below.get("module") if name in _WRAPPERS else None)
         if child is None:
             break
@@ -168,7 +168,7 @@ def model_facts(module: Any) -> dict[str, Any]:
     torch: Any = sys.modules["torch"]
     parameters = [each for each in module.parameters() if not torch.nn.parameter.is_lazy(each)]
     return {
-        "model": type(inner).__name__,
+        "model": inner.original_name if isinstance(inner, torch.jit.ScriptModule) else type(inner).__name__,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "dense_embeddings": _dense_embeddings(module),
@@ -210,10 +210,11 @@ def _dense_embeddings(module: Any) -> int:
     tables: dict[int, int] = {}
     users: Counter[int] = Counter()
     for each in module.modules():
-        for weight in each._parameters.values():
+        weights = dict(each._parameters.items())
+        for weight in weights.values():
             users[id(weight)] += 1
 
-        weight = each._parameters.get("weight")
+        weight = weights.get("weight")
         is_table = isinstance(each, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and not each.sparse
         has_sparse_form = is_table and not each.scale_grad_by_freq and getattr(each, "mode", "") != "max"
         if has_sparse_form and weight is not None and weight.requires_grad:

@@ -263,7 +263,7 @@ def _wrapped(module: Any) -> Any:
 
     Evaluation often calls the one inside, on one rank.
     """
-    children = vars(module)["_modules"]
+    children = dict(vars(module)["_modules"].items())
     inside = children.get("module")
     return inside if inside is not None and len(children) == 1 and _has_parameters(inside) else None
 
