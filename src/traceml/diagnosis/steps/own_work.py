@@ -7,7 +7,7 @@ after the row's sync point and delays the next one, so it is counted there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import msgspec
@@ -16,17 +16,21 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_shares import iterator_share
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats
 
 __all__ = [
     "COMPUTE",
+    "ITERATOR_SHARE",
     "UNNAMED",
     "UNNAMED_CODE",
     "LateRanks",
     "OwnWork",
     "is_grouped",
+    "iterator_wait",
     "median_over_ranks",
     "own_work_of",
 ]
@@ -37,11 +41,14 @@ UNNAMED_CODE = ("other", "user")
 """Parts that are the script's own code, in no phase that it has named."""
 UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 """Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
+ITERATOR_SHARE = 0.5
+"""Code outside the phases is waiting for an iterator if this share of its samples is."""
 
 # In a group these are split or shifted; user phases are parts by name.
 _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 _MANY_RANKS = 40
+_LITTLE_INPUT = 0.01  # of the step
 _MIN_SURPLUS_NS = 0.5e6
 
 
@@ -173,6 +180,13 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     everywhere: bool
     by_part_ns: Mapping[str, float]
     group: RankGroup | None = None
+
+
+def iterator_wait(work: OwnWork, lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` that is waiting for an iterator, by samples; 0 where a DataLoader is waited for."""
+    measured = work.parts.get("input_wait")
+    is_measured = measured is not None and measured.mean() > _LITTLE_INPUT * work.step_ns
+    return 0.0 if is_measured else iterator_share(lines)
 
 
 def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:

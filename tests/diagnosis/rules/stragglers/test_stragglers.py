@@ -173,6 +173,24 @@ def test_a_line_that_is_a_part_of_the_lateness_gains_its_part() -> None:
     assert found.speedup_if_fixed == pytest.approx(1.5, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("own", "kind"), [({}, Kind.INPUT_STRAGGLER), ({"input_wait": 1.0}, Kind.STRAGGLER)], ids=["iterator", "and loader"]
+)
+def test_a_rank_that_waits_for_an_iterator_of_the_script_waits_for_data(own: dict[str, float], kind: Kind) -> None:
+    """The hooks measure it as other code, and the samples of the stack are of `input_wait`, with the line."""
+    job = Job(own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 0.3} | own)
+    lines = [_sampled(rank, "backward", 7, 40) for rank in range(2)]
+    lines += [SampledLine(1, "input_wait", "/home/me/train.py", 9, "read", None, 40)]
+
+    found = diagnose(window_of(job, adds("other", 14, (1,))), JobFacts(world_size=2, lines=lines))[0]
+
+    assert (found.kind, found.ranks) == (kind, (1,))
+    if not own:
+        assert found.phase == "input_wait"
+        assert "in train.py:9 read; that costs" in found.summary
+        assert found.next == "Find out why rank 1 spends more time in train.py:9 read than the other ranks."
+
+
 @pytest.mark.parametrize("samples", [{"augment": 48, "log": 1}, {"main": 36, "log": 13}])
 def test_a_line_that_has_nearly_all_or_that_others_run_is_told_as_before(samples: dict[str, int]) -> None:
     """The gain is that of a rank that is not late."""

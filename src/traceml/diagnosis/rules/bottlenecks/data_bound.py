@@ -11,7 +11,6 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import main_library, runs_forward, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.sampled_shares import iterator_share
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
@@ -25,14 +24,12 @@ from traceml.diagnosis.rules.loading_advice import (
     with_waited_loader,
 )
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of, share_of_long_waits
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import ITERATOR_SHARE, OwnWork, iterator_wait
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import capitalized, percent_text, ranks_text
 
 __all__ = ["input_bound", "iterator_bound", "transfers"]
 
-ITERATOR_SHARE = 0.5
-"""Code outside the phases is waiting for an iterator if this share of its samples is."""
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
 
@@ -109,9 +106,8 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
         long_ns: mean time of `other` in long steps that another finding has. It may all be waiting for the iterator, as
             for one that collects experience for every n-th step.
     """
-    share = _remaining(iterator_share(facts.lines), work, long_ns)
-    measured = work.parts.get("input_wait")
-    if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):
+    share = _remaining(iterator_wait(work, facts.lines), work, long_ns)
+    if share < ITERATOR_SHARE:
         return None
 
     cost = cost_of(work, "other", step_ns, rare_share=0).scaled(share)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
@@ -34,7 +36,14 @@ from traceml.diagnosis.rules.stragglers.straggler_wording import (
     stage_summary,
     waited_for_core,
 )
-from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import (
+    COMPUTE,
+    ITERATOR_SHARE,
+    UNNAMED_CODE,
+    LateRanks,
+    OwnWork,
+    iterator_wait,
+)
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ranks_text
@@ -66,12 +75,26 @@ def stragglers(work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str,
         without_stragglers = without_late(work, late)
 
     late += late_in_one_part(work, facts, late)
-    return [_finding(work, facts, one) for one in late], without_late(work, late)
+    told = (_as_loading(work, facts, one) for one in late)
+    return [_finding(seen, facts, one) for seen, one in told], without_late(work, late)
 
 
 def straggler_kind(part: str) -> Kind:
     """Return the kind of finding for ranks that are late in a part of the step."""
     return _KINDS.get(part, Kind.STRAGGLER)
+
+
+def _as_loading(work: OwnWork, facts: JobFacts, late: LateRanks) -> tuple[OwnWork, LateRanks]:
+    """Take code outside the phases as waiting for data where late ranks wait there for an iterator of the script."""
+    mine = [each for each in facts.lines if each.rank in late.ranks]
+    if late.everywhere or late.part != "other" or iterator_wait(work, mine) < ITERATOR_SHARE:
+        return work, late
+
+    parts, by_part_ns = (
+        {"input_wait" if name == "other" else name: each for name, each in some.items() if name != "input_wait"}
+        for some in (work.parts, late.by_part_ns)
+    )
+    return replace(work, parts=parts), replace(late, part="input_wait", by_part_ns=by_part_ns)
 
 
 def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
