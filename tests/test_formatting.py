@@ -110,6 +110,7 @@ def test_percent_text(share, text):
     [
         (0, "0.0 s"),
         (0.026, "26.0 ms"),
+        (0.0715, "71.5 ms"),  # as 0.1 s, 150 times it would be half as much again
         (0.84, "0.8 s"),
         (42.4, "42 s"),
         (727, "12:07"),
@@ -118,7 +119,7 @@ def test_percent_text(share, text):
     ],
 )
 def test_duration_text(seconds, text):
-    """Durations are seconds, then minutes, then hours; milliseconds where a second has no digit for them."""
+    """Durations are seconds, then minutes, then hours; milliseconds where one digit of a second says too little."""
     assert duration_text(seconds) == text
 
 

@@ -258,7 +258,7 @@ def duration_text(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
 
-    if 0 < seconds < 0.05:
+    if 0 < seconds < 0.25:
         return ms_text(1e3 * seconds)
 
     if seconds < 9.95:
