@@ -536,16 +536,26 @@ def test_a_core_that_is_had_for_less_of_the_time_explains_longer_steps(busy: flo
     assert finding.next.startswith("End or move what else runs on the host") is is_host
 
 
-def test_longer_reductions_are_not_the_host():
-    """No rank's own work is longer."""
+@pytest.mark.parametrize(
+    ("hosts", "look"),
+    [
+        ({}, "links between the ranks"),
+        ({0: "a", 1: "b"}, "links between the ranks"),
+        ({0: "a", 1: "a"}, "host's cores"),
+    ],
+)
+def test_longer_reductions_are_not_the_code(hosts, look):
+    """No rank's own work is longer; ranks on one host have no links, but cores that gloo needs."""
     usual = {"forward": 6.0, "backward": 10.0, "comm": 4.0}
     parts = {name: (ms + 15.0 * (AT >= 30) * (name == "comm")) * MS for name, ms in usual.items()}
 
-    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
+    facts = JobFacts(world_size=2, backend="gloo", hosts=hosts)
+
+    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), facts)
 
     assert finding.phase == "comm"
     assert "alike" not in finding.summary
-    assert "links between the ranks" in finding.next
+    assert look in finding.next
 
 
 def test_a_few_slow_seconds_of_a_host_are_no_finding():

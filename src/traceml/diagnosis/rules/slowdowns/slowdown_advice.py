@@ -31,6 +31,9 @@ def slowdown_advice(shape: str, where: SlowParts, ranks: tuple[int, ...], facts:
         what = f"waits for then ({WAITED_FOR}): it does not compute" if waits else "does only then"
         return f"Look at what {where.line.place} {what}.{meanwhile}"
 
+    if part == COMM:
+        return _for_waiting(facts)
+
     return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
 
 
@@ -87,6 +90,15 @@ def _for_growing_messages(facts: JobFacts) -> str:
     )
 
 
+def _for_waiting(facts: JobFacts) -> str:
+    """Return the advice about communication that takes longer for a time, with the ranks' own work as before."""
+    look = "look at the links between the ranks at that time, at what else uses them"
+    if facts.backend == "gloo" and facts.world_size <= facts.ranks_beside_first:
+        look = "look at what takes the host's cores at that time, as gloo's threads need them (`top` names it)"
+
+    return f"No rank's own work is longer: {look}, and at how much data is reduced."
+
+
 def _for_part(part: str | None, where: SlowParts, of_ranks: str, meanwhile: str) -> str:
     """Return the advice where no line is known.
 
@@ -99,12 +111,6 @@ def _for_part(part: str | None, where: SlowParts, of_ranks: str, meanwhile: str)
         return (
             "All phases are slower, so no single piece of code is the cause. If steps have no more work then "
             f"(longer episodes or sequences), look for {of_host}"
-        )
-
-    if part == COMM:
-        return (
-            "No rank's own work is longer: look at the links between the ranks at that time, at what else uses them, "
-            "and at how much data is reduced."
         )
 
     if part == "input_wait":
