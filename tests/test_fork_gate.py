@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -129,6 +130,34 @@ def test_a_fork_waits_until_the_work_has_ended() -> None:
     gate.release()
     thread.join()
     assert order == ["waited", "left"]
+
+
+def test_a_fork_takes_no_lock_of_logging_before_the_work_has_ended() -> None:
+    """In a script that imports `threading`, and `logging` only later, each such fork waited 2 s, and did not help."""
+    code = """
+    import os, threading, traceml, logging
+    from traceml.fork_gate import fork_gate
+
+    inside = threading.Event()
+
+    def work():
+        with fork_gate:
+            inside.set()
+            while not fork_gate._changed._waiters:
+                pass
+
+            logging.getLogger("new")
+
+    threading.Thread(target=work).start()
+    inside.wait()
+    if os.fork() == 0:
+        os._exit(0)
+
+    print(fork_gate._timeout_s)
+    """
+    printed = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True).stdout
+
+    assert printed == "2.0\n"
 
 
 def test_a_thread_that_stays_inside_delays_few_forks(monkeypatch: pytest.MonkeyPatch) -> None:

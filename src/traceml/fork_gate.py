@@ -4,10 +4,14 @@ A forked child has only the thread that forked. A lock that another thread held 
 forever: those of OpenSSL (`hmac`, `hashlib`, TLS), of the resolver (`getaddrinfo`), of modules being imported. A
 loader worker that then computes an HMAC, as `multiprocessing` does to pass a descriptor, waits forever, and the
 training with it. So threads of ours work inside the gate, and a fork waits until they are outside.
+
+What a fork calls before it comes in the reverse order of registration. That of `logging` takes its lock, and must come
+after ours, or a thread inside would wait for the lock, and the fork for the thread.
 """
 
 from __future__ import annotations
 
+import logging  # noqa: F401 - registers its own function for forks
 import os
 import threading
 from collections.abc import Iterator
