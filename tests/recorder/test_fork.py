@@ -118,6 +118,79 @@ assert process.exitcode == 0, process.exitcode
     assert sorted(counts) == [5, 7]
 
 
+CONNECTS = """
+import os, signal, sys, threading, traceml
+from traceml.fork_gate import fork_gate
+from traceml.recorder.recording import Recording
+
+signal.alarm(60)  # ends a process that waits for itself
+connect = Recording.connect
+def connect_after(recording):
+    while_connecting()
+    connect(recording)
+Recording.connect = connect_after
+"""
+
+
+def test_a_child_that_is_forked_while_another_thread_starts_logs(serving: Serving, run_script: Run) -> None:
+    """It waited for that thread, which it does not have, at its first value."""
+    done = run_script(
+        CONNECTS
+        + """
+connects, go_on = threading.Event(), threading.Event()
+def while_connecting():
+    if threading.current_thread() is thread:
+        connects.set()
+        with fork_gate.opened():
+            go_on.wait()
+thread = threading.Thread(target=traceml.init)
+thread.start()
+connects.wait()
+if os.fork() == 0:
+    signal.alarm(60)
+    traceml.log_metric("of the child", 1.0)
+    traceml.shutdown()
+    os._exit(0)
+status = os.wait()[1]
+go_on.set()
+thread.join()
+assert status == 0, status
+traceml.log_metric("of the parent", 1.0)
+"""
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert _names(serving) >= {"of the child", "of the parent"}
+
+
+def test_a_signal_handler_comes_in_between_the_start(serving: Serving, run_script: Run) -> None:
+    """It waited for the start that it had interrupted, forever, or lost its values."""
+    done = run_script(
+        CONNECTS
+        + """
+def while_connecting():
+    signal.raise_signal(signal.SIGUSR1)
+def handle(*_):
+    traceml.log_metric("of the handler", 1.0)
+    traceml.init()
+    traceml.shutdown()
+signal.signal(signal.SIGUSR1, handle)
+traceml.init()
+assert traceml.is_enabled()
+"""
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "of the handler" in _names(serving)
+
+
+def _names(serving: Serving) -> set[str]:
+    """Names of what was logged in the only run."""
+    [_] = serving.run_dirs
+    with serving.store() as store:
+        return {row["name"] for _, row in store.log_rows("names")}
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_data_loader_workers_are_no_ranks(serving: Serving, run_script: Run, method: str) -> None:
     """Whatever their start method, and although the script calls init without a guard."""

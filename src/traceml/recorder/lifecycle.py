@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
+from traceml.fork_gate import fork_gate
 from traceml.gc_pause import gc_pause
 from traceml.inspection.loaded_modules import imports_main_again, loaded_module
 from traceml.recorder.current_recorder import notify_change, notify_start, state
@@ -39,7 +40,7 @@ __all__ = [
 
 _log = logging.getLogger("traceml")
 _START_S = 10.0  # longest wait for another thread's start: it may wait itself for the thread that waits for it
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may come in between
 _watch: ExitWatch | None = None
 _hooked = False
 _at_end: list[Callable[[], None]] = []
@@ -73,32 +74,36 @@ def start(
     if tracing and state.recorder is not None and state.recorder.is_child:  # it logged for its parent; now it is a rank
         shutdown()
 
-    with _lock:
-        running = state.recorder
-        if running is not None and running.enabled:
-            if tracing and not running.tracing:
-                running.trace()
-                state.instrumentation = running.instrumentation
+    if state.starter == threading.get_ident():  # a signal handler has interrupted the start, which goes on after it
+        return state.recorder or Recorder(config.replaced(enabled=False))
 
-            return running
-
-        config = in_fixed_folder(config)
-        _set_log_level(config)
-        parent = state.parent.identity if state.parent is not None and not tracing else None
-        spawned = spawned_from() if not tracing and parent is None else None
-        recorder = Recorder(config, parent=parent, spawned=spawned)
-        if on_stored is not None:
-            recorder.on_stored = partial(on_stored, recorder)
-
-        state.starter, state.recorder = threading.get_ident(), recorder
+    with _lock, fork_gate:
+        state.starter = threading.get_ident()
         try:
-            if config.enabled and not imports_main_again():
-                with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
-                    recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
-                    state.instrumentation = recorder.instrumentation
-                    _hook_process(watch=not recorder.is_child)
+            running = state.recorder
+            if running is not None and running.enabled:
+                if tracing and not running.tracing:
+                    running.trace()
+                    state.instrumentation = running.instrumentation
 
-            notify_change()
+                return running
+
+            config = in_fixed_folder(config)
+            _set_log_level(config)
+            parent = state.parent.identity if state.parent is not None and not tracing else None
+            spawned = spawned_from() if not tracing and parent is None else None
+            state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
+            if on_stored is not None:
+                recorder.on_stored = partial(on_stored, recorder)
+
+            try:
+                if config.enabled and not imports_main_again():
+                    with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
+                        recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
+                        state.instrumentation = recorder.instrumentation
+                        _hook_process(watch=not recorder.is_child)
+            finally:
+                notify_change()
         finally:
             state.starter = None
 
@@ -247,7 +252,6 @@ def _hook_process(*, watch: bool) -> None:
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
-        os.register_at_fork(after_in_child=_after_fork)
 
 
 def _at_exit() -> None:
@@ -282,7 +286,8 @@ def _stop_at_exit() -> None:
 def _after_fork() -> None:
     """Make everything a no-op in a forked child: a data-loader worker is not a rank, and logs for its parent."""
     global _watch, _lock
-    _lock = threading.Lock()  # the parent's may have been held
+    _lock = threading.RLock()  # the parent's may have been held
+    is_starting, state.starter = state.starter is not None, None
     _at_end.clear()
     _at_shutdown.clear()
     recorder, state.recorder, state.instrumentation = state.recorder, None, None
@@ -291,6 +296,9 @@ def _after_fork() -> None:
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
-        state.parent = recorder if recorder.enabled else None
+        state.parent = recorder if recorder.enabled or is_starting else None
         with fail_open(_log, "recorder", "a forked child could not leave the recorder"):
             recorder.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)  # also where another thread forks during the first start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from threading import get_ident
 from typing import Any
 
 from traceml import settings
@@ -38,6 +39,9 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         lifecycle.await_start()
 
     recorder = state.recorder
+    if recorder is not None and state.starter == get_ident():  # in a signal handler: its tables are there, or not yet
+        return recorder if recorder.flight is not None else None
+
     if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
         if recorder.is_over:
             _warn_of_end(has_run=recorder.identity is not None)
