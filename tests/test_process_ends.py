@@ -21,6 +21,7 @@ from traceml.process_ends import (
     shell_status,
     signal_name,
     signal_text,
+    start_without_signals,
 )
 
 # The signal comes anywhere in `wait`, also where it is about to sleep, or was just woken.
@@ -183,3 +184,18 @@ def test_a_launcher_knows_that_its_terminal_was_closed(tmp_path) -> None:
     os.waitpid(pid, 0)
 
     assert (tmp_path / "end").read_text().strip() == "SIGHUP, True"
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit, or in a subinterpreter, tracing ends without a traceback; no signal stays blocked."""
+
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    thread, before = threading.Thread(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(thread, "start", refuse)
+
+    with pytest.raises(OSError, match=r"^can't start new thread$"):
+        start_without_signals(thread)
+
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

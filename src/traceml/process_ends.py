@@ -30,6 +30,7 @@ __all__ = [
     "shell_status",
     "signal_name",
     "signal_text",
+    "start_without_signals",
 ]
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
@@ -117,6 +118,25 @@ def forget_interrupts() -> None:
     """Drop a Ctrl-C that is held back."""
     while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
         pass
+
+
+def start_without_signals(thread: threading.Thread) -> None:
+    """Start a thread that takes no signal of this process: the script may block one, to wait for it in its own threads.
+
+    Real-time signals, of which one asks for stacks, and those of a crash reach it. A process that it starts takes
+    none either, unless it unblocks them.
+
+    Raises:
+        OSError: no thread can be started.
+    """
+    usual = {each for each in signal.valid_signals() if each < signal.SIGRTMIN}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, usual - CRASHES - {signal.SIGBUS})
+    try:
+        thread.start()
+    except RuntimeError as error:  # at a limit, at the interpreter's end, or in a subinterpreter
+        raise OSError(str(error)) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class StopRequest:

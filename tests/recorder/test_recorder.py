@@ -517,6 +517,23 @@ def test_a_script_that_closes_all_descriptors_keeps_those_that_it_opens_then(ser
     assert stored_steps(serving) == list(range(320))
 
 
+def test_a_script_waits_for_signals_that_it_blocks(run_script: Run) -> None:
+    """A thread of ours that did not block them got one, and the script ended by it."""
+    done = run_script(
+        """
+        import os, signal, traceml
+
+        traceml.init()
+        traceml.log_artifact(__file__)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.sigtimedwait({signal.SIGTERM}, 60) is not None
+        """
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("launches", [True, False])
 def test_a_script_that_launches_functions_is_reported(serving: Serving, run_script: Run, launches: bool) -> None:
     """The workers are not its ranks: it has no steps."""

@@ -15,7 +15,8 @@ __all__ = ["DetachedProcess"]
 
 # Fork in a process of one thread; both the fork and the program that replaces it keep the pipe open.
 _FORK = """
-import os, sys
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that starts it may block all
 if os.fork():
     os._exit(0)
 os.write(int(sys.argv[1]), b"%d" % os.getpid())

@@ -16,6 +16,7 @@ from traceml.database.info_kinds import InfoSender
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
+from traceml.process_ends import start_without_signals
 from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
@@ -112,7 +113,7 @@ class RecorderThread:
 
     def start(self) -> None:
         """Start the thread. From here on others see when it does not run, even if it never had the GIL."""
-        self._thread.start()
+        start_without_signals(self._thread)
         self._slots[Slot.RECORDER_THREAD] = self._thread.native_id or 0
         self._flight.beat(monotonic_ns())
 

@@ -29,6 +29,7 @@ from traceml.database.flight.row_rings import pack_map
 from traceml.database.flight.staged_files import StagedFile
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
+from traceml.process_ends import start_without_signals
 from traceml.recorder.sending.blob_table import BlobTable
 from traceml.run_folder import ARTIFACTS
 from traceml.transport.folder_aggregator import folder_id
@@ -151,7 +152,7 @@ class FileUploader:
         held = upload.held
         try:
             has_room = self._await_room(held)
-        except RuntimeError as error:  # no thread can be started
+        except OSError as error:  # no thread can be started
             self._refuse(upload, f"it cannot be copied: {error}")
             return
 
@@ -166,12 +167,12 @@ class FileUploader:
         """Wait until there is room for a file, and count it; return False if there is none.
 
         Raises:
-            RuntimeError: there is no thread to make room.
+            OSError: there is no thread to make room.
         """
         with self._room:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
-                thread.start()
+                start_without_signals(thread)
                 self._thread = thread
 
             timeout_s = 0.0 if self._is_stuck else _FULL_S

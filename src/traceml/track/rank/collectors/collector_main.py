@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ _FIRST_READING_S = 2.0
 
 def main() -> None:
     """Run the collectors that standard input names, until it ends."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started it may block all
     request = json.loads(_first_line())
     own = sys.path[len(sys.argv) - 1 :]  # those of the command line have served to import this module
     sys.path[:] = own + [folder for folder in request["path"] if folder not in own]  # last: the user's collectors

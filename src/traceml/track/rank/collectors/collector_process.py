@@ -23,6 +23,7 @@ from traceml.errors import PluginError
 from traceml.fail_open import fail_open
 from traceml.helper_programs import end_process
 from traceml.inspection.user_files import working_folder
+from traceml.process_ends import start_without_signals
 
 __all__ = ["CollectorProcess"]
 
@@ -79,7 +80,7 @@ class CollectorProcess:
         self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
         self._process.stdin.flush()
         self._thread = threading.Thread(target=self._read, name="traceml collectors", daemon=True)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     @property
     def pid(self) -> int:
