@@ -26,6 +26,21 @@ def test_an_error_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> Non
     assert failures()["attic"] == before + 1
 
 
+def test_a_handler_that_raises_ends_no_call_of_ours() -> None:
+    """The first logged value ended the script of a user whose handler raised, where its level let our message pass."""
+
+    class Raising(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise ValueError(record)
+
+    handler, log = Raising(), logging.getLogger("traceml")
+    log.addHandler(handler)
+    try:
+        log.warning("a message")
+    finally:
+        log.removeHandler(handler)
+
+
 def test_the_handled_error_is_at_hand() -> None:
     """What follows the block can report it."""
     with fail_open(_log, "attic", "the roof could not be mended") as guarded:

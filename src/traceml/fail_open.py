@@ -66,6 +66,16 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         return True
 
 
+def _handle(record: logging.LogRecord) -> None:
+    """Pass on what we log; a handler or filter of the user that raises must not end the call that logs a value."""
+    with suppress(Exception):
+        type(_log).handle(_log, record)
+
+
+_log = logging.getLogger("traceml")
+_log.handle = _handle  # type: ignore[method-assign]
+
+
 def failures() -> dict[str, int]:
     """Return the number of handled failures of this process, by package."""
     return dict(_failures)
