@@ -401,6 +401,13 @@ def test_histograms_agree_whatever_holds_the_values(values: object) -> None:
     assert histogram_of(values, 4) == ([1, 2, 0, 1], [0.0, 1.0, 2.0, 3.0, 4.0], 0)
 
 
+def test_a_histogram_is_counted_whatever_the_script_has_set() -> None:
+    """Its default device, and numpy's errors that it has raised, ended it at this call."""
+    with torch.device("meta"), np.errstate(all="raise"):
+        for values in (torch.tensor([0.0, 4.0], device="cpu"), np.array([-1e308, 1e-310, 1e308])):
+            assert sum(histogram_of(values, 4)[0]) == len(values)
+
+
 class OnDevice(torch.Tensor):
     """Tensor that records what is computed with it."""
 

@@ -53,7 +53,7 @@ class CudaLosses:
     def copy(self, tensor: Any, place: int) -> Any:
         """Begin to copy a loss to one of the 8 places; return an event whose `query` shows when it is there."""
         if self._pinned is None:
-            self._pinned = torch.empty(_PLACES, dtype=torch.float32, pin_memory=True)
+            self._pinned = torch.empty(_PLACES, dtype=torch.float32, device="cpu", pin_memory=True)
 
         with torch.no_grad():
             self._pinned[place].copy_(tensor.detach().reshape(()), non_blocking=True)

@@ -67,7 +67,8 @@ def copied_to_host(tensor: Any) -> tuple[Any, Any]:
         return tensor.clone(), None
 
     torch = sys.modules["torch"]
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # else the copy would wait for the device
+    # Pinned, or the copy would wait for the device; the script's default device may be another one.
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(tensor.device))

@@ -129,7 +129,7 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
             number += finite.numel()
 
     value_range = _HistogramRange.of(low, high, bins) if number else _UNIT
-    counts = torch.zeros(bins, dtype=torch.long)
+    counts = torch.zeros(bins, dtype=torch.long, device="cpu")  # the script may have another default
     for finite in _finite_chunks(flat):
         at = (value_range.places(finite) * bins).long().clamp_(max=bins - 1)
         counts += torch.bincount(at, minlength=bins)
@@ -168,7 +168,9 @@ def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         array = numpy.asarray(values, dtype=float).reshape(-1)
         finite = array[numpy.isfinite(array)]
         value_range = _HistogramRange.of(float(finite.min()), float(finite.max()), bins) if len(finite) else _UNIT
-        at = numpy.minimum((value_range.places(finite) * bins).astype(int), bins - 1)
+        with numpy.errstate(all="ignore"):  # the script may have them raise
+            at = numpy.minimum((value_range.places(finite) * bins).astype(int), bins - 1)
+
         return numpy.bincount(at, minlength=bins).tolist(), value_range.edges(bins), len(array) - len(finite)
 
     numbers = [float(value) for value in values]
