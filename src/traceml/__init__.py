@@ -225,6 +225,9 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
 
+    if sys.is_finalizing() and home not in sys.modules:  # in a __del__: nothing is imported any more, nor recorded
+        return lambda *_arguments, **_named: None
+
     value = getattr(_imported(home), name)
     globals()[name] = value  # the next access does not call this function
     return value

@@ -83,6 +83,19 @@ def test_importing_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.process
+def test_names_that_are_first_used_when_the_interpreter_ends_do_nothing() -> None:
+    """In the `__del__` of an object of the script: nothing can be imported any more, and a traceback told that."""
+    code = (
+        "import traceml\nclass Kept:\n"
+        "    def __del__(self): traceml.log_text('name', 'text'); print('ended')\nkept = Kept()"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert (done.stdout, done.stderr) == ("ended\n", "")
+
+
 def test_the_public_recorder_is_the_class() -> None:
     """traceml.Recorder is what init returns."""
     assert isinstance(traceml.init(enabled=False), traceml.Recorder)
