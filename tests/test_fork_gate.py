@@ -18,6 +18,7 @@ import pytest
 
 import traceml
 from tests.eventually import eventually
+from traceml import settings
 from traceml.fork_gate import ForkGate, fork_gate
 
 FORKS = 100
@@ -97,6 +98,21 @@ def test_a_child_never_waits_for_what_a_thread_uses_first(tmp_path: Path, monkey
 
     with working(use, nullcontext()):
         assert {status_of_child(import_it) for _ in range(50)} == {0}
+
+
+def test_a_fork_waits_for_what_a_start_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that was forked while a thread called `init` waited for its imports at the first value, forever."""
+    inside: list[int] = []
+    config = settings.load(enabled=False)
+
+    def load() -> settings.Config:
+        inside.extend(fork_gate._inside)
+        return config
+
+    monkeypatch.setattr(settings, "load", load)
+    traceml.init()
+
+    assert inside == [threading.get_ident()]
 
 
 @pytest.mark.parametrize(("before", "is_there"), [("import threading", True), ("", False)])

@@ -15,7 +15,7 @@ import logging  # noqa: F401 - registers its own function for forks
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 
 __all__ = ["ForkGate", "fork_gate"]
 
@@ -23,8 +23,8 @@ _TIMEOUT_S = 2.0
 _BRIEF_S = 0.01  # once a thread stayed inside for longer: not every fork pays for it
 
 
-class ForkGate:
-    """Context manager of a thread's work. Several threads may be inside; one that is may enter again."""
+class ForkGate(ContextDecorator):
+    """Context manager of a thread's work, or of a function. Several threads may be inside; one may enter again."""
 
     def __init__(self) -> None:
         self._inside: dict[int, int] = {}

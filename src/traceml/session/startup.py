@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
+from traceml.fork_gate import fork_gate
 from traceml.recorder import lifecycle
 from traceml.recorder.current_recorder import current_recorder
 from traceml.session.traceml_variable import is_switched_on
@@ -30,6 +31,7 @@ _FORGIVING: dict[str, Any] = {"local": True, "on_missing": "warn"}
 _FOR_CONNECTING = frozenset(("enabled", "token", "tls", "local", "on_missing", "connect_timeout"))
 
 
+@fork_gate
 def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """Start tracing in this process: connect to the aggregator and start the recorder's thread.
 
@@ -82,6 +84,7 @@ def load_forgiving(arguments: Mapping[str, Any]) -> Config:
     return settings.load(**unset | dict(arguments))
 
 
+@fork_gate
 def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> Recorder:
     """Start a recorder with loaded settings, and tracking with it; see `init`.
 
