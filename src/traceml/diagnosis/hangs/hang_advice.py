@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import ProcessSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, SAME_COLLECTIVES, WITHOUT_ANSWERS, longer_limit
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
@@ -204,36 +204,11 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if "waiting for a disk" in what:
         return "Look at the disk, or the server, of that file system: dmesg, mount."
 
-    if "file lock" in what and blocker is not None and blocker.is_self:
-        return "Open the file only once: a process that opens it twice waits for its own lock."
-
-    if "file lock" in what and blocker is not None and blocker.rank is not None:
-        return f"Let {ranks_text((blocker.rank,))} release the lock before it waits for other ranks."
-
-    if "file lock" in what and blocker is not None:
-        return f"Find out why process {blocker.pid} keeps the lock, or end it: `kill {blocker.pid}`."
-
     if "file lock" in what:
-        return "Look for a process that holds the lock, or remove a stale lock file."
-
-    if blocker is not None and blocker.end and not blocker.pid:
-        return (
-            "The result of a process that died never arrives: look in the output and in `dmesg` for what ended it, "
-            "often a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then; a Pool "
-            "waits forever."
-        )
-
-    if blocker is not None and blocker.end:
-        return (
-            f"Find out from its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "
-            "script can look at the exitcode of its processes from time to time."
-        )
-
-    if blocker is not None and is_blocked_by_full_pipe(blocker):
-        return "Read the output of that process while it runs: communicate() instead of wait(), or send it to a file."
+        return _for_lock(blocker)
 
     if blocker is not None:
-        return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."
+        return _for_blocker(blocker)
 
     if "stdin" in what:
         return WITHOUT_ANSWERS
@@ -242,3 +217,36 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."
 
     return ""
+
+
+def _for_lock(holder: ProcessSnapshot | None) -> str:
+    if holder is None:
+        return "Look for a process that holds the lock, or remove a stale lock file."
+
+    if holder.is_self:
+        return "Open the file only once: a process that opens it twice waits for its own lock."
+
+    if holder.rank is not None:
+        return f"Let {ranks_text((holder.rank,))} release the lock before it waits for other ranks."
+
+    return f"Find out why process {holder.pid} keeps the lock, or end it: `kill {holder.pid}`."
+
+
+def _for_blocker(blocker: ProcessSnapshot) -> str:
+    if blocker.end and not blocker.pid:
+        return (
+            "The result of a process that died never arrives: look in the output and in `dmesg` for what ended it, "
+            "often a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then; a Pool "
+            "waits forever."
+        )
+
+    if blocker.end:
+        return (
+            f"Find out from its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "
+            "script can look at the exitcode of its processes from time to time."
+        )
+
+    if is_blocked_by_full_pipe(blocker):
+        return "Read the output of that process while it runs: communicate() instead of wait(), or send it to a file."
+
+    return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."

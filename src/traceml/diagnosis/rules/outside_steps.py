@@ -270,6 +270,10 @@ _FOR_UNSEEN_STEPS = (
 _FOR_FEATURES = (
     "If the training gets what the model gives there (features, latents), keep that on disk for the next runs."
 )
+_IF_IT_LEARNS = (
+    " If the training learns from what it gives (pseudo-labels, features), it is part of the training: make it cheaper "
+    "instead."
+)
 _FOR_IMPORTS = (
     "In a longer run its share is smaller. Move imports that only some runs need to where they are used (python -X "
     "importtime shows what takes long), and keep the Python environment on a local disk."
@@ -285,69 +289,101 @@ _FOR_STARTUP = (
 def _evaluation(
     time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], facts: JobFacts
 ) -> Finding:
-    share, repeated = seconds / time.wall_s, time.repeated_evaluation(seconds)
-    once = repeated < _REPEATED_SHARE
-    others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
-    saved = (
-        share * (1 - others) * (1 - len(alone) / facts.world_size) if alone else share / 2 * (1.0 if once else repeated)
-    )
-    saves = f"that saves {percent_text(saved)} of the run."
-    gradients = "" if facts.plain_evaluation or facts.evaluates_gradients else ", without gradients (torch.no_grad())"
-    elsewhere = f"with larger ones{gradients}, or in another process."
+    share = seconds / time.wall_s
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     limits = _limit_words(time.evaluation_parts)
-    who = f" on {ranks_text(alone)}" if alone else ""
-    until = "it begins" if time.evaluates_only_first else "the training continues"
-    who += f", with what follows until {until}" if other_code and time.in_steps > 0 and not limits else ""
-    wait = "for which the others wait"
-    if others >= _REPORTED_SHORT:
-        wait = f"{factor_text(1 / others)} as long as on the others, which wait"
-
-    who += f", {wait}" if alone else ""
-    # One like the training's is none of the others.
-    evaluated = facts.other_loader or (facts.loader, facts.worker_lines)
+    others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
+    has_follow_up = other_code is not None and time.in_steps > 0 and not limits
+    what = _applied_words(time) + _ranks_words(time, alone, others, has_follow_up=has_follow_up)
     loading = None if alone else for_evaluation(facts, time, share, line)
-    if loading is not None:
-        advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and not once)
-    elif time.in_steps == 0:
-        saved, advice = 0.0, f"{_for_inference(other_code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
-    elif time.evaluates_only_first:
-        saved = saved if alone else 0.0
-        on_all = f"Call the model on all ranks, each on an equal part of the data: {saves}" if alone else ""
-        awaited = "" if alone else _for_awaited_workers(evaluated, facts)
-        there = f"Make {other_code.place} cheaper." if other_code else f"Use larger batches there{gradients}."
-        advice = " ".join(filter(None, (on_all, awaited or there, _FOR_FEATURES)))
-    elif alone and other_code:
-        advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
-    elif alone:
-        advice = (
-            f"Evaluate on all ranks, each on an equal part of the data: {saves} Or evaluate less often, on fewer "
-            f"batches, {elsewhere}"
-        )
-    elif data := _for_awaited_workers(
-        evaluated, facts, "evaluate on fewer batches." if once else f"evaluate half as often: {saves}"
-    ):
-        advice = data
-    elif other_code:
-        rarer = "run it less often." if once else f"run it half as often, with the evaluation: {saves}"
-        advice = f"Make {other_code.place} cheaper, or {rarer}"
-    elif once:
-        advice = f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
-    else:
-        advice = f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}"
-        if time.evaluates_before:
-            advice += (
-                " If the training learns from what it gives (pseudo-labels, features), it is part of the training: "
-                "make it cheaper instead."
-            )
-
-    finding = _evaluation_finding(time, seconds, line, f"{_applied_words(time)}{who}", advice, limits)
     if loading is None:
+        saved, advice = _less_evaluation(time, seconds, other_code, alone, others, facts)
+        finding = _evaluation_finding(time, seconds, line, what, advice, limits)
         return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
 
+    rarer = time.in_steps > 0 and time.repeated_evaluation(seconds) >= _REPEATED_SHARE
+    advice = loading.text + _or_else(other_code, rarer=rarer)
+    finding = _evaluation_finding(time, seconds, line, what, advice, limits)
     workers = {"workers_advised": loading.workers} if loading.workers else {}
     return replace(finding, speedup_if_fixed=loading.gain or 1.0, evidence={**finding.evidence, **workers})
+
+
+def _ranks_words(time: RunTime, alone: tuple[int, ...], others: float, *, has_follow_up: bool) -> str:
+    """Return which ranks evaluate and which wait for them, and what the time includes beside the evaluation."""
+    who = f" on {ranks_text(alone)}" if alone else ""
+    until = "it begins" if time.evaluates_only_first else "the training continues"
+    who += f", with what follows until {until}" if has_follow_up else ""
+    if not alone:
+        return who
+
+    if others < _REPORTED_SHORT:
+        return f"{who}, for which the others wait"
+
+    return f"{who}, {factor_text(1 / others)} as long as on the others, which wait"
+
+
+def _less_evaluation(
+    time: RunTime, seconds: float, code: BlamedLine | None, alone: tuple[int, ...], others: float, facts: JobFacts
+) -> tuple[float, str]:
+    """Return the share of the run that less evaluation saves, or one on all ranks, and the advice.
+
+    Args:
+        code: line of the evaluation that is not the model's.
+        alone: ranks that evaluate for all.
+        others: share of their time that the other ranks evaluate.
+    """
+    gradients = "" if facts.plain_evaluation or facts.evaluates_gradients else ", without gradients (torch.no_grad())"
+    if time.in_steps == 0:
+        return 0.0, f"{_for_inference(code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
+
+    # One like the training's is none of the others.
+    evaluated = facts.other_loader or (facts.loader, facts.worker_lines)
+    elsewhere = f"with larger ones{gradients}, or in another process."
+    share, repeated = seconds / time.wall_s, time.repeated_evaluation(seconds)
+    if alone:
+        saved = share * (1 - others) * (1 - len(alone) / facts.world_size)
+        return saved, _on_all_ranks(time, code, f"that saves {percent_text(saved)} of the run.", gradients, elsewhere)
+
+    if time.evaluates_only_first:
+        there = _for_awaited_workers(evaluated, facts) or _for_first_evaluation(code, gradients)
+        return 0.0, f"{there} {_FOR_FEATURES}"
+
+    once = repeated < _REPEATED_SHARE
+    saved = share / 2 * (1.0 if once else repeated)
+    saves = f"that saves {percent_text(saved)} of the run."
+    rarer = "evaluate on fewer batches." if once else f"evaluate half as often: {saves}"
+    if data := _for_awaited_workers(evaluated, facts, rarer):
+        return saved, data
+
+    if code:
+        rarer = "run it less often." if once else f"run it half as often, with the evaluation: {saves}"
+        return saved, f"Make {code.place} cheaper, or {rarer}"
+
+    if once:
+        return saved, f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
+
+    learns = _IF_IT_LEARNS if time.evaluates_before else ""
+    return saved, f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}{learns}"
+
+
+def _on_all_ranks(time: RunTime, code: BlamedLine | None, saves: str, gradients: str, elsewhere: str) -> str:
+    """Return advice on an evaluation by some ranks for all."""
+    if time.evaluates_only_first:
+        on_all = f"Call the model on all ranks, each on an equal part of the data: {saves}"
+        return f"{on_all} {_for_first_evaluation(code, gradients)} {_FOR_FEATURES}"
+
+    if code:
+        return f"Share {code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
+
+    return (
+        f"Evaluate on all ranks, each on an equal part of the data: {saves} Or evaluate less often, on fewer batches, "
+        f"{elsewhere}"
+    )
+
+
+def _for_first_evaluation(code: BlamedLine | None, gradients: str) -> str:
+    return f"Make {code.place} cheaper." if code else f"Use larger batches there{gradients}."
 
 
 def _limit_words(parts: EvaluationParts) -> str:
