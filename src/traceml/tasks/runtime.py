@@ -64,7 +64,7 @@ class Runtime:
     def __init__(
         self, threads: int = 0, io_threads: int = 0, *, timeout: float | None = None, stall_after: float | None = 60.0
     ) -> None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpus = len(os.sched_getaffinity(0))
         self.threads = _size("threads", threads) or cpus
         self.io_threads = _size("io_threads", io_threads) or min(32, cpus + 4)
         self._timeout_s = None if timeout is None else _seconds("timeout", timeout)

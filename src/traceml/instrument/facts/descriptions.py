@@ -193,9 +193,6 @@ def _is_compiled(module: Any) -> bool:
 
 def _bound_cores() -> list[int] | None:
     """Return the cores on which the thread that trains may run; None where it may run on all, or on many."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-
     allowed = sorted(os.sched_getaffinity(0))
     return allowed if len(allowed) < min(os.cpu_count() or 1, _MAX_CORES) else None
 

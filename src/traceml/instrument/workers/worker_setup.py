@@ -6,7 +6,6 @@ Forked workers inherit the rank's handler for stacks; spawned ones register thei
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
@@ -95,7 +94,4 @@ def _reporting(loader: Any, start: Callable[[], object] | None, is_replaced: Cal
 
 def _inherits_nothing(loader: Any) -> bool:
     """Whether its workers are new processes, which can import this package."""
-    if sys.platform != "linux" or start_method(loader) in (None, "fork"):
-        return False
-
-    return PathFinder.find_spec("traceml") is not None
+    return start_method(loader) not in (None, "fork") and PathFinder.find_spec("traceml") is not None

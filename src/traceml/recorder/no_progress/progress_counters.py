@@ -131,7 +131,7 @@ def received_bytes(thread: int) -> int:
     Args:
         thread: the kernel's id of the thread.
     """
-    descriptor = awaited_descriptor(thread, current_syscall(thread)) if sys.platform == "linux" else -1
+    descriptor = awaited_descriptor(thread, current_syscall(thread))
     if descriptor < 0:
         return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -67,7 +66,7 @@ def progress_watch(
             is_evaluating=is_evaluating,
             data=data,
             groups=groups.read,
-            workers=WorkerSnapshots(_stack_file(), hang_timeout_s).make,
+            workers=WorkerSnapshots(stack_signal.find_stack_file(os.getpid()), hang_timeout_s).make,
             failed_threads=failed_threads,
         )
 
@@ -85,9 +84,5 @@ def register_stacks(crash_file: int | None) -> None:
             enable_crash_stacks(crash_file)
 
     with fail_open(_log, "recorder", "the stacks of a silent process cannot be reported"):
-        if sys.platform == "linux" and not stack_signal.is_registered(os.getpid()):
+        if not stack_signal.is_registered(os.getpid()):
             stack_signal.register(stack_signal.create_stack_file())
-
-
-def _stack_file() -> int | None:
-    return stack_signal.find_stack_file(os.getpid()) if sys.platform == "linux" else None
