@@ -117,17 +117,9 @@ def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     Raises:
         OSError: the file cannot be written; the old one stays.
     """
-    draft = path.with_name(f".{path.name}-{os.getpid()}-{get_native_id()}")
-    try:
-        draft.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(draft, flags, mode), "wb") as file:
-            file.write(data)
-
-        draft.replace(path)
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _draft_of(path) as draft, open(os.open(draft, flags, mode), "wb") as file:
+        file.write(data)
 
 
 def replace_link(path: Path, target: str) -> None:
@@ -136,10 +128,17 @@ def replace_link(path: Path, target: str) -> None:
     Raises:
         OSError: it cannot be made; the old one stays.
     """
+    with _draft_of(path) as draft:
+        draft.symlink_to(target)
+
+
+@contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft, which replaces the other one at the end of a block that did not fail."""
     draft = path.with_name(f".{path.name}-{os.getpid()}-{get_native_id()}")
     try:
         draft.unlink(missing_ok=True)
-        draft.symlink_to(target)
+        yield draft
         draft.replace(path)
     finally:
         with suppress(OSError):

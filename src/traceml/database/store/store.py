@@ -363,39 +363,29 @@ def _has_open_journal(path: Path) -> bool:
 
 def _lock_folder(path: Path) -> int:
     """Lock the store against a second writer by its folder. The file itself carries SQLite's locks."""
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _lock(descriptor, path)
-    except StoreError:
-        os.close(descriptor)
-        raise
-    except OSError:  # NFS: it locks only what is open for writing, and SQLite's locks are free between transactions
-        os.close(descriptor)
-        return _lock_file(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if _has_locked(folder, path):
+        return folder
 
-    return descriptor
+    # NFS: it locks only what is open for writing, and SQLite's locks are free between transactions.
+    os.close(folder)
+    file = os.open(path.with_name(f"{path.name}-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _has_locked(file, path)  # else the filesystem has no locks at all
+    return file
 
 
-def _lock_file(path: Path) -> int:
-    descriptor = os.open(path.with_name(f"{path.name}-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        _lock(descriptor, path)
-    except StoreError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        pass  # a filesystem without any locks
-
-    return descriptor
-
-
-def _lock(descriptor: int, path: Path) -> None:
+def _has_locked(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise StoreBusyError(
             f"another aggregator is writing the run's store {path}. Stop it first, or use another run."
         ) from None
+    except OSError:
+        return False
+
+    return True
 
 
 def _packed(value: Any) -> bytes:
