@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from traceml.database.schema import MetricKind
@@ -13,7 +13,6 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.logged_values import params_of
-from traceml.track.rank.logger import Logger
 from traceml.track.rank.logging_recorder import recorder_for_logging
 
 __all__ = ["Orchestrator"]
@@ -30,23 +29,15 @@ class Orchestrator:
         >>> orchestrator.health()["state"]
         'running'
 
-    Args:
-        logger: logs for its experiment instead.
-
     Attributes:
         numbers_only: whether captures leave out images and histograms.
     """
 
-    def __init__(self, logger: Logger | None = None) -> None:
-        self._own = logger
+    def __init__(self) -> None:
         self.numbers_only = False
 
     def __repr__(self) -> str:
         return f"Orchestrator({self.health()['state']})"
-
-    @property
-    def _logger(self) -> Logger:
-        return self._own or loggers.active
 
     def route_metric(self, metric: Metric) -> None:
         """Append a value with its timestamp; the rank is this process's.
@@ -65,22 +56,24 @@ class Orchestrator:
                 f"route_metric() takes a traceml.Metric, not {kind} {metric!r:.100}: {error}"
             ) from None
 
-        if metric.kind == MetricKind.COLLECTOR:
-            self._log_for_run(lambda logger: logger.metric(*given))
+        if (
+            metric.kind == MetricKind.COLLECTOR
+        ):  # no user asked for it: it alone must not start an experiment of the run
+            loggers.when_decided(lambda logger: logger.metric(*given))
         else:
-            self._logger.metric(*given)
+            loggers.active.metric(*given)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Append parameters."""
-        self._logger.row("params", params=params_of(params))
+        loggers.active.row("params", params=params_of(params))
 
     def log_text(self, name: str, text: str, step: int | None = None, timestamp: float | None = None) -> None:
         """Append a text; `timestamp` in epoch seconds."""
-        media.text(self._logger, name, text, step, _ns(timestamp))
+        media.text(loggers.active, name, text, step, _ns(timestamp))
 
     def log_image(self, name: str, image: Any, step: int | None = None, timestamp: float | None = None) -> None:
         """Append an image, anything that `traceml.log_image` takes; `timestamp` in epoch seconds."""
-        media.image(self._logger, name, image, step, _ns(timestamp))
+        media.image(loggers.active, name, image, step, _ns(timestamp))
 
     def log_histogram(
         self,
@@ -91,7 +84,7 @@ class Orchestrator:
         timestamp: float | None = None,
     ) -> None:
         """Append a histogram; `timestamp` in epoch seconds."""
-        t_ns, logger = _ns(timestamp), self._logger
+        t_ns, logger = _ns(timestamp), loggers.active
         logger.row(
             "histogram", step=logger.next_step(name, step), t_ns=t_ns, name=name, counts=list(counts), edges=list(edges)
         )
@@ -102,15 +95,7 @@ class Orchestrator:
         Args:
             facts: what it read, already masked.
         """
-        self._log_for_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
-
-    def _log_for_run(self, action: Callable[[Logger], object]) -> None:
-        """Log a row that no user asked for: it alone must not start an experiment of the run."""
-        if self._own is not None:
-            action(self._own)
-            return
-
-        loggers.when_decided(action)
+        loggers.when_decided(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
 
     def start(self) -> None:
         """Start the recorder, as the first `log_*` call does; also after a `stop`."""
