@@ -154,7 +154,10 @@ class SettingSources:
                 continue
 
             key = upper.removeprefix(ENV_PREFIX).lower()
-            if not text.strip() and not self._is_list(self._known(key, text, variable, variable)):
+            if (
+                not text.strip()
+                and get_origin(self._declared[self._known(key, text, variable, variable)].kind) is not tuple
+            ):
                 continue
 
             yield key, text, variable, variable
@@ -256,9 +259,6 @@ class SettingSources:
     def _may_be_none(self, key: str) -> bool:
         name = setting_name(key)
         return name not in self._declared or type(None) in get_args(self._declared[name].kind)
-
-    def _is_list(self, name: str) -> bool:
-        return get_origin(self._declared[name].kind) is tuple
 
     def _checked(self, given: Iterable[_Given]) -> Iterator[SettingEntry]:
         """Yield the settings of one source; refuse two names of the same one, of which one would win silently."""

@@ -48,7 +48,6 @@ __all__ = [
     "for_comm",
     "for_copies",
     "for_debugging",
-    "for_fewer_workers",
     "for_jitter",
     "for_long_stage",
     "for_more_work",
@@ -639,11 +638,6 @@ def for_long_stage(ranks: tuple[int, ...]) -> str:
         "more micro-batches, too: with a single one, each stage waits while another computes, however the model is "
         "divided."
     )
-
-
-def for_fewer_workers(ranks: tuple[int, ...], usual: int) -> str:
-    """Return advice on ranks that have fewer loader workers than the others, of which each has `usual` or more."""
-    return f"Give {ranks_text(ranks)} as many loader workers as the others have: num_workers={usual}."
 
 
 def for_reading_ranks(ranks: tuple[int, ...], facts: JobFacts) -> str:

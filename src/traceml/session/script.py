@@ -67,7 +67,9 @@ def _run(argv: list[str]) -> BaseException | None:
 
     # A run may be named before its module is found: after a file, as Python's own argv[0] will be.
     sys.argv = [words[0].replace(".", "/") + ".py" if module else words[0], *words[1:]]
-    _end_with_torchrun()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun does not end its ranks when it is killed
+        die_with_parent(os.getppid(), signal.SIGTERM)
+
     spawned = SpawnedRanks()
     with importing(), _plugins_beside(words[0], is_module=module):
         start_for_script()
@@ -115,12 +117,6 @@ def _raise_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt from here on, as the interpreter does; `entry` has suspended that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _end_with_torchrun() -> None:
-    """Ask the kernel to end this rank when its torchrun is killed: torchrun does not do that itself."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(os.getppid(), signal.SIGTERM)
 
 
 # --- finding the script -----------------------------------------------------------------------------------------------

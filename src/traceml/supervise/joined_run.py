@@ -47,20 +47,12 @@ class JoinedRun:
         self.client = AggregatorClient(report.host, location.port, report.token, location.run_id, location.tls)
         self._runs_dir = str(runs_dir)
         self._host = socket.gethostname()
-        self._silent = SilentWorkers(self.run_id, self._runs_dir, self._send_snapshot)
+        self.silent_workers = SilentWorkers(self.run_id, self._runs_dir, self._send_snapshot)
         self._oom_watch = OomWatch()
         self._published = self._publish()
 
     def __repr__(self) -> str:
         return f"<run {self.run_id} of node {self.node}>"
-
-    def check_workers(self, pids: Iterable[int]) -> None:
-        """Report what silent ranks of this node do; call it often.
-
-        Args:
-            pids: of the processes that may be ranks.
-        """
-        self._silent.check(pids)
 
     def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Report ends of ranks, with the files that they left; return whether the aggregator knows now."""

@@ -416,7 +416,7 @@ class Supervisor:
 
         from traceml.inspection.kernel_state import children_of
 
-        self._joined.check_workers(children_of(process.pid))
+        self._joined.silent_workers.check(children_of(process.pid))
         new = self._failures[self._reported_exits :]
         if new and time.monotonic() >= self._next_report_s:
             if self._joined.report_ends(self._as_stopped(new)):

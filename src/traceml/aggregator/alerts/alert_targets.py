@@ -60,17 +60,16 @@ def targets_of(entries: Iterable[str], *, local_only: bool = False) -> list[Aler
     Args:
         local_only: whether URLs of other machines are left out, which is logged.
     """
-    targets = [WebhookAlert(each) if _is_url(each) else CommandAlert(each) for each in entries]
+    targets = [
+        WebhookAlert(each) if each.lower().startswith(("http://", "https://")) else CommandAlert(each)
+        for each in entries
+    ]
     left_out = [each for each in targets if local_only and isinstance(each, WebhookAlert) and not each.is_local]
     if left_out:
         names = ", ".join(each.name for each in left_out)
         _log.warning("no alert is sent to %s: local_only is set", names)
 
     return [each for each in targets if each not in left_out]
-
-
-def _is_url(entry: str) -> bool:
-    return entry.lower().startswith(("http://", "https://"))
 
 
 class CommandAlert(msgspec.Struct, frozen=True):

@@ -40,14 +40,11 @@ def operation_text(wait: GroupSnapshot) -> str:
         return f"collective #{wait.number}" if wait.number > 0 else ""
 
     number = f" #{wait.number}" if wait.number > 0 and not wait.is_p2p else ""
-    peer = f" {_direction(wait.operation)} rank {wait.peer}" if wait.peer is not None else ""
+    direction = "from" if any(word in wait.operation for word in _RECEIVES) else "to"
+    peer = f" {direction} rank {wait.peer}" if wait.peer is not None else ""
 
     group = f" of group {wait.name!r}" if wait.name and not wait.is_p2p else ""
     return f"{wait.operation}{number}{peer}{group}"
-
-
-def _direction(operation: str) -> str:
-    return "from" if any(word in operation for word in _RECEIVES) else "to"
 
 
 def hang_summary(found: DetectedHang) -> str:

@@ -36,7 +36,8 @@ class RankTable:
         phases = [phase.phase for phase in view.shown_phases[:_PHASES]]
         self._table.columns(_rank_columns(phases))
         rows = visible_ranks(view.ranks, _RANKS)
-        self._table.show([_rank_cells(row, phases) for row in rows], [_rank_look(row) for row in rows])
+        looks = ["ended" if row.end else "slow" if row.slowest else "" for row in rows]
+        self._table.show([_rank_cells(row, phases) for row in rows], looks)
         missing = view.report.run.world_size - len(view.ranks)
         notes = []
         if hidden := len(view.ranks) - len(rows):
@@ -67,10 +68,6 @@ def _rank_columns(phases: list[str]) -> list[tuple[str, str]]:
 def _rank_cells(row: RankRow, phases: list[str]) -> list[str]:
     state = row.end or row.state
     return [str(row.rank), row.host, state, count_text(row.steps), *row.times(phases), row.memory]
-
-
-def _rank_look(row: RankRow) -> str:
-    return "ended" if row.end else "slow" if row.slowest else ""
 
 
 class LinePanel:

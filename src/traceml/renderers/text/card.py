@@ -105,7 +105,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
     """
     width = min(viewport.width, _MAX_WIDTH)
     measured = [
-        *_time_lines(view, width),
+        *_labeled("Time", time_text(view.report.time, width - _LABEL - 1), width),
         *([_steps_line(view, width, viewport)] if view.report.steps.count else []),
         *_data_lines(view, width, viewport),
         *_labeled("Basis", view.sample or "", width),
@@ -220,12 +220,6 @@ def _data_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]
         parts += [view.shared_data] if view.shared_data else []
         line = Text(" ").append("Data".ljust(_LABEL), style="dim").append(f"  {viewport.glyphs.dot}  ".join(parts))
         yield from [line] if line.cell_len <= width else _labeled("Data", ", ".join(parts), width)
-
-
-def _time_lines(view: RunView, width: int) -> Iterator[Text]:
-    """Yield where the run's wall time went; nothing where that is not known, as live."""
-    if text := time_text(view.report.time, width - _LABEL - 1):
-        yield from _labeled("Time", text, width)
 
 
 def time_text(time: TimeSection | None, room: int = 200) -> str:

@@ -208,16 +208,13 @@ def _times(comparison: Comparison) -> Iterator[Text]:
     rows = step_time_rows(comparison)
     for (name, row), (change, _) in zip(rows, step_changes(row for _, row in rows), strict=True):
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
-        yield _row(name, row.a_ms, row.b_ms, change, real, _style(row) if row.real else "")
+        style = "bold red" if (row.change or 0) > 0 else "bold green"
+        yield _row(name, row.a_ms, row.b_ms, change, real, style if row.real else "")
 
 
 def _row(label: str, a_ms: float | None, b_ms: float | None, change: str, after: str, style: str) -> Text:
     line = Text(f" {label:<14}{ms_text(a_ms):>10}{ms_text(b_ms):>10}")
     return line.append(f"{change:>10}", style=style).append(f"  {after}", style="dim")
-
-
-def _style(row: StatisticChange) -> str:
-    return "bold red" if (row.change or 0) > 0 else "bold green"
 
 
 def _phase_rows(comparison: Comparison) -> Iterator[Text]:

@@ -222,13 +222,12 @@ class StepTracks:
         if not len(arrows.source):
             return
 
-        source, target = (self._tracks_of(ranks) for ranks in (arrows.source, arrows.target))
+        source, target = (
+            np.array([self._rank_tracks[rank] for rank in ranks.tolist()]) for ranks in (arrows.source, arrows.target)
+        )
         block = ArrowBlock("released", "comm", self._flows + 1, source, target, arrows.from_ns, arrows.to_ns)
         self._blocks.write_arrows(block)
         self._flows += len(source)
-
-    def _tracks_of(self, ranks: Ints) -> Ints:
-        return np.array([self._rank_tracks[rank] for rank in ranks.tolist()])
 
     # ---- device steps ----
 

@@ -228,7 +228,7 @@ def _reason(
 
     if is_loading and (fewer := fewer_workers(facts, ranks, others)) is not None:
         why, usual = fewer
-        action = advice.for_fewer_workers(ranks, usual)
+        action = f"Give {ranks_text(ranks)} as many loader workers as the others have: num_workers={usual}."
 
     if is_loading and _read_for_others(work, facts, late):
         action = advice.for_reading_ranks(ranks, facts)
