@@ -8,14 +8,16 @@ steps, as from another program, is recognized by the means of batches and of qua
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["SteadyExcess", "errors_above_0", "steady_excesses"]
+__all__ = ["SteadyExcess", "mean_and_error", "steady_excesses"]
 
 MIN_Z_SCORE = 5.0
 """The excess is this many standard errors above 0: by chance less often than once in a million parts and ranks."""
@@ -27,7 +29,7 @@ SIDE_Z_SCORE = 2.0
 """From this on, the excess of another part counts too."""
 
 _MIN_STEPS = 10
-_MAX_BATCHES = 32
+_BATCHES = 8
 
 
 class SteadyExcess(msgspec.Struct, frozen=True):
@@ -70,20 +72,32 @@ def _excess(work: OwnWork, part: str) -> Floats:
 
 def _side_excess(work: OwnWork, part: str, row: int) -> float:
     excess = _excess(work, part)[row]
-    return max(float(excess.mean()), 0.0) if excess.size and errors_above_0(excess) >= SIDE_Z_SCORE else 0.0
+    if not excess.size:
+        return 0.0
+
+    mean, error = mean_and_error(excess)
+    return mean if mean >= SIDE_Z_SCORE * error else 0.0
 
 
 def _is_steady(excess: Floats) -> bool:
-    least = MIN_QUARTER * float(excess.mean())
+    mean, error = mean_and_error(excess)
     quarters: list[Floats] = np.array_split(excess, 4)
-    return errors_above_0(excess) >= MIN_Z_SCORE and all(float(each.mean()) >= least for each in quarters)
+    return mean >= MIN_Z_SCORE * error and all(float(each.mean()) >= MIN_QUARTER * mean for each in quarters)
 
 
-def errors_above_0(excess: Floats) -> float:
-    """Return the mean in standard errors: the larger one of single steps and of batches, as noise may last."""
-    count = len(excess)
-    batches = min(max(count // 5, 8), _MAX_BATCHES, count)
-    means = [float(batch.mean()) for batch in np.array_split(excess, batches)]
-    single = float(excess.std(ddof=1)) / count**0.5 if count > 1 else 0.0
-    lasting = float(np.std(means, ddof=1)) / batches**0.5 if batches > 1 else 0.0
-    return float(excess.mean()) / max(single, lasting, 1.0)
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
+    number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
+    begins, sizes = _batches(len(values), number)
+    means = np.add.reduceat(values, begins, dtype=np.float64) / sizes
+    mean = float(means.sum()) / number
+    spread = means - mean
+    error = (float(spread @ spread) / (number * (number - 1))) ** 0.5 if number > 1 else 0.0
+    return mean, max(error, 1.0)
+
+
+@lru_cache(maxsize=16)
+def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the beginning and the size of each of several batches of steps, as equal as can be."""
+    ends = np.arange(number + 1) * steps // number
+    return ends[:-1], np.diff(ends)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import hypot
 
 import numpy as np
-from numpy.typing import NDArray
 
 from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows
 from traceml.diagnosis.steps.long_steps import long_steps_blame
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
+from traceml.diagnosis.steps.steady_excess import mean_and_error
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["EVERYWHERE_SHARE", "is_significant", "is_slower_overall", "persists"]
@@ -25,7 +24,6 @@ SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
 SIMILAR_MIN_Z_SCORE = 2.0
 """The excess of that second part must be this many standard errors above 0."""
-_BATCHES = 8
 
 
 def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -> bool:
@@ -38,7 +36,7 @@ def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
         float(excess[name].mean()) / base[name] >= least
-        and np.divide(*_mean_and_error(excess[name])) >= SIMILAR_MIN_Z_SCORE
+        and np.divide(*mean_and_error(excess[name])) >= SIMILAR_MIN_Z_SCORE
         for name in base
         if name != part and base[name] >= 0.01 * sum(base.values())
     )
@@ -49,30 +47,12 @@ def is_significant(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
     excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in work.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
     steady = [np.sum(list(excess.values()), axis=0), work.in_measured("backward", backward)]
-    (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
+    (mean, error), (mean_backward, error_backward) = (mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / work.step_ns
     errors = (mean + mean_backward) / hypot(error, error_backward)
     return errors >= MIN_Z_SCORE + 10 * max(0.0, 0.2 - share) or (
         errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
     )
-
-
-def _mean_and_error(values: Floats) -> tuple[float, float]:
-    """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
-    number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
-    begins, sizes = _batches(len(values), number)
-    means = np.add.reduceat(values, begins, dtype=np.float64) / sizes
-    mean = float(means.sum()) / number
-    spread = means - mean
-    error = (float(spread @ spread) / (number * (number - 1))) ** 0.5 if number > 1 else 0.0
-    return mean, max(error, 1.0)
-
-
-@lru_cache(maxsize=16)
-def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the beginning and the size of each of several batches of steps, as equal as can be."""
-    ends = np.arange(number + 1) * steps // number
-    return ends[:-1], np.diff(ends)
 
 
 def persists(excess: Floats, work: OwnWork) -> bool:
