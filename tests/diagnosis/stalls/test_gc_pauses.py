@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from traceml.database.schema import IMPORTING, LINE_OTHER, PAUSES, Pause, Phase
@@ -65,6 +66,17 @@ def test_the_line_is_looked_up_in_the_names_of_its_own_rank() -> None:
     (verdict, *_) = found(Job(ranks=2, steps=220), adds("other", 31), pauses=pauses)
 
     assert "gc.collect() at train.py:31 tidy takes" in verdict.summary
+
+
+def test_the_merged_ranks_of_a_host_are_named_as_well() -> None:
+    """Rank 0 represents two more, which behave as it does; collections are known of it alone."""
+    window = replace(window_of(Job(ranks=2), adds("other", 31, (0,), every=4)), represents={0: (0, 2, 3)})
+    pauses = history(r0=collections(30, every=4, called=True))
+
+    verdict = diagnose(window, JobFacts(world_size=4, pauses=pauses))[0]
+
+    assert (verdict.kind, verdict.ranks) == (Kind.GC_PAUSES, (0, 2, 3))
+    assert "one in 4 steps" in verdict.summary
 
 
 def test_communication_beside_collections_is_a_share_of_the_whole_step() -> None:

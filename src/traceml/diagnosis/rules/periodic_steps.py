@@ -17,7 +17,7 @@ from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
-from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, have_half
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
@@ -48,8 +48,6 @@ JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
 MOSTLY_SHARE = 0.8
 """A line with a smaller share of the longest part has most of it, and not all."""
-RANK_SHARE = 0.5
-"""A rank has long steps if its time beyond the usual in them is this share of that of the rank with the most."""
 NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
 _INPUT_WAIT = Phase.INPUT_WAIT.label
@@ -180,7 +178,7 @@ def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | 
         return None
 
     sums = by_rank[part].sum(axis=1)
-    ranks = work.named(sums >= RANK_SHARE * sums.max())
+    ranks = work.named(have_half(sums))
 
     least_ns = JOINT_SHARE * float(np.median(excess[part]))  # by the median: some are long in these steps by chance
     joint = [

@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import OwnWork, have_half
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import (
@@ -112,7 +112,7 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
 
     by_step = sum(taken.values(), np.zeros_like(work.own))
     totals = by_step.sum(axis=1)
-    ranks = work.named(totals >= 0.5 * totals.max())
+    ranks = work.named(have_half(totals))
     by_rank = _rows_in(window, facts, work, called=called)
     rows = np.concatenate(list(by_rank.values()))
     lead = int(work.ranks[int(totals.argmax())])
@@ -224,7 +224,8 @@ def _subject(cost: _Collections, place: str) -> str:
 
 def _times(work: OwnWork, cost: _Collections) -> str:
     long = f", a full one {ns_text(cost.full_ns)}" if (cost.rows["detail"] == _OLDEST).any() else ""
-    apart = work.own.shape[1] * (len(cost.ranks) or len(work.ranks)) / max(cost.number, 1)
+    known = np.isin(work.ranks, cost.ranks).sum() or len(work.ranks)  # not those that others represent
+    apart = work.own.shape[1] * float(known) / max(cost.number, 1)
     if apart >= 1.5:
         return f"one in {apart:.0f} steps{long}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "UNNAMED_CODE",
     "LateRanks",
     "OwnWork",
+    "have_half",
     "is_grouped",
     "iterator_wait",
     "median_over_ranks",
@@ -93,7 +95,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def named(self, has: NDArray[np.bool_]) -> tuple[int, ...]:
         """Return the ranks that a finding names, given which rows it is about: none if it is about all."""
-        return () if has.all() else tuple(self.ranks[has].tolist())
+        return () if has.all() else tuple(self.ranks_of(np.flatnonzero(has)))
 
     def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
         """Return the ranks of some rows, and those that they represent."""
@@ -223,6 +225,11 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
         excess_of_represented=window.excess_of_represented,
     )
     return replace(work, wait=_least(window.wait[:, measured], work)) if grouped and known else work
+
+
+def have_half(values: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Return which ranks have half of what the rank with most has, or more: a finding is about these."""
+    return np.asarray(values >= 0.5 * float(np.max(values, initial=0)))
 
 
 def median_over_ranks(values: Floats) -> Floats:

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, counted_lines
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import OwnWork, have_half
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text
@@ -193,14 +193,13 @@ def cost_of(work: OwnWork, part: str, step_ns: float, *, rare_share: float) -> P
     removed = without_rare(values, rare_share)
     has = _have_much(removed)
     saved = saved_ns(work, {part: values - removed}) if has.mean() > 0.5 else 0.0
-    ranks = work.named(has)
-    return PhaseCost(work, part, step_ns, ranks, removed, saved)
+    return PhaseCost(work, part, step_ns, work.named(has), removed, saved)
 
 
 def _have_much(values: Floats) -> NDArray[np.bool_]:
     """Return which ranks have half of what the rank with most has; all if they differ no more than by chance."""
     means = values.mean(axis=1)
-    has = np.asarray(means >= 0.5 * float(np.max(means, initial=0)))
+    has = have_half(means)
     if has.all():
         return has
 

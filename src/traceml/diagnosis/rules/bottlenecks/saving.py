@@ -36,8 +36,7 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
     sums = values[:, :-1].sum(axis=1)
-    rows = np.flatnonzero(sums >= SAVING_SHARE * sums.max())
-    ranks, removed = () if len(rows) == len(sums) else tuple(work.ranks_of(rows)), values - kept
+    ranks, removed = work.named(sums >= SAVING_SHARE * sums.max()), values - kept
     turns_ns = _saving_in_turns_ns(work, saves, longest)
     saved = saved_ns(work, {"checkpoint": kept}) if turns_ns is None else turns_ns.sum() / len(work.step)
     cost = PhaseCost(work, "checkpoint", step_ns, ranks, removed, float(saved))

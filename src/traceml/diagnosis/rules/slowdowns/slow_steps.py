@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import known_facts
 from traceml.diagnosis.steps.change_points import LevelChange, level_change
+from traceml.diagnosis.steps.own_work import have_half
 from traceml.diagnosis.steps.step_history import StepHistory
 
 __all__ = ["DOMINANT_SHARE", "SlowSteps"]
@@ -118,7 +119,7 @@ class SlowSteps(NamedTuple):
             return ()
 
         longer = np.median(bins.own_ns[:, slow], axis=1) - np.median(bins.own_ns[:, usual], axis=1)
-        late = longer >= 0.5 * longer.max()
+        late = have_half(longer)
         whole = float(np.median(bins.step_ns[slow]) - np.median(bins.step_ns[usual]))
         if 2 * late.sum() > len(late) or longer.max() < DOMINANT_SHARE * whole:
             return ()
