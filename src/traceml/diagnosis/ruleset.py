@@ -233,8 +233,9 @@ def _with_contention(
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
     ordered = in_order(main, in_steps)
     timing = [each for each in timing if not is_of_the_host(each, waited)]
-    if timing and is_oversubscribed_by_others(facts) and not any(each.blames_ranks for each in timing):
-        place = min(map(ordered.index, timing))
+    if is_oversubscribed_by_others(facts) and not any(each.blames_ranks for each in timing):
+        place = in_order([*main, contention], in_steps).index(contention)
+        place = min([place, *map(ordered.index, timing)])
         return [*ordered[:place], contention, *ordered[place:], *remarks]
 
     # Waiting for cores makes all phases longer: next to another cause it is a remark.

@@ -12,6 +12,7 @@ from traceml.database.schema import GPU, HOST, PROCESS, Resource, Table
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
@@ -364,6 +365,18 @@ def test_waiting_for_other_processes_most_of_the_time_comes_first(busy, waited, 
     found = diagnose(window_of(ALONE, adds("input_wait", 40)), facts)
 
     assert {each.kind for each in found} == {Kind.INPUT_BOUND, Kind.CPU_CONTENTION}
+    assert found[0].kind is first
+
+
+@pytest.mark.parametrize(("evaluation", "first"), [(34.0, Kind.CPU_CONTENTION), (60.0, Kind.EVAL_HEAVY)])
+def test_waiting_for_other_processes_is_ordered_by_cost_beside_evaluation(evaluation: float, first: Kind) -> None:
+    """It takes 87 % of the steps: half of the run, or a third."""
+    time = RunTime.of(100.0, {"steps": 98.0 - evaluation, "evaluation": evaluation, "startup": 2.0}, evaluations=12)
+    facts = oversubscribed(samples(busy=0.2), waited=0.87, started_processes={}, time=time)
+
+    found = diagnose(window_of(ALONE), facts)
+
+    assert {each.kind for each in found} == {Kind.EVAL_HEAVY, Kind.CPU_CONTENTION}
     assert found[0].kind is first
 
 
