@@ -488,6 +488,18 @@ def idle_optimizer_later() -> None:
         del idle
 
 
+def optimizers_made_after_backward() -> None:
+    """As in Pyro with several particles: an optimizer per parameter, made when it first steps."""
+    model, optimizers = net(), {}
+    for _ in range(N):
+        for _ in range(4):
+            model(torch.randn(2, WIDTH)).square().mean().backward()
+
+        for parameter in model.parameters():
+            optimizers.setdefault(parameter, torch.optim.SGD([parameter], 0.01)).step()
+            parameter.grad = None
+
+
 def no_optimizer() -> None:
     model = net()
     for (x,) in data():
@@ -548,6 +560,7 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (fused_in_backward, 20, 0),
     (second_optimizer_later, 20, 0),
     (idle_optimizer_later, 20, 0),
+    (optimizers_made_after_backward, 20, 0),
     (no_optimizer, 20, 0),
     (no_optimizer_no_loader, 20, 0),
 ]

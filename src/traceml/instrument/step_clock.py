@@ -70,6 +70,7 @@ FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
+_HELD_NS = 1_000_000_000  # nor without one in this time, where none is alive at the first backward pass
 
 
 class StepClock(DividedStep):
@@ -92,6 +93,7 @@ class StepClock(DividedStep):
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
         self.fetched_ahead = False  # this step's batch came before the end of its loader
         self.inferred = False  # there is no optimizer: batches are the steps
+        self.has_no_optimizer = False  # none was alive at the first backward pass: it may be made in the first step
         self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
         self.optimizers_seen = 0  # number of all that have stepped
         self.optimizers_alive = 0  # number of all with parameters of a model, at the last search
@@ -542,8 +544,8 @@ class StepClock(DividedStep):
         """Find models and optimizers before the first gradients exist."""
         self.awaits_backward = False
         alive = self.listener.first_backward()
-        if not alive and not self.optimizers_seen:
-            self.inferred = True
+        self.has_no_optimizer = not alive and not self.optimizers_seen
+        self.inferred = self.has_no_optimizer and self.first_loader is not None
 
         if not self.open:
             self._begin(monotonic_ns())
@@ -662,6 +664,8 @@ class StepClock(DividedStep):
             if self.ended.may_be_step:
                 self.split_last()
                 self._close_ended()
+            elif self.has_no_optimizer and self.unmatched_batches:
+                self._append_batches(self.unmatched_batches[-1].end_ns)
             elif self.step_call:
                 end = self._end_of_last(t)
                 if self.device is not None and end < t:
@@ -700,9 +704,12 @@ class StepClock(DividedStep):
     def _hold_batch(self, t: int) -> None:
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
         self._hold(self.unmatched_batches, t)
-        if len(self.unmatched_batches) < _HELD_BATCHES:
-            return
+        held_ns = t - self.unmatched_batches[0].end_ns if self.has_no_optimizer else 0
+        if len(self.unmatched_batches) >= _HELD_BATCHES or held_ns > _HELD_NS:
+            self._append_batches(t)
 
+    def _append_batches(self, t: int) -> None:
+        """Append the held batches as steps: there is no optimizer."""
         self.inferred = True
         self._append_held(self.unmatched_batches, _INFERRED, t)
 
