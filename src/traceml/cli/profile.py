@@ -26,7 +26,7 @@ from traceml.cli.report import current_report
 from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
-from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text
+from traceml.formatting import bytes_text, capitalized, count_text, plural, printable, ranks_text
 from traceml.renderers.html.flame_page import flame_page
 from traceml.renderers.text.profile_tables import operator_lines, slowdown_line
 from traceml.run_folder import STORE_NAME
@@ -198,8 +198,8 @@ def profiled_text(traces: Sequence[ProfiledRank]) -> str:
 
 
 def _steps_text(each: ProfiledRank) -> str:
-    last = each.first_step + each.steps - 1
-    return f"steps {each.first_step}-{last}" if each.steps > 1 else f"step {last}"
+    first, last = count_text(each.first_step), count_text(each.first_step + each.steps - 1)
+    return f"steps {first}-{last}" if each.steps > 1 else f"step {last}"
 
 
 def _document(run: str, written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow]) -> ProfileDocument:

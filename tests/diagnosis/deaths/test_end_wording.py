@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from traceml.diagnosis.deaths.end_wording import end_summary
+from traceml.diagnosis.deaths.end_wording import end_summary, step_text, whereabouts
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.runs.report.report_types import RankSection
 
 
@@ -23,3 +24,16 @@ from traceml.runs.report.report_types import RankSection
 def test_the_end_of_a_rank_in_short(rank, says):
     """Only a rank that ended badly has a text."""
     assert end_summary(msgspec.convert({"rank": 0, **rank}, RankSection).ended) == says
+
+
+def test_steps_have_the_separators_of_the_headline() -> None:
+    """Else the number of a training that has resumed would not be found in the summary."""
+    assert step_text(RankExit(rank=0, state="failed", last_step=1959, open_step=1960)) == ", in step 1,960"
+
+
+def test_ranks_that_were_elsewhere_are_counted_beyond_three() -> None:
+    """Three places are listed."""
+    exits = [RankExit(rank=rank, state="killed", open_phase="forward") for rank in range(5)]
+
+    assert whereabouts(exits[:3]).endswith("rank 2 was in forward")
+    assert whereabouts(exits).endswith("rank 2 was in forward, 2 more were elsewhere")

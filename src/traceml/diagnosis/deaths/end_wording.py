@@ -129,7 +129,7 @@ def step_text(ended: RankExit, *, of_one: bool = False) -> str:
         return ""
 
     inside = _phase_text(ended)
-    step = f"step {ended.step}{' of this run' * ended.counts_anew}{f' on rank {ended.rank}' * of_one}"
+    step = f"step {count_text(ended.step)}{' of this run' * ended.counts_anew}{f' on rank {ended.rank}' * of_one}"
     if ended.in_step:
         return f", in {step}{inside}"
 
@@ -159,7 +159,8 @@ def whereabouts(exits: Iterable[RankExit]) -> str:
     known = [
         f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}" for each in exits if each.open_phase
     ]
-    return ", ".join(known[:_MAX_REPORTED])
+    more = [f"{count_text(len(known) - _MAX_REPORTED)} more were elsewhere"] if len(known) > _MAX_REPORTED else []
+    return ", ".join([*known[:_MAX_REPORTED], *more])
 
 
 def place_evidence(ended: RankExit) -> dict[str, object]:

@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import capitalized, duration_text, left_text, plural, ranks_text
+from traceml.formatting import capitalized, count_text, duration_text, left_text, plural, ranks_text
 from traceml.process_ends import signal_name
 
 __all__ = [
@@ -274,7 +274,7 @@ def _waiting_text(facts: JobFacts) -> str:
     longest = max(waiting, key=lambda each: each.open_s or 0.0)
     ranks = capitalized(ranks_text(sorted(each.rank for each in waiting)))
     passed = duration_text(longest.open_s or 0.0)
-    return f" {ranks} had been in step {longest.step} for {passed}; meanwhile {elsewhere}."
+    return f" {ranks} had been in step {count_text(longest.step)} for {passed}; meanwhile {elsewhere}."
 
 
 def _is_long(ended: RankExit, facts: JobFacts) -> bool:

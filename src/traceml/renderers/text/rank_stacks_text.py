@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
-from traceml.formatting import duration_text, line_text, phase_label, plural, printable, ranks_text
+from traceml.formatting import count_text, duration_text, line_text, phase_label, plural, printable, ranks_text
 
 __all__ = ["MissingRank", "StacksRank", "stacks_text"]
 
@@ -81,7 +81,8 @@ def _group_text(group: Sequence[StacksRank]) -> str:
 def _facts(snapshots: Sequence[RankSnapshot]) -> Iterable[str]:
     steps = sorted({snapshot.step for snapshot in snapshots})
     if steps[-1] >= 0:
-        yield f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        first, last = (count_text(steps[at]) for at in (0, -1))
+        yield f"step {first}" if len(steps) == 1 else f"steps {first} to {last}"
 
     yield phase_label(snapshots[0].phase)
     shortest, longest = min(snapshot.quiet_s for snapshot in snapshots), max(snapshot.quiet_s for snapshot in snapshots)
