@@ -28,9 +28,9 @@ from traceml.diagnosis.facts.sampled_shares import (
     is_loss,
     is_passing,
     least_share,
+    library_share,
     of_part,
     receives,
-    samples_in,
     workers_at_work,
 )
 from traceml.formatting import line_text
@@ -327,8 +327,7 @@ def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> b
 
 
 def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
-    seen = _seen_in(lines, part, line)
-    return samples_in(seen, libraries) / max(sum(each.samples for each in seen), 1)
+    return library_share(_seen_in(lines, part, line), libraries, fewest=0) or 0.0
 
 
 def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

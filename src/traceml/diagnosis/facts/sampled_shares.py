@@ -35,12 +35,12 @@ __all__ = [
     "is_passing",
     "iterator_share",
     "least_share",
+    "library_share",
     "loss_share",
     "of_part",
     "ordering_share",
     "place_share",
     "receives",
-    "samples_in",
     "thread_wait_share",
     "used_cores",
     "worker_wait_share",
@@ -114,13 +114,13 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
 
 def thread_wait_share(lines: Sequence[SampledLine], parts: Collection[str]) -> float:
     """Return the share of some parts' samples that wait for another thread of the script; 0 if unknown."""
-    return _library_share([each for part in parts for each in of_part(lines, part)], _AWAITS_THREAD) or 0.0
+    return library_share([each for part in parts for each in of_part(lines, part)], _AWAITS_THREAD) or 0.0
 
 
-def _library_share(seen: Sequence[SampledLine], libraries: re.Pattern[str]) -> float | None:
-    """Return the share of samples in functions of some libraries; None if there are few."""
+def library_share(seen: Sequence[SampledLine], libraries: re.Pattern[str], fewest: int = MIN_SAMPLES) -> float | None:
+    """Return the share of samples in functions of some libraries; None if they are fewer than `fewest`."""
     total = sum(each.samples for each in seen)
-    return samples_in(seen, libraries) / total if total >= MIN_SAMPLES else None
+    return _samples_in(seen, libraries) / max(total, 1) if total >= fewest else None
 
 
 def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
@@ -145,7 +145,7 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
 def fusable_share(lines: Sequence[SampledLine]) -> float | None:
     """Return the share of torch's optimizers that have a fused form, by samples; None if there are few samples."""
     seen = [each for each in of_part(lines, "optimizer") if _OPTIMIZERS.search(each.library or "")]
-    return _library_share(seen, _FUSABLE)
+    return library_share(seen, _FUSABLE)
 
 
 def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:
@@ -229,7 +229,7 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
     The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
     """
     seen = of_part(lines, Phase.INPUT_WAIT.label)
-    taking, waiting = samples_in(seen, _HANDS_OVER), samples_in(seen, _AWAITS)
+    taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
     return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
 
 
@@ -253,7 +253,7 @@ def receives(line: SampledLine, part: str = Phase.INPUT_WAIT.label) -> bool:
     return line.part == part and _RECEIVES.search(line.library or "") is not None
 
 
-def samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
+def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
     """Return the samples in functions of some libraries."""
     return sum(each.samples for each in lines if each.library and libraries.search(each.library))
 
