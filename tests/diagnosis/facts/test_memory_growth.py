@@ -43,6 +43,7 @@ LEVEL = {
     "peaks of evaluation, each larger": 500 * MB
     + np.where(np.arange(200) % 20 == 0, np.arange(200) * 10 * MB, 0),
     "an allocator's cache that fills": 500 * MB + 400 * MB * (1 - np.exp(-np.arange(200) / 20)),
+    "a cache that fills ever more slowly": 2000 * MB - 1500 * MB * np.exp(-np.arange(300) / 100) + noise(300, MB / 2),
     "a cache that filled in the first half": 500 * MB + np.minimum(np.arange(200), 100) * 4 * MB,
     "a cache that has filled lately": 500 * MB + np.minimum(np.arange(200), 160) * 4 * MB + noise(200, 0.5 * MB),
     "a saw: the collector frees": 500 * MB + np.arange(300) % 40 * 10 * MB,

@@ -43,7 +43,8 @@ _NEWEST = 3
 _MAX_RISE = 2.5  # of the median rise of a part, of growth that begins late
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
-_MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter; of a part, for the newest ones
+_MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
+_MIN_LATE_RISE = 0.4  # of the mean rise of a part, for the newest ones: what slows down more is a cache that fills
 _LATELY = 6  # the newest parts are one in this many
 _RECENT = 12
 _Points = NDArray[np.int64]  # rows of (step, t_ns, bytes)
@@ -173,6 +174,9 @@ def _late(points: _Points) -> GrowthEstimate | None:
     if growth is None or not growth.steady or growth.in_stairs or not _is_even(newest):
         return None
 
+    if newest[-1, 2] - newest[0, 2] < before[-1] - before[0]:
+        return None  # it did not begin late, but slowed down
+
     return growth if newest[-_NEWEST:, 2].min() - before.max() >= _least_bytes(growth.now_bytes) else None
 
 
@@ -232,10 +236,10 @@ def _all_rise(quarters: list[float]) -> bool:
 
 
 def _rises_lately(steps: NDArray[np.float64], values: NDArray[np.float64]) -> bool:
-    """Return whether the newest parts rise, by time or by steps: a quarter's median does so after growth has ended."""
+    """Return whether the newest parts rise, by time or by steps: not after growth has ended, or clearly slowed down."""
     since = -1 - max(len(values) // _LATELY, 2)
     share = min((-1 - since) / (len(values) - 1), (steps[-1] - steps[since]) / max(steps[-1] - steps[0], 1.0))
-    return bool(values[-1] - values[since] >= _MIN_RISE * share * (values[-1] - values[0]))
+    return bool(values[-1] - values[since] >= _MIN_LATE_RISE * share * (values[-1] - values[0]))
 
 
 def _of_steps(steps: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
