@@ -287,6 +287,14 @@ def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
     assert Kind.JITTER not in kinds
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_that_meet_every_tenth_step_wait_there_for_what_they_wander(seed: int) -> None:
+    """Local SGD: none of them is always late, and what they wait is of all ten steps, not of the network."""
+    window = window_of(Job(ranks=4, steps=400, meets_every=10, wander=0.2, wander_steps=40), seed=seed)
+
+    assert diagnose(window, JobFacts(world_size=4))[0].kind is Kind.HEALTHY
+
+
 def test_little_communication_is_no_finding():
     """Reductions that cost next to nothing are not worth a word."""
     assert all(each.kind is not Kind.COMM_BOUND for each in diagnose(window_of(Job(comm=0.8)), facts(4, 4)))

@@ -144,9 +144,10 @@ def _exceeds_cpu_contention(work: OwnWork, events: _LongSteps) -> bool:
 
 
 def _unexplained(work: OwnWork) -> _LongSteps:
-    usual_ns, limit = usual(work.step)
+    step = _without_gathered(work)
+    usual_ns, limit = usual(step)
     least = DEVICE_LONG_NS if work.device else LONG_NS
-    long = (work.step > max(limit, usual_ns + least)) | _long_by_code(work, usual_ns, least)
+    long = (step > max(limit, usual_ns + least)) | _long_by_code(work, usual_ns, least)
     # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
@@ -164,6 +165,16 @@ def _unexplained(work: OwnWork) -> _LongSteps:
     waits[1:] &= own[1:] < LIGHT_SHARE * own[:-1]
     kept = np.where(waits, np.roll(kept, 1), kept)  # what explains the one step explains the waiting in the next
     return _LongSteps(columns[kept], {part: each[:, kept] for part, each in excess.items()}, usual_ns, waits[kept])
+
+
+def _without_gathered(work: OwnWork) -> Floats:
+    """Return the steps' times without the waiting for work of the steps before, where ranks meet in every n-th only."""
+    if len(work.sync_intervals) == len(work.step):
+        return work.step
+
+    own, step = work.by_sync_interval(work.own), work.step.copy()
+    step[np.append(work.sync_intervals[1:], len(step)) - 1] -= own.max(axis=0) - own.mean(axis=0)
+    return step
 
 
 def _long_by_code(work: OwnWork, usual_ns: float, least_ns: float) -> NDArray[np.bool_]:
