@@ -267,10 +267,8 @@ class _Package(ModuleType):
     """Module type that keeps `traceml.launch` the function when the folder of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(
-            value, ModuleType
-        ):  # set by the import system after it has imported the folder
-            return
+        if name in _HOMES and isinstance(value, ModuleType):
+            return  # set by the import system after it has imported the folder
 
         super().__setattr__(name, value)
 

@@ -67,10 +67,8 @@ def start(
         AggregatorUnavailableError: no aggregator answered within `connect_timeout`, and `on_missing` is `raise`.
         AggregatorRefusedError: it answered and refused, and `on_missing` is `raise`.
     """
-    with (
-        fork_gate,
-        gc_pause,
-    ):  # behind torch's import a search of all objects is due, which our imports would bring about
+    # Behind torch's import a search of all objects is due, which our imports would bring about.
+    with fork_gate, gc_pause:
         from traceml.recorder.identity import spawned_from
         from traceml.recorder.recorder import Recorder
 

@@ -178,9 +178,8 @@ class RecordReader:
 
     def _add_names(self, frame: Frame) -> None:
         for row in frame.maps():
-            if isinstance(row.get("id"), int) and isinstance(
-                row.get("name"), str
-            ):  # else no name, but other rows are good
+            # Else it is no name, but other rows are good.
+            if isinstance(row.get("id"), int) and isinstance(row.get("name"), str):
                 self._names[frame.stream, row["id"]] = row["name"]
 
         self._names_after = max(self._names_after, frame.id)

@@ -68,9 +68,8 @@ class RefusalSearch:
         if batch.rows > 1:
             return RefusalOutcome.SEARCHING
 
-        if (
-            batch.rows and batch.frames
-        ):  # the row may be refused, or values derived from the frames before it: try those first
+        if batch.rows and batch.frames:
+            # The row may be refused, or values derived from the frames before it: try those first.
             search["to"] = {"frame": batch.frames[-1].id, "row": 0}
             return RefusalOutcome.SEARCHING
 

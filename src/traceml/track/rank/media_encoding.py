@@ -119,9 +119,8 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
         kind = "one without data" if values.is_meta else f"a {values.layout} one{dense}"
         raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
 
-    flat = (
-        _whole(values, "a histogram").cpu().reshape(-1)
-    )  # on a device, doubles of it could be too large for the memory left
+    # On a device, doubles of it could be too large for the memory left.
+    flat = _whole(values, "a histogram").cpu().reshape(-1)
     low, high, number = math.inf, -math.inf, 0
     for finite in _finite_chunks(flat):
         if finite.numel():

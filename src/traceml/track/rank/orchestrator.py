@@ -56,9 +56,8 @@ class Orchestrator:
                 f"route_metric() takes a traceml.Metric, not {kind} {metric!r:.100}: {error}"
             ) from None
 
-        if (
-            metric.kind == MetricKind.COLLECTOR
-        ):  # no user asked for it: it alone must not start an experiment of the run
+        if metric.kind == MetricKind.COLLECTOR:
+            # No user asked for it: it alone must not start an experiment of the run.
             loggers.when_decided(lambda logger: logger.metric(*given))
         else:
             loggers.active.metric(*given)
