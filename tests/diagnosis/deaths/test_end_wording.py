@@ -36,4 +36,4 @@ def test_ranks_that_were_elsewhere_are_counted_beyond_three() -> None:
     exits = [RankExit(rank=rank, state="killed", open_phase="forward") for rank in range(5)]
 
     assert whereabouts(exits[:3]).endswith("rank 2 was in forward")
-    assert whereabouts(exits).endswith("rank 2 was in forward, 2 more were elsewhere")
+    assert whereabouts(exits).endswith("rank 2 was in forward, 2 more are not listed")

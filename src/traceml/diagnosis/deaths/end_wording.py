@@ -159,7 +159,7 @@ def whereabouts(exits: Iterable[RankExit]) -> str:
     known = [
         f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}" for each in exits if each.open_phase
     ]
-    more = [f"{count_text(len(known) - _MAX_REPORTED)} more were elsewhere"] if len(known) > _MAX_REPORTED else []
+    more = [f"{count_text(len(known) - _MAX_REPORTED)} more are not listed"] if len(known) > _MAX_REPORTED else []
     return ", ".join([*known[:_MAX_REPORTED], *more])
 
 

@@ -184,10 +184,14 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     group: RankGroup | None = None
 
 
-def iterator_wait(work: OwnWork, lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` that is waiting for an iterator, by samples; 0 where a DataLoader is waited for."""
+def iterator_wait(work: OwnWork, lines: Sequence[SampledLine], step_ns: float) -> float:
+    """Return the share of `other` that is waiting for an iterator, by samples; 0 where a DataLoader is waited for.
+
+    Args:
+        step_ns: mean time of the whole steps, also where the work of some is left out.
+    """
     measured = work.parts.get("input_wait")
-    is_measured = measured is not None and measured.mean() > _LITTLE_INPUT * work.step_ns
+    is_measured = measured is not None and measured.mean() > _LITTLE_INPUT * step_ns
     return 0.0 if is_measured else iterator_share(lines)
 
 

@@ -106,7 +106,7 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
         long_ns: mean time of `other` in long steps that another finding has. It may all be waiting for the iterator, as
             for one that collects experience for every n-th step.
     """
-    share = _remaining(iterator_wait(work, facts.lines), work, long_ns)
+    share = _remaining(iterator_wait(work, facts.lines, step_ns), work, long_ns)
     if share < ITERATOR_SHARE:
         return None
 

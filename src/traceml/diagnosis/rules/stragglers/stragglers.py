@@ -87,7 +87,7 @@ def straggler_kind(part: str) -> Kind:
 def _as_loading(work: OwnWork, facts: JobFacts, late: LateRanks) -> tuple[OwnWork, LateRanks]:
     """Take code outside the phases as waiting for data where late ranks wait there for an iterator of the script."""
     mine = [each for each in facts.lines if each.rank in late.ranks]
-    if late.everywhere or late.part != "other" or iterator_wait(work, mine) < ITERATOR_SHARE:
+    if late.everywhere or late.part != "other" or iterator_wait(work, mine, work.step_ns) < ITERATOR_SHARE:
         return work, late
 
     parts, by_part_ns = (
