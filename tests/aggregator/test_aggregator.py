@@ -178,7 +178,7 @@ def test_given_run_id_names_the_folder(serving):
     aggregator = serving()
     end_of(aggregator.rank(run="my run", run_id="../exp 1/β"))
 
-    assert [path.name for path in aggregator.run_dirs] == ["exp-1"]
+    assert [path.name for path in aggregator.run_dirs] == ["exp-1-β"]
     with pytest.raises(AggregatorRefusedError, match="cannot be the name"):
         aggregator.rank(run="x", run_id="..")
 
