@@ -6,7 +6,6 @@ the roots of collectives.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import takewhile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import process_start_ticks
 from traceml.inspection.kernel_state import uncollected_status
+from traceml.inspection.loaded_modules import loaded_module
 from traceml.inspection.thread_frames import stack_frames
 from traceml.process_ends import end_of_status
 
@@ -60,7 +60,7 @@ def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -
     """
     calls = list(library_frames(frame, is_user))
     files = [each.f_code.co_filename for each in calls]
-    module = sys.modules.get("multiprocessing.process")
+    module = loaded_module("multiprocessing.process")
     if module is None or not any(_MULTIPROCESSING in file for file in files) or any(_TORCH in file for file in files):
         return None
 

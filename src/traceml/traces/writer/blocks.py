@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import threading
 import weakref
 from collections import deque
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from traceml.inspection.loaded_modules import multiprocessing_parent
+from traceml.process_ends import start_without_signals
 from traceml.traces.writer.encoding import lines
 from traceml.traces.writer.sinks import LineSink, sink_of
 
@@ -134,12 +135,12 @@ class BlockWriter:
             self.limit = _BLOCK
             self._thread = threading.Thread(target=self._run, name="traceml-trace-writer", daemon=True)
             try:
-                self._thread.start()
-            except RuntimeError as error:  # the system gives none: the next block is written without it
+                start_without_signals(self._thread)
+            except OSError as error:  # the system gives none: the next block is written without it
                 self._thread = None
                 _log.debug("no thread writes the trace %s: %s", self.path, error)
 
-            if "multiprocessing.util" in sys.modules and _is_child():
+            if multiprocessing_parent() is not None:
                 # Such a child ends with os._exit, without atexit handlers.
                 from multiprocessing.util import Finalize
 
@@ -201,12 +202,6 @@ class BlockWriter:
             self.path = self.path.with_name(f"{self.path.name.removesuffix(_ONE_PROCESS)}-{os.getpid()}{_ONE_PROCESS}")
 
         self._on_fork()
-
-
-def _is_child() -> bool:
-    from multiprocessing.process import parent_process
-
-    return parent_process() is not None
 
 
 def _hold_all() -> None:
