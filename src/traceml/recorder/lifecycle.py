@@ -83,10 +83,7 @@ def start(
         try:
             running = state.recorder
             if running is not None and running.enabled:
-                if tracing and not running.tracing:
-                    running.trace()
-                    state.instrumentation = running.instrumentation
-
+                _continue(running, tracing=tracing)
                 return running
 
             config = in_fixed_folder(config)
@@ -112,6 +109,13 @@ def start(
         notify_start(recorder)
 
     return recorder
+
+
+def _continue(running: Recorder, *, tracing: bool) -> None:
+    """Let a recorder that runs trace, too, if that is asked for."""
+    if tracing and not running.tracing:
+        running.trace()
+        state.instrumentation = running.instrumentation
 
 
 def await_start() -> None:
