@@ -45,10 +45,14 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
         # An attempt that was ended as it hung ended at the step of its first rank.
         if ended := _Ended(_newest_exits(streams)[0], [], "hung") if attempt in hung else _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
-            step = ended.first.step if ended.first.step is not None else _last_step(reader, died)
-            section = RestartSection(attempt=attempt, ranks=ended.ranks, reason=ended.reason)
-            section.step = None if step is None else step + resumes_at(died, checkpoints(streams))
-            section.lost_s = _lost_s(reader, streams, following)
+            step = _last_step(reader, died) if ended.first.step is None else ended.first.step
+            section = RestartSection(
+                attempt=attempt,
+                ranks=ended.ranks,
+                reason=ended.reason,
+                step=None if step is None else step + resumes_at(died, checkpoints(streams)),
+                lost_s=_lost_s(reader, streams, following),
+            )
             found.append(section)
 
     return found
