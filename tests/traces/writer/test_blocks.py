@@ -172,3 +172,23 @@ def test_without_a_thread_blocks_are_written_by_those_that_add_events(tmp_path):
     assert trace.statistics.written > 16_000
     trace.close()
     assert (tmp_path / "trace.pfw").read_text().count('"ph":"X"') == 20_000
+
+
+def test_the_writers_thread_takes_no_signal_of_the_script(tmp_path):
+    """A script may block one, and wait for it in its own threads: another thread that took it would end the process."""
+    with traces.Writer(tmp_path / "trace.pfw") as trace:
+        with trace.span("work"):
+            pass
+
+        named = (each for each in threading.enumerate() if each.name == "traceml-trace-writer")
+        blocked = [_blocked(each.native_id) for each in named]
+
+    assert blocked
+    assert all(signal.SIGTERM in each and signal.SIGSEGV not in each for each in blocked)
+
+
+def _blocked(thread):
+    with open(f"/proc/self/task/{thread}/status") as status:
+        mask = int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)
+
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
