@@ -48,6 +48,17 @@ def test_steps_of_an_optimizer_with_a_closure_are_no_jitter():
     assert set(said(window_of(JOB, refines), None)) == {Kind.COMPUTE_BOUND}
 
 
+def searches(own, random) -> None:
+    """As long for the search along a line, which the steps with one call do not have, on a slower host."""
+    refines(own, random)
+    own["optimizer"][REFINED] = [91, 75, 123, 164, 203, 31, *[1.2] * 14]
+
+
+def test_the_search_along_a_line_is_no_jitter():
+    """Its time depends on the loss: 8 to 17 ms per call of the closure."""
+    assert set(said(window_of(JOB, searches), None)) == {Kind.COMPUTE_BOUND}
+
+
 def test_the_same_steps_without_a_closure_are_jitter():
     """As on a host that another program took for a second."""
     jitter = said(window_of(JOB, refines), np.zeros(0, int))[Kind.JITTER]

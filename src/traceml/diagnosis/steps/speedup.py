@@ -128,7 +128,14 @@ def without_more_passes(window: AlignedSteps, work: OwnWork) -> dict[str, Floats
     usual = {part: np.median(work.parts[part], axis=1, keepdims=True) for part in _REPEATED if part in work.parts}
     passes = np.minimum(*(work.parts[part] / np.maximum(usual[part], 1) for part in _PASSES))
     has_more = window.closures & (passes >= _MORE)
-    return {part: _without(work.parts[part], usual[part], passes, has_more) for part in usual} if has_more.any() else {}
+    if not has_more.any():
+        return {}
+
+    if "optimizer" in usual:  # between the calls it searches along a line, for which a step with one call has no time
+        searched = float(np.median((work.parts["optimizer"] / passes)[has_more]))
+        usual["optimizer"] = np.maximum(usual["optimizer"], searched)
+
+    return {part: _without(work.parts[part], usual[part], passes, has_more) for part in usual}
 
 
 def _without(values: Floats, usual_ns: Floats, passes: Floats, has_more: NDArray[np.bool_]) -> Floats:
