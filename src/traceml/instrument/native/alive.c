@@ -10,7 +10,7 @@ typedef struct {
     size_t mask;
 } TypeTable;
 
-static PyObject **folder_number(const TypeTable *table, PyObject *type) {
+static PyObject **slot_of(const TypeTable *table, PyObject *type) {
     size_t place = ((size_t)type >> 4) * 0x9E3779B1u;
     while (table->types[place & table->mask] && table->types[place & table->mask] != type) place++;
     return &table->types[place & table->mask];
@@ -33,7 +33,7 @@ static int fill_table(TypeTable *table, PyObject *types) {
 
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *type = PyTuple_GetItem(types, i);
-        *folder_number(table, type) = type;
+        *slot_of(table, type) = type;
     }
 
     return 0;
@@ -50,7 +50,7 @@ PyObject *of_types(PyObject *module, PyObject *args) {
     PyObject *found = PyList_New(0);
     for (Py_ssize_t i = 0; found && i < PyList_Size(objects); i++) {
         PyObject *each = PyList_GetItem(objects, i);
-        if (*folder_number(&table, (PyObject *)Py_TYPE(each)) && PyList_Append(found, each)) Py_CLEAR(found);
+        if (*slot_of(&table, (PyObject *)Py_TYPE(each)) && PyList_Append(found, each)) Py_CLEAR(found);
     }
 
     PyMem_Free(table.types);

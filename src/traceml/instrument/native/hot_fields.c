@@ -219,7 +219,7 @@ static PyMethodDef methods[] = {
     {"enter", method_enter, METH_O, NULL},
     {"leave", (PyCFunction)(void (*)(void))method_leave, METH_FASTCALL, NULL},
     {"cancel", (PyCFunction)(void (*)(void))method_cancel, METH_FASTCALL, NULL},
-    {"account_user_phases", method_book_user_phases, METH_O, NULL},
+    {"account_user_phases", method_account_user_phases, METH_O, NULL},
     {"end_user_phases", method_end_user_phases, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

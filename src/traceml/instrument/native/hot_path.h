@@ -74,7 +74,7 @@ PyObject *of_types(PyObject *module, PyObject *args);
 PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
-PyObject *method_book_user_phases(PyObject *self, PyObject *time);
+PyObject *method_account_user_phases(PyObject *self, PyObject *time);
 PyObject *method_end_user_phases(PyObject *self, PyObject *time);
 
 /* Begin a phase; return 1, 0 if it does not count, or -1 with an exception set. */

@@ -197,7 +197,7 @@ PyObject *method_end_user_phases(PyObject *self, PyObject *time) {
 }
 
 /* Add the time until now of the open user phases, as a step ends inside them. */
-PyObject *method_book_user_phases(PyObject *self, PyObject *time) {
+PyObject *method_account_user_phases(PyObject *self, PyObject *time) {
     HotFields *hot = (HotFields *)self;
     long long t = PyLong_AsLongLong(time);
     if (t == -1 && PyErr_Occurred()) return NULL;
