@@ -11,20 +11,21 @@ from collections.abc import Sequence
 from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
+    PICKLING,
+    TORCH,
     WAITS_FOR_OTHERS,
     BlamedLine,
     awaits_others,
     blamed_line,
+    calls_code,
     computes_loss,
     is_of_loop,
     is_of_ranks_alone,
     main_library,
-    sends_objects,
     threads_line,
-    torch_share,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, environment_share
+from traceml.diagnosis.facts.sampled_shares import busy_share, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import bytes_text, capitalized, gain_text, percent_text, ranks_text
@@ -377,7 +378,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
         )
 
     unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
-    calls_torch, is_on_cuda = torch_share(facts.lines, part, line) >= NAMED_SHARE, "cuda" in (facts.model.device or "")
+    calls_torch, is_on_cuda = calls_code(facts.lines, part, line, TORCH), "cuda" in (facts.model.device or "")
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
         f"Make {line.place} cheaper{loss}, or{unless} take it out of the training loop: "
@@ -401,7 +402,7 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
         return answers
 
     played, are_texts = environment_share(facts.lines, part), _generates_texts(part, facts)
-    if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
+    if line is not None and calls_code(facts.lines, part, line, TORCH):
         how = "" if are_texts else " (for example by stepping several environments at once: gymnasium's SyncVectorEnv)"
         return (
             f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often, on larger "
@@ -466,7 +467,7 @@ def for_comm(facts: JobFacts, grad_phase: str, cost_ns: float, line: BlamedLine 
         )
 
     if grad_phase == "comm":
-        if line is not None and sends_objects(facts.lines, grad_phase, line):
+        if line is not None and calls_code(facts.lines, grad_phase, line, PICKLING):
             return (
                 f"{line.place} sends Python objects (all_gather_object), which are pickled and unpickled: send tensors "
                 "instead, or call it less often."

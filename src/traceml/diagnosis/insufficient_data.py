@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.blamed_lines import awaits_program, line_beside_imports, outside_line
+from traceml.diagnosis.facts.blamed_lines import PROGRAMS, calls_code, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.facts.sampled_shares import import_share
@@ -60,7 +60,7 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
             so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
 
         advice = f"If the run should be faster, look at {line.place}. {advice}"
-        if awaits_program(facts.lines, OUTSIDE_STEPS[0], line):
+        if calls_code(facts.lines, OUTSIDE_STEPS[0], line, PROGRAMS):
             advice = f"{line.place} waits for a program that it starts. {_TO_INHERIT}"
 
     return Finding.of(

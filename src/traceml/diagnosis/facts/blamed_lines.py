@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -36,14 +36,20 @@ from traceml.diagnosis.facts.sampled_shares import (
 from traceml.formatting import line_text
 
 __all__ = [
+    "AUTOGRAD",
     "AWAITS_ANSWERS",
+    "COLLECTIVES",
+    "LOADERS",
+    "PICKLING",
+    "PROGRAMS",
+    "TORCH",
     "WAITS_FOR_OTHERS",
     "BlamedLine",
     "awaits_others",
-    "awaits_program",
     "blamed_line",
-    "calls_collectives",
+    "calls_code",
     "calls_model",
+    "calls_trainer",
     "changed_line",
     "computes_loss",
     "importing_line",
@@ -57,13 +63,10 @@ __all__ = [
     "main_line_share",
     "of_longest_startup",
     "outside_line",
+    "own_line",
     "own_line_share",
-    "reads_loader",
-    "runs_backward",
     "runs_forward",
-    "sends_objects",
     "threads_line",
-    "torch_share",
     "workers_line",
 ]
 
@@ -83,16 +86,11 @@ MAIN_LINE_SHARE = 0.8
 
 _USER = Phase.USER.label
 _MODULE = "<module>"
-_TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
-_ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
-_NO_MODELS = re.compile(r"(^|/)(numpy|scipy|pandas|PIL|cv2|matplotlib)/")
-_LOADER = re.compile(r"(^|/)torch/utils/data/")
-_PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
-_COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
-_PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
 _SECOND_SHARE = 0.1  # of a phase, for the second of two functions
 _CALLS_MODEL = 0.1  # of the time of code that is in forward, or a model is called by chance
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
+_FEW_SAMPLES = 3
+_OWN_SHARE = 0.1  # of a line without a function of a library: it does something itself
 _WAITS = 0.5  # code that is on a core for less of its time
 _AS_LONG = 0.8  # ranks with this share of the longest start-up begin at about the same time
 _ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
@@ -104,6 +102,31 @@ WAITS_FOR_OTHERS = (*AWAITS_ANSWERS, "Condition.wait", "Queue.get", "wait")
 
 _Place = tuple[str, str, int | None]
 """File and function; the lines of a module have nothing in common, so each is a place of its own."""
+
+
+class LibraryCode(NamedTuple):
+    """Functions of libraries that a function of the user may call."""
+
+    names: re.Pattern[str]  # `FILE:LINE FUNCTION`
+    least: float = NAMED_SHARE  # share of the samples of a function that calls them
+
+
+TORCH = LibraryCode(
+    re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
+)
+AUTOGRAD = LibraryCode(re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:"), _SEEN_SHARE)
+"""The engine of backward, which a hook that runs in it does not call."""
+LOADERS = LibraryCode(re.compile(r"(^|/)torch/utils/data/"))
+"""Loaders, whose code in torch makes the batches."""
+PROGRAMS = LibraryCode(re.compile(r"(^|/)subprocess\.py:"))
+"""The waiting for a program that was started."""
+COLLECTIVES = LibraryCode(re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:"))
+"""Collectives, and the making of process groups."""
+PICKLING = LibraryCode(
+    re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$"), _SEEN_SHARE
+)
+"""Collectives of Python objects, which are pickled."""
+_WITHOUT_MODELS = LibraryCode(re.compile(r"(^|/)(numpy|scipy|pandas|PIL|cv2|matplotlib)/"))
 
 
 class BlamedLine(msgspec.Struct, frozen=True):
@@ -280,40 +303,14 @@ def main_line_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -
     return sum(each.samples for each in seen if each.line == line.line) / max(sum(each.samples for each in seen), 1)
 
 
-def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
-    """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
-    return _library_share(lines, part, line, _TORCH)
-
-
-def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
-    """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
-    return _library_share(lines, part, line, _COLLECTIVES) >= NAMED_SHARE
-
-
-def sends_objects(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
-    """Return whether a function of the user calls collectives of Python objects, which are pickled."""
-    return _library_share(lines, part, line, _PICKLES) >= _SEEN_SHARE
-
-
-def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
-    """Return whether a function of the user mostly waits for a program that it has started."""
-    return _library_share(lines, part, line, _PROGRAMS) >= NAMED_SHARE
+def calls_code(lines: Sequence[SampledLine], part: str, line: BlamedLine, code: LibraryCode) -> bool:
+    """Return whether a function of the user calls code of libraries for so much of its samples in some time."""
+    return (library_share(_seen_in(lines, part, line), code.names, fewest=0) or 0.0) >= code.least
 
 
 def calls_model(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user mostly calls a library that may run the model, as torch or a trainer."""
-    is_known = main_library(lines, part, line) is not None
-    return is_known and _library_share(lines, part, line, _NO_MODELS) < NAMED_SHARE
-
-
-def reads_loader(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
-    """Return whether a function of the user only reads a loader, whose code in torch makes the batches."""
-    return _library_share(lines, part, line, _LOADER) >= NAMED_SHARE
-
-
-def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
-    """Return whether a function of the user calls autograd's engine, which a hook that runs in it does not."""
-    return _library_share(lines, part, line, _ENGINE) >= _SEEN_SHARE
+    return main_library(lines, part, line) is not None and not calls_code(lines, part, line, _WITHOUT_MODELS)
 
 
 def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
@@ -324,10 +321,6 @@ def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> b
         for of in (part, "forward")
     )
     return calls >= _CALLS_MODEL * (calls + here)
-
-
-def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
-    return library_share(_seen_in(lines, part, line), libraries, fewest=0) or 0.0
 
 
 def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
@@ -415,7 +408,7 @@ def of_longest_startup(lines: Sequence[SampledLine]) -> tuple[SampledLine, ...]:
     startup = [each for each in lines if each.part == LINE_PHASES[LINE_STARTUP]]
     own: Counter[int] = Counter()
     for each in startup:
-        own[each.rank] += 0 if _COLLECTIVES.search(each.library or "") else each.samples
+        own[each.rank] += 0 if COLLECTIVES.names.search(each.library or "") else each.samples
 
     most = max(own.values(), default=0)
     return tuple(each for each in startup if own[each.rank] >= _AS_LONG * most)
@@ -468,6 +461,38 @@ def _is_alone_in(found: BlamedLine, usual: Sequence[SampledLine]) -> bool:
 def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return `outside_line` of the time in which no modules are imported."""
     return outside_line([each for each in lines if not is_import(each)], part)
+
+
+def own_line(
+    lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int] = ()
+) -> BlamedLine | None:
+    """Return `blamed_line` of the same arguments, where it is more than the call of a trainer."""
+    line = blamed_line(lines, part, phase_share, ranks)
+    return None if line is None or calls_trainer(lines, line) else line
+
+
+def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
+    """Return whether a line only calls a library's trainer (`trainer.train()`, `model.learn()`): it is no loop.
+
+    Then backward passes and optimizer run in the very same line, in a library. The forward passes stand for an
+    optimizer that the hooks do not know, or that was seen too seldom.
+    """
+    seen = [each for each in lines if (each.file, each.line) == (line.file, line.line)]
+    itself = sum(each.samples for each in seen if each.library is None)
+    if itself > _OWN_SHARE * sum(each.samples for each in seen):
+        return False
+
+    if not _has_most(lines, "backward", line) or not _has_most(lines, "optimizer", line, fewest=0):
+        return False
+
+    return _has_most(lines, "optimizer", line) or _has_most(lines, "forward", line)
+
+
+def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine, fewest: int = _FEW_SAMPLES) -> bool:
+    seen = [each for each in lines if each.part == phase]
+    same = sum(each.samples for each in seen if (each.file, each.line) == (line.file, line.line))
+    total = sum(each.samples for each in seen)
+    return total >= fewest and same >= NAMED_SHARE * total
 
 
 def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:

@@ -6,10 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line, torch_share
+from traceml.diagnosis.facts.blamed_lines import TORCH, BlamedLine, calls_code, outside_line, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LONG_NS, excess_over_usual
@@ -106,4 +104,4 @@ def _line_after_evaluation(facts: JobFacts, set_up_ns: float) -> BlamedLine | No
         return None  # the samples may be of evaluations
 
     line = outside_line(facts.lines, _OUTSIDE)
-    return None if line is None or torch_share(facts.lines, _OUTSIDE, line) >= NAMED_SHARE else line
+    return None if line is None or calls_code(facts.lines, _OUTSIDE, line, TORCH) else line

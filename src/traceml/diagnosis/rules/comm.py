@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, calls_collectives
+from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, BlamedLine, blamed_line, calls_code, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -129,7 +128,7 @@ def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
         return None
 
     line = own_line(facts.lines, "comm", share)
-    return line if line is not None and calls_collectives(facts.lines, "comm", line) else None
+    return line if line is not None and calls_code(facts.lines, "comm", line, COLLECTIVES) else None
 
 
 def _is_little(cost: float, step: float, floor_ns: float) -> bool:

@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_of_ranks_alone
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_of_ranks_alone, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind

@@ -9,12 +9,13 @@ from msgspec.structs import replace
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
 from traceml.diagnosis.advice import in_threads
 from traceml.diagnosis.facts.blamed_lines import (
+    LOADERS,
     WAITS_FOR_OTHERS,
     BlamedLine,
     awaits_others,
+    calls_code,
     is_of_loop,
     main_library,
-    reads_loader,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
@@ -97,7 +98,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _for_pool(pipeline, line)
 
     if in_memory:
-        is_own = line is not None and not reads_loader(facts.lines, _PART, line)
+        is_own = line is not None and not calls_code(facts.lines, _PART, line, LOADERS)
         return _whole_batches(loader, pipeline, line if is_own else None)
 
     if line is not None and line.function.endswith(_OF_BATCH):

@@ -11,17 +11,19 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import WAITED_FOR, for_debugging
 from traceml.diagnosis.facts.blamed_lines import (
+    AUTOGRAD,
     BlamedLine,
     blamed_line,
+    calls_code,
     calls_model,
+    calls_trainer,
     leading_lines,
     main_library,
     main_line_share,
-    runs_backward,
+    own_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, fusable_share
-from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
@@ -290,7 +292,7 @@ def _line_of_script(facts: JobFacts, part: str, share: float) -> BlamedLine | No
     """Return the line that most of a part is in, where that is code of the script and no call of torch."""
     line = own_line(facts.lines, part, share)
     # Checkpointed modules of torch may run again in backward().
-    is_torch = line is None or calls_model(facts.lines, part, line) or runs_backward(facts.lines, part, line)
+    is_torch = line is None or calls_model(facts.lines, part, line) or calls_code(facts.lines, part, line, AUTOGRAD)
     return None if is_torch else line
 
 

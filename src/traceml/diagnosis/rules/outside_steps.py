@@ -10,11 +10,13 @@ from msgspec.structs import replace
 from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, Phase
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.blamed_lines import (
+    COLLECTIVES,
+    TORCH,
     BlamedLine,
-    calls_collectives,
+    calls_code,
+    calls_trainer,
     of_longest_startup,
     outside_line,
-    torch_share,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -28,7 +30,6 @@ from traceml.diagnosis.facts.sampled_shares import (
     worker_wait_share,
 )
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.rules.loading_advice import for_evaluation
@@ -153,7 +154,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if oversubscribed and not own_code:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
-        waits = line is not None and calls_collectives(lines, "startup", line)
+        waits = line is not None and calls_code(lines, "startup", line, COLLECTIVES)
         look = (
             f"Look at {line.place}: cache its result, or do it in the background; in a longer run its share is smaller."
             if line
@@ -291,7 +292,7 @@ def _evaluation(
 ) -> Finding:
     share = seconds / time.wall_s
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
-    other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
+    other_code = None if line is None or calls_code(facts.lines, "outside", line, TORCH) else line
     limits = _limit_words(time.evaluation_parts)
     others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
     has_follow_up = other_code is not None and time.in_steps > 0 and not limits

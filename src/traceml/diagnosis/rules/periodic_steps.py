@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess, usual

@@ -8,10 +8,9 @@ import msgspec
 import numpy as np
 
 from traceml.database.schema import Pause, Phase
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps

@@ -9,10 +9,9 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.snapshots.rank_snapshot import user_line
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Explanation
 from traceml.diagnosis.stalls.recompiles import compiled_in
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps

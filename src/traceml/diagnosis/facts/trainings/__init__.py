@@ -1,4 +1,4 @@
-"""Trainings of a run: their models, and whether the script or a library has the loop.
+"""Trainings of a run: their models, loaders and step numbers, and use of the process group.
 
 Gathered in the aggregator and by readers. Imports the other `diagnosis.facts` and `database`.
 """

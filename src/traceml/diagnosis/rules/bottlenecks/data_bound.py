@@ -8,10 +8,9 @@ from msgspec.structs import replace
 
 from traceml.database.schema import Phase
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import main_library, runs_forward, workers_line
+from traceml.diagnosis.facts.blamed_lines import main_library, own_line, runs_forward, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.bottlenecks.phase_cost import PhaseCost, cost_of

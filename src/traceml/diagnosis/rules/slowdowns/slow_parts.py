@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_trainer, changed_line, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import MIN_SAMPLES, of_part
-from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.rules.slowdowns.slow_steps import DOMINANT_SHARE, SlowSteps
 from traceml.diagnosis.steps.own_work import COMPUTE
 from traceml.formatting import phase_words, phases_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.advice import WAITED_FOR, flush_denormals
-from traceml.diagnosis.facts.blamed_lines import calls_collectives, outside_line
+from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, calls_code, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES, SlowParts
 from traceml.formatting import phases_text, ranks_text
@@ -82,7 +82,7 @@ def _for_shape(shape: str, part: str | None, where: SlowParts, facts: JobFacts) 
 def _for_growing_messages(facts: JobFacts) -> str:
     """Return the advice about communication that takes longer from step to step."""
     caller = outside_line(facts.lines, COMM)
-    is_known = caller is not None and calls_collectives(facts.lines, COMM, caller)
+    is_known = caller is not None and calls_code(facts.lines, COMM, caller, COLLECTIVES)
     return (
         f"Look at how much {caller.place if caller and is_known else 'the script'} sends: an object that grows "
         "(all_gather_object of a list), or larger tensors. Otherwise at the links between the ranks, and at what "
