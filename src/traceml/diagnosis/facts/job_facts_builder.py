@@ -49,6 +49,13 @@ _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
 _LOADER_FIELDS = tuple(LoaderFacts.__struct_fields__)
+_OF_SETUP = (InfoKind.PROCESS, InfoKind.MODEL, InfoKind.GROUP, InfoKind.OPTIMIZER)
+# Fields of `JobFacts` that the builder has under the same name: as they are, and as copies.
+_SHARED = (
+    "world_size", "state", "time", "accelerator", "ended_by", "samples", "workers", "batches", "losses", "skipped",
+    "pauses", "memory", "turnover", "health", "topology", "epochs",
+)  # fmt: skip
+_COPIED = ("hosts", "loaders", "lost_workers", "growing", "save_folders", "stops", "joined", "bound_cores")
 
 
 class JobFactsBuilder:
@@ -86,10 +93,10 @@ class JobFactsBuilder:
         self.topology = Topology(hosts=self.hosts)
         self.stops: dict[int, list[Stop]] = {}
         self.joined: dict[int, list[int]] = {}
-        self._epochs = np.empty(0, EPOCHS.dtype)
+        self.epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
-        self._bound_cores: dict[int, frozenset[int]] = {}
+        self.bound_cores: dict[int, frozenset[int]] = {}
         self._waits = CoreWaits()
         self.competing_processes = CompetingProcessHistory()
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
@@ -114,6 +121,9 @@ class JobFactsBuilder:
         self.topology.info(rank, row)
         self._models.info(rank, row)
         kind = row.get("kind")
+        if kind in _OF_SETUP:
+            self._take_setup(rank, row)
+
         take = self._BY_KIND.get(kind) if isinstance(kind, str) else None
         if take is not None:
             take(self, rank, row)
@@ -172,8 +182,7 @@ class JobFactsBuilder:
         if isinstance(row.get("folder"), str):
             self.save_folders[rank] = row["folder"]
 
-    def _take_process(self, rank: int, row: Mapping[str, Any]) -> None:
-        self._take_setup(rank, row)
+    def _take_process(self, _rank: int, row: Mapping[str, Any]) -> None:
         if row.get("tracing") is False:
             self._facts["only_logs"] = True
 
@@ -185,14 +194,9 @@ class JobFactsBuilder:
             self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__struct_fields__})
 
         if isinstance(bound := row.get("bound_cores"), list):
-            self._bound_cores[rank] = frozenset(each for each in bound if isinstance(each, int))
+            self.bound_cores[rank] = frozenset(each for each in bound if isinstance(each, int))
 
         self.batches.model(rank, row)
-        self._take_setup(rank, row)
-
-    def _take_group(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.batches.group.group(row)
-        self._take_setup(rank, row)
 
     def _take_same_order(self, _rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("number"), int):
@@ -202,11 +206,9 @@ class JobFactsBuilder:
         place = str(row.get("file")), str(row.get("function"))
         self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
 
-    def _take_optimizer(self, rank: int, row: Mapping[str, Any]) -> None:
+    def _take_optimizer(self, _rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("history_bytes"), int):
             self._facts["history_bytes"] = max(self._facts.get("history_bytes", 0), row["history_bytes"])
-
-        self._take_setup(rank, row)
 
     def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
         self._facts |= {field: row[key] for key, field in _KEPT.items() if row.get(key) is not None}
@@ -252,7 +254,7 @@ class JobFactsBuilder:
         InfoKind.TRACING: lambda self, *_: self._facts.update(only_logs=False),
         InfoKind.OPTIMIZER: _take_optimizer,
         InfoKind.MODEL: _take_model,
-        InfoKind.GROUP: _take_group,
+        InfoKind.GROUP: lambda self, _, row: self.batches.group.group(row),
     }
 
     def _progress(self) -> JobProgress | None:
@@ -293,10 +295,10 @@ class JobFactsBuilder:
     def epoch_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.EPOCHS`; those of the lowest rank are kept, as all ranks begin epochs alike."""
         if self._epochs_rank is None or rank < self._epochs_rank:
-            self._epochs_rank, self._epochs = rank, self._epochs[:0]
+            self._epochs_rank, self.epochs = rank, self.epochs[:0]
 
         if rank == self._epochs_rank:
-            self._epochs = join_rows([self._epochs, rows])[-_MAX_EPOCHS:]
+            self.epochs = join_rows([self.epochs, rows])[-_MAX_EPOCHS:]
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
@@ -351,57 +353,35 @@ class JobFactsBuilder:
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         startup_run_s, startup_wait_s = self._waits.of_start_up_s()
         facts = JobFacts(
-            world_size=self.world_size,
             resumes_at=self.counted_before,
             first_step=self.numbers.first,
-            hosts=dict(self.hosts),
             cores=cores,
-            bound_cores=dict(self._bound_cores),
             wait_of_ready_time=self._waits.of_ready_time(),
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
+        shared |= {name: dict(getattr(self, name)) for name in _COPIED} | self._facts
             wait_of_wall_time=self._waits.of_wall_time(),
             core_wait_s=self._waits.observed_s(),
             startup_wait_s=startup_wait_s,
             startup_run_s=startup_run_s,
             competing_processes=self.competing_processes.others,
             started_processes=self.competing_processes.started,
-            samples=self.samples,
             model=self._model or ModelFacts(),
-            accelerator=self.accelerator,
             backend=self.batches.group.backends.get(self.accelerator or "cpu"),
             other_models=self._models.steps,
             same_models=self._models.returns,
             trainings_begin=self._models.begins,
-            ended_by=self.ended_by,
             loader=self._loaders[0] if self._loaders else None,
-            loaders=dict(self.loaders),
-            workers=self.workers,
-            lost_workers=dict(self.lost_workers),
-            growing=dict(self.growing),
             limits=self.limits.uses(),
-            save_folders=dict(self.save_folders),
-            memory=self.memory,
             lines=LazyLines(self.lines, ends_ns, has_ended=self.state != RunStatus.RUNNING),
             thread_lines=self.lines.of_other_threads(),
             lines_of_workers=LazyWorkerLines(self.lines),
             divided_lines=partial(self.lines.divided, latest, ends_ns),
             lines_apart=partial(self.lines.apart_from, latest, ends_ns),
-            skipped=self.skipped,
-            losses=self.losses,
-            batches=self.batches,
             latest=tuple(latest),
             progress=self._progress(),
-            pauses=self.pauses,
-            stops=dict(self.stops),
-            joined=dict(self.joined),
-            turnover=self.turnover,
-            health=self.health,
-            topology=self.topology,
-            epochs=self._epochs,
             read_micro_batches=lambda: self.progress.micro_batches,
-            time=self.time,
             exits=tuple(self._ended(rank, latest) for rank in sorted(self.exits)),
-            state=self.state,
-            **self._facts,
+            **shared,
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
         loader = facts.loader if trained is None else trained
