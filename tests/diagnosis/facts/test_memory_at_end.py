@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from traceml.diagnosis.facts.memory_at_end import EndMemory, MemoryTail
+from traceml.diagnosis.facts.memory_growth import EndMemory, MemoryTail
 
 MIB = 1 << 20
 

@@ -1,4 +1,4 @@
-"""Growth of memory over the run, by rank: steady growth apart from caches that fill and peaks that pass.
+"""Memory over the run, by rank: steady growth apart from caches that fill and peaks that pass; and its last minute.
 
 Few samples are kept, evenly spread over the run. Each stands for several and is the lowest of them, so that peaks of a
 checkpoint or an evaluation do not count.
@@ -18,9 +18,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
-from traceml.diagnosis.facts.memory_at_end import EndMemory, MemoryTail
 
-__all__ = ["DeviceMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
+__all__ = ["DeviceMemory", "EndMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
 
 MAX_POINTS = 96
 """Samples that are kept of each curve."""
@@ -47,6 +46,11 @@ _MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
 _MIN_LATE_RISE = 0.4  # of the mean rise of a part, for the newest ones: what slows down more is a cache that fills
 _LATELY = 6  # the newest parts are one in this many
 _RECENT = 12
+_TAIL_NS = 60 * 10**9
+_TAIL_ROWS = 256  # a sample is taken twice a second at most
+_MIN_TAIL_ROWS, _MIN_TAIL_NS = 3, 10**9
+# Of the growth, the first half of the time has this share; else it was a jump, for which a rate means nothing.
+_STEADY_HALF = (0.25, 0.75)
 _Points = NDArray[np.int64]  # rows of (step, t_ns, bytes)
 
 
@@ -300,6 +304,75 @@ def _lowest_of_parts(points: _Points, count: int) -> _Points:
     each, longer = divmod(len(points), count)
     cut = longer * (each + 1)
     return np.concatenate([_lowest(points[:cut], each + 1), _lowest(points[cut:], each)])
+
+
+class EndMemory(msgspec.Struct, frozen=True):
+    """Resident memory of a rank, or private memory of its loader's workers, in the last sample."""
+
+    used_bytes: int
+    peak_bytes: int  # of all samples
+    # its growth until then, of the last minute at most; None if it did not grow, or by a jump
+    per_minute_bytes: int | None
+
+
+class MemoryTail:
+    """Samples of the last minute of one rank's memory."""
+
+    def __init__(self) -> None:
+        self._times: NDArray[np.int64] = np.empty(0, np.int64)
+        self._sizes: NDArray[np.int64] = np.empty(0, np.int64)
+        self._peak = 0
+        self._training = False
+
+    def add(self, times_ns: NDArray[np.int64], sizes: NDArray[np.int64], training: NDArray[np.bool_]) -> None:
+        """Take samples in order: monotonic nanoseconds, bytes, and whether the first step had begun."""
+        if not len(times_ns):
+            return
+
+        if not self._training and training.any():  # imports and data that are loaded are no growth of the training
+            self._times, self._sizes, self._training = self._times[:0], self._sizes[:0], True
+
+        if self._training:
+            times_ns, sizes = times_ns[training], sizes[training]
+            if not len(times_ns):
+                return
+
+        times, sizes = np.concatenate([self._times, times_ns]), np.concatenate([self._sizes, sizes])
+        recent = times >= times[-1] - _TAIL_NS
+        self._times, self._sizes = times[recent][-_TAIL_ROWS:], sizes[recent][-_TAIL_ROWS:]
+        self._peak = max(self._peak, int(sizes.max()))
+
+    def at_end(self, *, trained: bool = False) -> EndMemory | None:
+        """Return the memory in the last sample; None without any.
+
+        Args:
+            trained: whether the rank has trained, maybe too short for a sample: what it loaded before is no growth.
+        """
+        if not len(self._sizes):
+            return None
+
+        rate = None if trained and not self._training else self._per_minute()
+        return EndMemory(int(self._sizes[-1]), self._peak, rate)
+
+    def _per_minute(self) -> int | None:
+        """Return the growth of the longest part up to the end that is steady: it may have begun late."""
+        count = len(self._times)
+        while count >= _MIN_TAIL_ROWS:
+            if (rate := _steady_rate(self._times[-count:], self._sizes[-count:])) is not None:
+                return rate
+
+            count -= max(count // 4, 1)
+
+        return None
+
+
+def _steady_rate(times: NDArray[np.int64], sizes: NDArray[np.int64]) -> int | None:
+    passed_ns, grown = int(times[-1] - times[0]), int(sizes[-1] - sizes[0])
+    if passed_ns < _MIN_TAIL_NS or grown <= 0:
+        return None
+
+    half = float(np.interp(times[0] + passed_ns / 2, times, sizes)) - float(sizes[0])
+    return int(grown * 60e9 / passed_ns) if _STEADY_HALF[0] * grown <= half <= _STEADY_HALF[1] * grown else None
 
 
 class HostMemory(msgspec.Struct, frozen=True):
