@@ -30,6 +30,8 @@ __all__ = [
     "UNNAMED_CODE",
     "LateRanks",
     "OwnWork",
+    "Rows",
+    "excess_over_others",
     "have_half",
     "is_grouped",
     "iterator_wait",
@@ -52,6 +54,9 @@ _MIN_MEASURED = 5
 _MANY_RANKS = 40
 _LITTLE_INPUT = 0.01  # of the step
 _MIN_SURPLUS_NS = 0.5e6
+
+Rows = NDArray[np.intp]
+"""Indices of ranks in the window."""
 
 
 class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -97,7 +102,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Return the ranks that a finding names, given which rows it is about: none if it is about all."""
         return () if has.all() else tuple(self.ranks_of(np.flatnonzero(has)))
 
-    def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
+    def ranks_of(self, rows: Rows) -> list[int]:
         """Return the ranks of some rows, and those that they represent."""
         ranks = self.ranks[rows].tolist()
         return sorted(each for rank in ranks for each in self.represents.get(rank, (rank,)))
@@ -172,8 +177,8 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
         group: the host, switch or part of the mesh that they are; None for single ranks.
     """
 
-    rows: NDArray[np.intp]
-    others: NDArray[np.intp]
+    rows: Rows
+    others: Rows
     ranks: tuple[int, ...]
     other_ranks: list[int]
     part: str
@@ -182,6 +187,14 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     everywhere: bool
     by_part_ns: Mapping[str, float]
     group: RankGroup | None = None
+
+
+def excess_over_others(values: Floats, late: Rows, others: Rows) -> Floats:
+    """Return by how much the work of late ranks is longer than that of the others, the means, by step.
+
+    Not the median: with skewed noise, the median of several ranks is below the mean of each of them.
+    """
+    return np.asarray(values[late].mean(axis=0) - values[others].mean(axis=0))
 
 
 def iterator_wait(work: OwnWork, lines: Sequence[SampledLine], step_ns: float) -> float:

@@ -8,8 +8,7 @@ import numpy as np
 
 from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.rules.stragglers.other_ranks import Rows
-from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, Rows
 
 __all__ = [
     "FAR_MORE_WORK",

@@ -1,18 +1,34 @@
-"""Whether ranks work more than the others by chance, always, or in everything."""
+"""Whether ranks work more than the others by chance, always, in one part of the step, or in everything.
+
+The sum of a rank's own work hides a weak fault in the noise of its heaviest part. Each part by itself does not: the
+difference between a rank and the others is taken step by step, and compared with its own noise. Noise that lasts many
+steps, as from another program, is recognized by the means of batches and of quarters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
 from math import hypot
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows
-from traceml.diagnosis.steps.long_steps import long_steps_blame
-from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
-from traceml.diagnosis.steps.steady_excess import mean_and_error
+from traceml.diagnosis.steps.long_steps import count_long_steps, long_steps_blame
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, Rows
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["EVERYWHERE_SHARE", "is_significant", "is_slower_overall", "persists"]
+__all__ = [
+    "EVERYWHERE_SHARE",
+    "OtherRanks",
+    "SteadyExcess",
+    "is_significant",
+    "is_slower_overall",
+    "mean_and_error",
+    "persists",
+    "steady_excesses",
+]
 
 EVERYWHERE_SHARE = 0.30
 """A rank that is slower in everything is reported if its excess is at least this share of the step."""
@@ -22,8 +38,44 @@ MIN_Z_SCORE_OF_LONG = 1.5
 """With a smaller z-score than that, but not than this, long steps are counted."""
 SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
-SIMILAR_MIN_Z_SCORE = 2.0
-"""The excess of that second part must be this many standard errors above 0."""
+SIDE_Z_SCORE = 2.0
+"""The excess of another part counts from so many standard errors above 0 on."""
+STEADY_Z_SCORE = 5.0
+"""A steady excess is this many above 0: by chance less often than once in a million parts and ranks."""
+MIN_QUARTER = 0.25
+"""In each quarter of the window a steady excess is at least this share of its mean."""
+DISTINCT_RATIO = 1.5
+"""It is this many times that of any other rank in the same part."""
+_MIN_STEPS = 10
+_BATCHES = 8
+
+
+class OtherRanks(msgspec.Struct, frozen=True, dict=True):
+    """The ranks that are not late, by whose work late ones are judged, each of thousands."""
+
+    work: OwnWork
+    rows: Rows
+    late: Rows  # the ranks that are judged, of which some may turn out not to be late
+
+    @cached_property
+    def all_ranks(self) -> list[int]:
+        """All ranks but the judged ones, also those whose lateness is known."""
+        return self.work.ranks_of(np.delete(np.arange(len(self.work.ranks)), self.late))
+
+    @cached_property
+    def own(self) -> Floats:
+        """Their mean own work, by step."""
+        return np.asarray(self.work.own[self.rows].mean(axis=0))
+
+    @cached_property
+    def parts(self) -> dict[str, Floats]:
+        """Its parts."""
+        return {part: np.asarray(values[self.rows].mean(axis=0)) for part, values in self.work.parts.items()}
+
+    @cached_property
+    def long_steps(self) -> NDArray[np.int64]:
+        """Long steps of all ranks, compared with theirs."""
+        return count_long_steps(self.work, self.rows)
 
 
 def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -> bool:
@@ -35,8 +87,7 @@ def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -
     excess = {name: work.in_measured(name, work.parts[name][rows].mean(axis=0) - usual.parts[name]) for name in base}
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
-        float(excess[name].mean()) / base[name] >= least
-        and np.divide(*mean_and_error(excess[name])) >= SIMILAR_MIN_Z_SCORE
+        float(excess[name].mean()) / base[name] >= least and np.divide(*mean_and_error(excess[name])) >= SIDE_Z_SCORE
         for name in base
         if name != part and base[name] >= 0.01 * sum(base.values())
     )
@@ -59,3 +110,74 @@ def persists(excess: Floats, work: OwnWork) -> bool:
     """Return whether ranks are slower in everything in both halves of the window."""
     halves = zip(np.array_split(excess, 2), np.array_split(work.step, 2), strict=True)
     return all(float(half.mean()) >= EVERYWHERE_SHARE * float(step.mean()) for half, step in halves)
+
+
+class SteadyExcess(msgspec.Struct, frozen=True):
+    """A rank's excess in a part of the step, throughout the window."""
+
+    row: int
+    part: str
+    mean_ns: float  # mean excess over the other ranks
+    dominance: float  # its share of the excesses of all parts that are not noise
+
+
+def steady_excesses(work: OwnWork, min_ns: float) -> list[SteadyExcess]:
+    """Return the steady excess of a rank in each part that has one, the largest first."""
+    found = [each for part in work.parts for each in _of_part(work, part, min_ns)]
+    return sorted(found, key=lambda each: -each.mean_ns)
+
+
+def _of_part(work: OwnWork, part: str, min_ns: float) -> Iterator[SteadyExcess]:
+    excess = _excess(work, part)
+    if excess.shape[1] < _MIN_STEPS:
+        return
+
+    means = excess.mean(axis=1)
+    row = int(means.argmax())
+    second = float(np.delete(means, row).max())
+    if means[row] < max(min_ns, DISTINCT_RATIO * second) or not _is_steady(excess[row]):
+        return
+
+    mean = float(means[row])
+    beside = sum(_side_excess(work, name, row) for name in work.parts if name != part)
+    yield SteadyExcess(row, part, mean, mean / (mean + beside))
+
+
+def _excess(work: OwnWork, part: str) -> Floats:
+    """Return each rank's work in a part beyond the mean of the others, in the steps that measured it."""
+    values = work.in_measured(part, work.parts[part])
+    others = (values.sum(axis=0) - values) / max(len(values) - 1, 1)
+    return np.asarray(values - others)
+
+
+def _side_excess(work: OwnWork, part: str, row: int) -> float:
+    excess = _excess(work, part)[row]
+    if not excess.size:
+        return 0.0
+
+    mean, error = mean_and_error(excess)
+    return mean if mean >= SIDE_Z_SCORE * error else 0.0
+
+
+def _is_steady(excess: Floats) -> bool:
+    mean, error = mean_and_error(excess)
+    quarters: list[Floats] = np.array_split(excess, 4)
+    return mean >= STEADY_Z_SCORE * error and all(float(each.mean()) >= MIN_QUARTER * mean for each in quarters)
+
+
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
+    number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
+    begins, sizes = _batches(len(values), number)
+    means = np.add.reduceat(values, begins, dtype=np.float64) / sizes
+    mean = float(means.sum()) / number
+    spread = means - mean
+    error = (float(spread @ spread) / (number * (number - 1))) ** 0.5 if number > 1 else 0.0
+    return mean, max(error, 1.0)
+
+
+@lru_cache(maxsize=16)
+def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the beginning and the size of each of several batches of steps, as equal as can be."""
+    ends = np.arange(number + 1) * steps // number
+    return ends[:-1], np.diff(ends)

@@ -22,16 +22,17 @@ from traceml.diagnosis.rules.stragglers.core_lack import (
 )
 from traceml.diagnosis.rules.stragglers.excess_tests import (
     EVERYWHERE_SHARE,
+    OtherRanks,
+    SteadyExcess,
     is_significant,
     is_slower_overall,
     persists,
+    steady_excesses,
 )
-from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows, excess_over_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import share_late
 from traceml.diagnosis.steps.long_steps import RARE
-from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork, Rows, excess_over_others
 from traceml.diagnosis.steps.speedup import saved_ns, with_typical_work
-from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["find_late", "late_in_one_part", "without_late"]

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.rules.stragglers.other_ranks import excess_over_others, mean_of_others
-from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import (
     capitalized,
@@ -98,7 +97,7 @@ def late_summary(
     many, cost = len(late.ranks) > 1, "costs"
     subject = f"{_subject(late)} {'slow' if many else 'slows'} the others down"
     own = work.parts[late.part]
-    mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
+    mine, others = float(own[late.rows].mean()), float(own[late.others].mean(axis=0).mean())
     if late.everywhere:
         without = untimed or f"; without it steps would be {gain_text(gain)}"
         return (
@@ -180,7 +179,7 @@ def _subject(late: LateRanks) -> str:
 def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks) -> dict[str, object]:
     """Return the numbers behind that sentence."""
     own = work.parts[late.part]
-    mine, others = own[late.rows], mean_of_others(own[late.others])
+    mine, others = own[late.rows], own[late.others].mean(axis=0)
     evidence: dict[str, object] = {
         "step_ms": work.step_ns / 1e6,
         "own_ms": float(mine.mean()) / 1e6,

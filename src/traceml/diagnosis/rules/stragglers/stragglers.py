@@ -27,7 +27,6 @@ from traceml.diagnosis.rules.stragglers.core_lack import (
 )
 from traceml.diagnosis.rules.stragglers.excess_tests import EVERYWHERE_SHARE
 from traceml.diagnosis.rules.stragglers.late_ranks import find_late, late_in_one_part, without_late
-from traceml.diagnosis.rules.stragglers.other_ranks import excess_over_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import (
     fewer_workers,
     is_hidden,
@@ -42,6 +41,7 @@ from traceml.diagnosis.steps.own_work import (
     UNNAMED_CODE,
     LateRanks,
     OwnWork,
+    excess_over_others,
     iterator_wait,
 )
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work

@@ -7,8 +7,8 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.rules.stragglers.excess_tests import mean_and_error, steady_excesses
 from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
-from traceml.diagnosis.steps.steady_excess import mean_and_error, steady_excesses
 
 
 def work(job: Job, *faults: Fault) -> OwnWork:
