@@ -61,8 +61,7 @@ from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.single_pauses import SinglePauses, single_pauses
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
-from traceml.diagnosis.steps.paces import by_pace
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, by_pace, own_work_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed, without_more_passes
 from traceml.diagnosis.steps.step_history import StepHistory

@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.paces import by_pace
+from traceml.diagnosis.steps.own_work import by_pace
 
 SLOW = window_of(Job(ranks=2), adds("other", 40.0, (1,)))
 FAST = window_of(Job(ranks=2), seed=1)

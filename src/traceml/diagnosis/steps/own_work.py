@@ -31,6 +31,7 @@ __all__ = [
     "LateRanks",
     "OwnWork",
     "Rows",
+    "by_pace",
     "excess_over_others",
     "have_half",
     "is_grouped",
@@ -47,10 +48,14 @@ UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 """Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
 ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
+FASTER = 1.2
+"""Ranks do not wait for those whose steps take this many times as long."""
 
 # In a group these are split or shifted; user phases are parts by name.
 _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
+_PACE_PARTS = 8
+_EDGE = 1  # steps at each end of a window, which may have what precedes and follows a training
 _MANY_RANKS = 40
 _LITTLE_INPUT = 0.01  # of the step
 _MIN_SURPLUS_NS = 0.5e6
@@ -268,6 +273,26 @@ def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     # Ranks that reported no group are in one if they did what only a group does.
     collectives = window.times["comm"].any() and not facts.rpc
     return bool(not np.isnan(window.backward_own).all() or collectives)
+
+
+def by_pace(window: AlignedSteps, facts: JobFacts) -> tuple[AlignedSteps, AlignedSteps | None]:
+    """Return the ranks that take as long for their steps as the slowest, and the others, if there are any.
+
+    Process groups may be apart from each other, as pairs of ranks that share a model each, and no pair waits for
+    another. The rows do not tell the groups, but a rank that waits for another one takes as long for its steps as that
+    one. A rank that is faster is so in all steps together, and in most parts of the window: ranks may meet in every
+    n-th step only, and one may pause outside of its steps.
+    """
+    times = window.total[:, _EDGE:-_EDGE]
+    # What some ranks evaluate is in no step of theirs, and may be in those of the ranks that wait for them.
+    evaluate_alone = facts.time is not None and facts.time.evaluators
+    if evaluate_alone or times.shape[1] < _PACE_PARTS or not is_grouped(window, facts):
+        return window, None
+
+    parts = np.array([part.mean(axis=1) for part in np.array_split(times, _PACE_PARTS, axis=1)])
+    paces = times.mean(axis=1), np.median(parts, axis=0)
+    slow = np.any([FASTER * pace >= pace.max() for pace in paces], axis=0)
+    return (window, None) if slow.all() else (window.of_ranks(slow), window.of_ranks(~slow))
 
 
 def _user_parts(window: AlignedSteps) -> dict[str, Floats]:
