@@ -33,8 +33,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
-from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows, SampledSteps
-from traceml.diagnosis.steps.spread_steps import SpreadSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows, SampledSteps, SpreadSteps
 
 __all__ = ["RowIntake"]
 

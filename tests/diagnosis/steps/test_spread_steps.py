@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from traceml.database.schema import DEVICE_STEPS, USER_PHASES
-from traceml.diagnosis.steps.spread_steps import SpreadSteps
+from traceml.diagnosis.steps.kept_steps import SpreadSteps
 
 SLOTS = 256
 
