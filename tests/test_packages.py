@@ -85,7 +85,6 @@ SUBPACKAGES = {
     "diagnosis.memory": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
     },
-    "diagnosis.devices": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.merged_hosts": {
         "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",

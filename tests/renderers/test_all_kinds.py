@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.diagnosis.devices.test_device_contention import SECONDS, shared
-from tests.diagnosis.devices.test_device_faults import GOOD
-from tests.diagnosis.devices.test_device_faults import facts as faulty
-from tests.diagnosis.devices.test_throttled import THERMAL
-from tests.diagnosis.devices.test_throttled import samples as hot_samples
+from tests.diagnosis.rules.test_device_contention import SECONDS, shared
+from tests.diagnosis.rules.test_device_faults import GOOD
+from tests.diagnosis.rules.test_device_faults import facts as faulty
+from tests.diagnosis.rules.test_throttled import THERMAL
+from tests.diagnosis.rules.test_throttled import samples as hot_samples
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.hangs import standing
 from tests.diagnosis.memory.memories import (

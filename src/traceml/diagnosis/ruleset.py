@@ -13,8 +13,6 @@ from traceml.database.states import RunStatus
 from traceml.diagnosis.advice import for_debugging
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.devices.device_contention import device_contention, without_changes_by_others
-from traceml.diagnosis.devices.device_health import device_faults, throttled
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
@@ -40,6 +38,7 @@ from traceml.diagnosis.rules.correctness import (
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
+from traceml.diagnosis.rules.devices import device_contention, device_faults, throttled, without_changes_by_others
 from traceml.diagnosis.rules.gil_contention import gil_contention
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis.devices.device_health import device_faults
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.rules.devices import device_faults
 
 GOOD = {"ecc_errors": 0, "remap_pending": 0, "remap_failed": 0, "max_clock_mhz": 1980}
 
