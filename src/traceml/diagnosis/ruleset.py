@@ -18,9 +18,8 @@ from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_ranks, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
-from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
-from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
+from traceml.diagnosis.memory.pressure import allocator_churn, memory_imbalance, memory_pressure
 from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks.data_bound import input_bound, transfers

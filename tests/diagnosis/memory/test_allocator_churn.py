@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.diagnosis.memory.allocator_churn import allocator_churn
+from traceml.diagnosis.memory.pressure import allocator_churn
 
 EMPTY_CACHE = "/x/torch/cuda/memory.py:222 empty_cache"
 

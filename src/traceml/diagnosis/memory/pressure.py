@@ -1,4 +1,4 @@
-"""Memory that is nearly full, and ranks that need more of it than the others."""
+"""Memory that is nearly full, or given back to the driver in each step, and ranks that need more than the others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import DeviceMemory, HostMemory
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import bytes_text, capitalized, percent_text, plural, ranks_text
+from traceml.formatting import bytes_text, capitalized, line_text, percent_text, plural, ranks_text
 
-__all__ = ["memory_imbalance", "memory_pressure"]
+__all__ = ["allocator_churn", "memory_imbalance", "memory_pressure"]
 
 FULL_SHARE = 0.93
 """Memory is nearly full from this used share on; of a device, the peak counts."""
@@ -23,6 +23,13 @@ UNEVEN_SHARE = 0.10
 """The difference is also this share of the memory that there is."""
 TIGHT_SHARE = 0.85
 """The largest rank is a warning from this share of its memory on; below, tensors leave room on a device."""
+MIN_PER_STEP = 0.9
+"""Blocks per step that are given back and requested again, from which on the loop does it."""
+_EMPTIES = " empty_cache"
+_CAUSES = (
+    "the script or a library calls torch.cuda.empty_cache() in the loop, or garbage_collection_threshold of "
+    "PYTORCH_CUDA_ALLOC_CONF is low"
+)
 _SMALLER = (
     "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
@@ -165,3 +172,48 @@ def _uneven(needs: dict[int, int], total: int, words: str) -> list[Finding]:
             },
         )
     ]
+
+
+def allocator_churn(facts: JobFacts) -> list[Finding]:
+    """Return the finding about ranks that give device memory back in each step: `empty_cache()` in the loop.
+
+    An allocator that lacks memory does so too: that is pressure, unless the call was seen.
+    """
+    lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries}
+    steady = facts.turnover.steady(facts.last_step, MIN_PER_STEP)
+    found = {key: each for key, each in steady.items() if key not in lacking or _empties_at(key[0], facts)}
+    if not found:
+        return []
+
+    ranks = tuple(sorted({rank for rank, _ in found}))
+    worst = max(found, key=lambda key: found[key].per_step)
+    turnover, place = found[worst], _empties_at(worst[0], facts)
+    gives, requests = ("give", "request") if len(ranks) > 1 else ("gives", "requests")
+    cause = f"empty_cache() is called at {line_text(*place)}" if place else _CAUSES
+    return [
+        Finding.of(
+            Kind.ALLOCATOR_CHURN,
+            ranks=ranks if len(ranks) < facts.world_size else (),
+            summary=(
+                f"{capitalized(ranks_text(ranks))} {gives} {turnover.per_step:.1f} blocks of device memory per step "
+                f"back to the driver and {requests} as many again: {cause}."
+            ),
+            next=(
+                "Do not empty the cache in the loop: torch reuses freed memory automatically, and each call waits for "
+                "the device. Against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+            ),
+            evidence={
+                "blocks_per_step": turnover.per_step,
+                "device": turnover.device,
+                "since_step": turnover.first_step,
+                **(dict(zip(("file", "line", "function"), place, strict=True)) if place else {}),
+            },
+        )
+    ]
+
+
+def _empties_at(rank: int, facts: JobFacts) -> tuple[str, int, str] | None:
+    """Return the user's line that was seen most in `empty_cache`; None if it was not seen."""
+    seen = [each for each in facts.lines if each.rank == rank and (each.library or "").endswith(_EMPTIES)]
+    most = max((each for each in seen if each.file), key=lambda each: each.samples, default=None)
+    return None if most is None else (str(most.file), int(most.line or 0), str(most.function))
