@@ -6,9 +6,8 @@ from tests.diagnosis.fabricated import Job, window_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, with_global_step_numbers
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.ruleset import diagnose
 
 FAILED = RankExit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -10,8 +11,12 @@ import msgspec
 
 from traceml.diagnosis import headlines
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
+from traceml.formatting import count_text
 
-__all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "significant"]
+__all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "significant", "with_global_step_numbers"]
+
+_NUMBERS = ("step", "last_step", "since_step", "until_step", "apart_since_step")
+_IN_TEXT = re.compile(r"(?<=\bstep )\d+(?:,\d{3})*")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +142,33 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
         return finding.cost_share * (1.0 if finding.kind.rule.of_run else in_steps)
 
     return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
+
+
+def with_global_step_numbers(found: Finding, before: int) -> Finding:
+    """Return a finding with the step numbers of the whole training, which a script that resumes counts on.
+
+    The rules judge the steps of one process, which are counted from 0.
+
+    Args:
+        before: steps in the checkpoint from which it resumed; 0: it did not.
+    """
+    known = {name: found.evidence[name] for name in _NUMBERS if isinstance(found.evidence.get(name), int)}
+    if not before or not known:
+        return found
+
+    shifted = {count_text(number): count_text(number + before) for number in known.values()}
+    said = str(found.evidence.get("exception") or "")  # the numbers in it are the script's own
+
+    def counted_on(text: str) -> str:
+        parts = text.split(said) if said else [text]
+        return said.join(_IN_TEXT.sub(lambda number: shifted.get(number[0], number[0]), part) for part in parts)
+
+    return msgspec.structs.replace(
+        found,
+        summary=counted_on(found.summary),
+        next=counted_on(found.next),
+        evidence={**found.evidence, **{name: number + before for name, number in known.items()}, "resumed_at": before},
+    )
 
 
 class Explanation(NamedTuple):

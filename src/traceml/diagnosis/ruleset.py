@@ -14,13 +14,12 @@ from traceml.diagnosis.advice import for_debugging
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, in_order
+from traceml.diagnosis.findings import Finding, in_order, with_global_step_numbers
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_ranks, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import allocator_churn, memory_imbalance, memory_pressure
-from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks.data_bound import input_bound, transfers
 from traceml.diagnosis.rules.bottlenecks.own_code import residual
