@@ -17,29 +17,18 @@ _LOWERED = 0.98
 
 
 class GpuHealth(msgspec.Struct):
-    """A device.
-
-    Attributes:
-        index: NVML's number of it.
-        ecc_before: memory errors that ECC could not correct, when the run began; -1 where that is not known.
-        ecc_errors: the same now.
-        remap_pending, remap_failed: whether memory waits for a reset to be replaced, or cannot be.
-        max_clock_mhz: highest clock; -1 where it is not known.
-        power_limit_w, default_power_limit_w: power that it may draw, and may draw unless somebody changes it; -1 where
-            that is not known.
-        xids: its first XID events: number and open step.
-    """
+    """A device."""
 
     rank: int
-    index: int
-    ecc_before: int = -1
-    ecc_errors: int = -1
-    remap_pending: int = -1
-    remap_failed: int = -1
-    max_clock_mhz: int = -1
-    power_limit_w: int = -1
-    default_power_limit_w: int = -1
-    xids: list[tuple[int, int]] = []
+    index: int  # NVML's number of it
+    ecc_before: int = -1  # memory errors that ECC could not correct, when the run began; -1 where that is not known
+    ecc_errors: int = -1  # the same now
+    remap_pending: int = -1  # whether memory waits for a reset to be replaced
+    remap_failed: int = -1  # whether it cannot be replaced
+    max_clock_mhz: int = -1  # highest clock; -1 where it is not known
+    power_limit_w: int = -1  # power that it may draw; -1 where that is not known
+    default_power_limit_w: int = -1  # power that it may draw unless somebody changes it
+    xids: list[tuple[int, int]] = []  # its first XID events: number and open step
 
     @property
     def new_errors(self) -> int:

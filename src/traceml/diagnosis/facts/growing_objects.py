@@ -17,38 +17,24 @@ MIN_KEPT = 0.5
 
 
 class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
-    """A container, or a tensor with its graph; see `recorder.growth.reachable_objects`.
+    """A container, or a tensor with its graph; see `recorder.growth.reachable_objects`."""
 
-    Attributes:
-        path: expression that reaches it; `outputs[...]` for several in one container.
-        file, line, function: the code with the variable; the line that adds to it, where only one does.
-        kind: its type; `graph` for a tensor, `lru_cache` for a cached function, `hooks` of a module or parameter,
-            `param_groups` of an optimizer, `figures` of pyplot.
-        count: elements, or operations of the graph.
-        per_step: how many came in a step.
-        steps: number of steps in which they were counted; 0 if unknown.
-        step: the step at which they were counted last; -1 where it is not known.
-        item_bytes: size of an element.
-        holds_graph: whether the elements hold the graph of their computation.
-        of_dataset: whether a data set holds it.
-        is_copied: whether a longer copy took its place.
-        max_size: elements that it holds at most; 0 for no bound.
-    """
-
-    path: str
-    file: str
+    path: str  # expression that reaches it; `outputs[...]` for several in one container
+    file: str  # the code with the variable; the line that adds to it, where only one does
     function: str
+    # its type; `graph` for a tensor, `lru_cache` for a cached function, `hooks` of a module or parameter,
+    # `param_groups` of an optimizer, `figures` of pyplot
     kind: str
-    count: int
-    per_step: float
-    item_bytes: int
+    count: int  # elements, or operations of the graph
+    per_step: float  # how many came in a step
+    item_bytes: int  # size of an element
     line: int | None = None
-    steps: int = 0
-    step: int = -1
-    holds_graph: bool = False
-    of_dataset: bool = False
-    is_copied: bool = False
-    max_size: int = 0
+    steps: int = 0  # number of steps in which they were counted; 0 if unknown
+    step: int = -1  # the step at which they were counted last; -1 where it is not known
+    holds_graph: bool = False  # whether the elements hold the graph of their computation
+    of_dataset: bool = False  # whether a data set holds it
+    is_copied: bool = False  # whether a longer copy took its place
+    max_size: int = 0  # elements that it holds at most; 0 for no bound
 
     @property
     def are_many(self) -> bool:

@@ -64,27 +64,17 @@ class MemoryKind(StrEnum):
 
 
 class GrowthEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Growth of a curve after its warm-up.
+    """Growth of a curve after its warm-up."""
 
-    Attributes:
-        bytes_per_step, bytes_per_s: the median slope.
-        grown_bytes: growth from the first quarter of the time, or of the steps, to the last.
-        since_step: first step of the samples.
-        rises: whether each quarter of it is above the one before, by an amount that counts.
-        steady: whether it also grew all the time; else it may be noise, or copies that come and go.
-        in_stairs: whether it did not rise from each part of the run to the next one.
-        samples: number of samples that it was seen in.
-    """
-
-    bytes_per_step: float
+    bytes_per_step: float  # the median slope
     bytes_per_s: float
-    grown_bytes: int
-    since_step: int
+    grown_bytes: int  # growth from the first quarter of the time, or of the steps, to the last
+    since_step: int  # first step of the samples
     now_bytes: int
-    rises: bool
-    steady: bool
-    in_stairs: bool = False
-    samples: int = 0
+    rises: bool  # whether each quarter of it is above the one before, by an amount that counts
+    steady: bool  # whether it also grew all the time; else it may be noise, or copies that come and go
+    in_stairs: bool = False  # whether it did not rise from each part of the run to the next one
+    samples: int = 0  # number of samples that it was seen in
 
 
 class MemoryCurve:
@@ -384,20 +374,14 @@ class HostMemory(msgspec.Struct, frozen=True):
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
-    """Memory of a device as torch's allocator in one rank sees it.
-
-    Attributes:
-        rank, device: the rank, and its number of the device.
-        allocated_bytes, peak_bytes: in use now, and at most so far.
-        retries: allocations that succeeded only after the cache was freed.
-    """
+    """Memory of a device as torch's allocator in one rank sees it."""
 
     rank: int
-    device: int
-    allocated_bytes: int
-    peak_bytes: int
+    device: int  # the rank's number of it
+    allocated_bytes: int  # in use now
+    peak_bytes: int  # in use at most so far
     total_bytes: int
-    retries: int
+    retries: int  # allocations that succeeded only after the cache was freed
 
 
 _OF_DEVICE = {

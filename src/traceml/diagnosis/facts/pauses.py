@@ -26,22 +26,15 @@ Floats = NDArray[np.float32]
 
 
 class Saves(msgspec.Struct, frozen=True):
-    """Checkpoints of the rank that took longest for them; None if a fact is not known.
+    """Checkpoints of the rank that took longest for them; None if a fact is not known."""
 
-    Attributes:
-        size_bytes: mean size of one; of several files that a step saves, their sum.
-        target: file or folder of the newest.
-        file, line, function: the user's line that called for most of them.
-        asynchronous: True if the files of most are written after the call has returned.
-    """
-
-    size_bytes: float | None
+    size_bytes: float | None  # mean size of one; of several files that a step saves, their sum
     bytes_per_s: float | None
-    target: str | None
-    file: str | None
+    target: str | None  # file or folder of the newest
+    file: str | None  # the user's line that called for most of them, with `line` and `function`
     line: int | None
     function: str | None
-    asynchronous: bool | None = None
+    asynchronous: bool | None = None  # True if the files of most are written after the call has returned
 
     def evidence(self) -> dict[str, object]:
         """Return what is known, as a finding's evidence."""

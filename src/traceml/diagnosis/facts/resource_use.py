@@ -31,18 +31,13 @@ _OF_WARM_UP = (Resource.OPEN_FILES, Resource.PROCESSES, Resource.MEMORY)
 
 
 class ResourceUse(msgspec.Struct, frozen=True):
-    """Use of a resource by one rank or its host.
-
-    Attributes:
-        used, limit: units now.
-        left_s: time until the limit at the present growth; None if it does not grow.
-    """
+    """Use of a resource by one rank or its host."""
 
     rank: int
     resource: Resource
-    used: int
+    used: int  # units now
     limit: int
-    left_s: float | None = None
+    left_s: float | None = None  # time until the limit at the present growth; None if it does not grow
     left_steps: float | None = None
 
     @property

@@ -40,24 +40,17 @@ _NONE = np.empty((0, len(LINE_KEYS) + len(LINE_SUMS) + 1), np.int64)
 
 
 class SampledLine(msgspec.Struct, frozen=True):
-    """A line of the user's code, and how often it was seen.
-
-    Attributes:
-        part: a phase, `other`, or a name of `OUTSIDE_STEPS`.
-        file, line, function: the innermost code of the user; None if only libraries ran.
-        library: innermost library function that it had called, `FILE:LINE FUNCTION`.
-        watched_ns: time before the samples in which the phase was watched without a break.
-        cpu_ns: CPU time of the training thread in it; while it makes a batch, also of threads that are not Python's.
-    """
+    """A line of the user's code, and how often it was seen."""
 
     rank: int
-    part: str
-    file: str | None
+    part: str  # a phase, `other`, or a name of `OUTSIDE_STEPS`
+    file: str | None  # the innermost code of the user, with `line` and `function`; None if only libraries ran
     line: int | None
     function: str | None
-    library: str | None
+    library: str | None  # innermost library function that it had called, `FILE:LINE FUNCTION`
     samples: int
-    watched_ns: int = 0
+    watched_ns: int = 0  # time before the samples in which the phase was watched without a break
+    # CPU time of the training thread in it; while it makes a batch, also of threads that are not Python's
     cpu_ns: int = 0
 
     @property

@@ -17,34 +17,22 @@ _S = 1e9
 
 
 class ProcessSums(msgspec.Struct):
-    """Sums of one process of a rank; plain numbers, so that they can be kept as JSON.
-
-    Attributes:
-        first_ns, last_ns: begin of its first step or evaluation, and end of its last one; epoch nanoseconds.
-        steps: number of step rows.
-        total_ns, saving_ns, input_ns: sums over steps: wall time, saving, waiting for data.
-        evals_ns: evaluation.
-        epochs: steps that waited for the first batch of an iterator, without the first one of the process.
-        epochs_ns: waiting for data in these; restart_ns: of it, the creation and the end of iterators.
-        first_batch_ns: waiting for data in the first step of the process.
-        set_up_ns: time by which its first steps took longer than the others, without waiting for data and saving.
-        open_ns: time in the step in which the process ended, which has no row.
-    """
+    """Sums of one process of a rank; plain numbers, so that they can be kept as JSON."""
 
     attempt: int = 0
-    first_ns: int = 0
+    first_ns: int = 0  # begin of its first step or evaluation, and end of its last one; epoch nanoseconds
     last_ns: int = 0
-    steps: int = 0
-    total_ns: int = 0
+    steps: int = 0  # number of step rows
+    total_ns: int = 0  # sums over steps: wall time, saving, waiting for data
     saving_ns: int = 0
     input_ns: int = 0
-    evals_ns: int = 0
-    epochs: int = 0
-    epochs_ns: int = 0
-    restart_ns: int = 0
-    first_batch_ns: int = 0
-    set_up_ns: int = 0
-    open_ns: int = 0
+    evals_ns: int = 0  # evaluation
+    epochs: int = 0  # steps that waited for the first batch of an iterator, without the first one of the process
+    epochs_ns: int = 0  # waiting for data in these
+    restart_ns: int = 0  # of it, the creation and the end of iterators
+    first_batch_ns: int = 0  # waiting for data in the first step of the process
+    set_up_ns: int = 0  # by which its first steps took longer than the others, without waiting for data and saving
+    open_ns: int = 0  # time in the step in which the process ended, which has no row
 
     def add(self, table: str, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         """Add rows of `schema.STEPS`, `EVALS` or `EPOCHS`, in order, which end at these epoch nanoseconds."""
@@ -146,19 +134,13 @@ _PARTS = {
 
 
 class Stop(NamedTuple):
-    """One stop of a rank.
-
-    Attributes:
-        part: where the rank was: in `steps`, in `startup`, or `outside` of both; `suspended` with its whole machine.
-        first_step, last_step: open step at the last cycle of the recorder before it, and after it; -1 without one.
-        began_s: epoch seconds of its begin; None if unknown.
-    """
+    """One stop of a rank."""
 
     seconds: float
-    part: str
-    first_step: int = -1
+    part: str  # where the rank was: in `steps`, in `startup`, or `outside` of both; `suspended` with its whole machine
+    first_step: int = -1  # open step at the last cycle of the recorder before it, and after it; -1 without one
     last_step: int = -1
-    began_s: float | None = None
+    began_s: float | None = None  # epoch seconds of its begin; None if unknown
 
 
 def stop_of(row: Mapping[str, Any]) -> Stop | None:

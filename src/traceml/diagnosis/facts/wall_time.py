@@ -36,22 +36,14 @@ _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
 class WallTimeFacts(msgspec.Struct, frozen=True):
-    """Facts beside the sums of a run on which its wall time depends.
+    """Facts beside the sums of a run on which its wall time depends."""
 
-    Attributes:
-        stops: times in which each rank did not run.
-        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
-        early_compile_s: seconds of compiling of each rank before the first step.
-        grouped: whether the ranks wait for each other.
-        untraced: whether the script only logs.
-        open_parts: of a running run, the part that each rank is in since its last step, where it is known.
-    """
-
-    stops: Mapping[int, Sequence[Stop]] = {}
-    compile_s: Mapping[int, float] = {}
-    early_compile_s: Mapping[int, float] = {}
-    grouped: bool = False
-    untraced: bool = False
+    stops: Mapping[int, Sequence[Stop]] = {}  # times in which each rank did not run
+    compile_s: Mapping[int, float] = {}  # of each rank in the first steps of the last attempt: that is not training
+    early_compile_s: Mapping[int, float] = {}  # seconds of compiling of each rank before the first step
+    grouped: bool = False  # whether the ranks wait for each other
+    untraced: bool = False  # whether the script only logs
+    # of a running run, the part that each rank is in since its last step, where it is known
     open_parts: Mapping[int, str] = {}
 
 

@@ -37,19 +37,13 @@ _MAX_USUAL_SHARE = 0.25  # of the bins of a slow part that are not slow
 
 
 class LevelChange(msgspec.Struct, frozen=True):
-    """A slow part of the run, and what steps take in it and outside.
+    """A slow part of the run, and what steps take in it and outside."""
 
-    Attributes:
-        shape: `growth` of the whole run or its rest, or a slow part that `stays`, that `recovers`, or at the `first`.
-        first, last: its bins, [first, last).
-        before_ns, after_ns: usual step outside and inside; of growth, at its beginning and end.
-    """
-
-    shape: str
-    first: int
+    shape: str  # `growth` of the run or its rest, or a slow part that `stays`, that `recovers`, or at the `first`
+    first: int  # its bins, [first, last)
     last: int
-    before_ns: float
-    after_ns: float
+    before_ns: float  # usual step outside; of growth, at its beginning
+    after_ns: float  # usual step inside; of growth, at its end
 
     @property
     def factor(self) -> float:

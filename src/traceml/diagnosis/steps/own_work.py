@@ -174,24 +174,18 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks that are late for the same reason.
+    """Ranks that are late for the same reason."""
 
-    Attributes:
-        rows, others: indices of them and of the others in the window.
-        ranks, other_ranks: these ranks, and those that they represent.
-        group: the host, switch or part of the mesh that they are; None for single ranks.
-    """
-
-    rows: Rows
-    others: Rows
-    ranks: tuple[int, ...]
+    rows: Rows  # indices of them in the window
+    others: Rows  # those of the others
+    ranks: tuple[int, ...]  # these ranks, and those that they represent
     other_ranks: list[int]
     part: str
     excess_ns: float
     dominance: float
     everywhere: bool
     by_part_ns: Mapping[str, float]
-    group: RankGroup | None = None
+    group: RankGroup | None = None  # the host, switch or part of the mesh that they are; None for single ranks
 
 
 def excess_over_others(values: Floats, late: Rows, others: Rows) -> Floats:

@@ -28,34 +28,25 @@ class StepHistory(msgspec.Struct, frozen=True):
 
     The others wait for the rank that takes longest, so its work is that of the step: a mean over ranks would count most
     of it as waiting.
-
-    Attributes:
-        first_step: first step of each bin.
-        step_ns: step time of each bin, the mean over all ranks.
-        parts_ns: phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that
-            do not wait for each other.
-        ranks: ranks that wait for each other, one per row of `own_ns`; empty if rows represent several ranks.
-        own_ns: own work of each, rank x bin.
-        elements: elements of the batches of all ranks; empty if unknown.
-        single_steps: steps of the run, single_ns: their step times, single_parts_ns: own work of `ranks` in them by
-            phase; empty if only bins are known.
-        start, end: the first step of what is compared, and the first one after it: a training, where a run has several.
-        of_run: its share of the step time of the run.
     """
 
-    first_step: NDArray[np.int64]
+    first_step: NDArray[np.int64]  # first step of each bin
     steps: NDArray[np.int64]
-    step_ns: Floats
+    step_ns: Floats  # step time of each bin, the mean over all ranks
+    # phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that do not wait
+    # for each other
     parts_ns: Mapping[str, Floats]
+    # ranks that wait for each other, one per row of `own_ns`; empty if rows represent several ranks
     ranks: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
-    own_ns: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0)))
-    elements: Floats = msgspec.field(default_factory=lambda: np.empty(0))
+    own_ns: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0)))  # own work of each, rank x bin
+    elements: Floats = msgspec.field(default_factory=lambda: np.empty(0))  # of the batches of all ranks; empty: unknown
+    # steps of the run, their step times, and own work of `ranks` in them by phase; empty if only bins are known
     single_steps: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
     single_ns: Floats = msgspec.field(default_factory=lambda: np.empty(0))
     single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = {}
-    start: int = 1
-    end: int = _END
-    of_run: float = 1.0
+    start: int = 1  # first step of what is compared: a training, where a run has several
+    end: int = _END  # the first one after it
+    of_run: float = 1.0  # its share of the step time of the run
 
     @classmethod
     def of(cls, window: AlignedSteps, work: OwnWork) -> StepHistory:

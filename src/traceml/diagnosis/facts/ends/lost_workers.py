@@ -17,23 +17,17 @@ _STATUS = re.compile(r"with exit code (?P<code>\d+)")
 
 
 class LostWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A loader worker that died.
-
-    Attributes:
-        worker, workers: its number in the loader, from 0, and how many there were.
-        oom_kills: processes that the kernel's out-of-memory killer had ended since the start of the rank.
-        shm_bytes, shm_used_bytes: shared memory of the host, and its use after the death, without the worker's own.
-    """
+    """A loader worker that died."""
 
     pid: int
-    worker: int | None = None
-    workers: int | None = None
+    worker: int | None = None  # its number in the loader, from 0
+    workers: int | None = None  # how many there were
     signal: int | None = None
     code: int | None = None
     step: int | None = None
-    oom_kills: int | None = None
-    shm_bytes: int | None = None
-    shm_used_bytes: int | None = None
+    oom_kills: int | None = None  # processes that the out-of-memory killer had ended since the start of the rank
+    shm_bytes: int | None = None  # shared memory of the host
+    shm_used_bytes: int | None = None  # its use after the death, without the worker's own
     memory_limit_bytes: int | None = None
 
 

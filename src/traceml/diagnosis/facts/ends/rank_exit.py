@@ -24,70 +24,46 @@ _TIME_LIMITS = (
 
 
 class RankExit(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of a rank, usually a failure.
-
-    Attributes:
-        state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
-        exception: `Type: message` of the exception that ended the script.
-        caught: whether the script caught it, and then ended itself by sys.exit.
-        file, line, function: the user's code that raised it.
-        seen: the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`.
-        last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
-        at_s: epoch seconds of the end, to separate the first from those that followed; of a process that could not tell
-            it, those of its recorder's last sign of life.
-        reported_s: epoch seconds of its launcher's report that the process had ended.
-        stopped: whether its launcher ended it, because of others.
-        process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
-        open_s: age of the open step at the end, seconds.
-        address_limit_bytes: limit of its address space, where it had one.
-        saved_steps: steps in its last checkpoint; None if it saved none.
-        scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
-        limit_s: the job's time limit, seconds, where the scheduler reported it.
-        host_lost: reason for which the launcher gave up its host.
-        skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
-        counts_anew: whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless.
-        untraced: whether the script only logs: then nothing is known of its steps.
-        unsent: whether it may have gone on after its last rows: its flight file was not read.
-        in_loop: whether a loop over a data loader was open, of a process that ended at once.
-        returned: whether only the launched function has ended: its process waits for the other ranks.
-        batches, epoch, data_ended: how far it had read its data; see `ReadData`.
-        oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's cgroup, or `host`.
-    """
+    """The end of a rank, usually a failure."""
 
     rank: int
-    state: str = "finished"
+    state: str = "finished"  # finished, failed (exception or exit code), killed (signal), lost (gone without a message)
     code: int | None = None
     signal: int | None = None
-    exception: str | None = None
-    caught: bool | None = None
-    file: str | None = None
+    exception: str | None = None  # `Type: message` of the exception that ended the script
+    caught: bool | None = None  # whether the script caught it, and then ended itself by sys.exit
+    file: str | None = None  # the user's code that raised it, with `line` and `function`
     line: int | None = None
     function: str | None = None
-    seen: str | None = None
-    last_step: int | None = None
-    open_phase: str | None = None
-    open_step: int | None = None
+    seen: str | None = None  # the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`
+    last_step: int | None = None  # last step that ended
+    open_phase: str | None = None  # the phase that was open
+    open_step: int | None = None  # its step
     stack: str | None = None
+    # epoch seconds of the end, to separate the first from those that followed; of a process that could not tell it,
+    # those of its recorder's last sign of life
     at_s: float | None = None
-    reported_s: float | None = None
+    reported_s: float | None = None  # epoch seconds of its launcher's report that the process had ended
     host: str | None = None
-    stopped: bool | None = None
-    process_gone: bool | None = None
-    open_s: float | None = None
-    oom: str | None = None
-    address_limit_bytes: int | None = None
-    saved_steps: int | None = None
+    stopped: bool | None = None  # whether its launcher ended it, because of others
+    process_gone: bool | None = None  # whether the process of a lost rank has ended; else only its connection did
+    open_s: float | None = None  # age of the open step at the end, seconds
+    oom: str | None = None  # where the kernel counted an out-of-memory kill meanwhile: `group` (its cgroup) or `host`
+    address_limit_bytes: int | None = None  # limit of its address space, where it had one
+    saved_steps: int | None = None  # steps in its last checkpoint; None if it saved none
+    # what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`
     scheduler: str | None = None
-    limit_s: float | None = None
-    host_lost: str | None = None
-    skipped_exit: bool | None = None
-    in_loop: bool | None = None
-    returned: bool | None = None
-    batches: int | None = None
+    limit_s: float | None = None  # the job's time limit, seconds, where the scheduler reported it
+    host_lost: str | None = None  # reason for which the launcher gave up its host
+    skipped_exit: bool | None = None  # whether it ended without the interpreter's own end: by a signal, or `os._exit`
+    in_loop: bool | None = None  # whether a loop over a data loader was open, of a process that ended at once
+    returned: bool | None = None  # whether only the launched function has ended: its process waits for the other ranks
+    batches: int | None = None  # with `epoch` and `data_ended`: how far it had read its data; see `ReadData`
     epoch: int | None = None
     data_ended: bool | None = None
-    untraced: bool = False
-    unsent: bool = False
+    untraced: bool = False  # whether the script only logs: then nothing is known of its steps
+    unsent: bool = False  # whether it may have gone on after its last rows: its flight file was not read
+    # whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless
     counts_anew: bool = False
 
     def exception_mentions(self, *words: str) -> bool:

@@ -30,23 +30,15 @@ CORE_WAITS = ("cpu_wait_share", "workers_wait_share")
 
 
 class SideChange(NamedTuple):
-    """A change at the same time as that of the steps.
+    """A change at the same time as that of the steps."""
 
-    Attributes:
-        name: key of the evidence.
-        text: in words.
-        before, then: values outside and inside the slow part.
-        takes_cores: whether it makes all code slower, as it runs less.
-        is_work: whether longer steps only have more work.
-    """
-
-    name: str
-    text: str
-    before: float
-    then: float
+    name: str  # key of the evidence
+    text: str  # in words
+    before: float  # value outside the slow part
+    then: float  # value inside it
     advice: str
-    takes_cores: bool = False
-    is_work: bool = False
+    takes_cores: bool = False  # whether it makes all code slower, as it runs less
+    is_work: bool = False  # whether longer steps only have more work
 
 
 _CORES = "End or move what else runs on the host then (`top` names it), or give the training cores of its own."
