@@ -73,96 +73,82 @@ def wall_time(
     hung, records = hung_s or {}, [each for each in records if each.is_rank]
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
-    ranks = _by_rank(records, sums)
-    processes = [
-        [_process(sums.get(each.id), clocks, each, hung.get(each.attempt, 0.0)) for each in of_rank]
-        for of_rank in ranks
+    ranks = [
+        _RankTime(streams, [_process(sums.get(each.id), clocks, each, hung.get(each.attempt, 0.0)) for each in streams])
+        for streams in _by_rank(records, sums)
     ]
     if is_running:
-        ended_s = _end_so_far(processes, ended_s)
+        ended_s = _end_so_far(ranks, ended_s)
 
-    opened = _opened(ranks, processes, known.open_parts, ended_s) if is_running else [None] * len(ranks)
-    parts = _parts_by_rank(ranks, processes, known.stops, (started_s, ended_s), attempt, opened)
-    evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
-    evaluators, evaluators_s = _evaluators(evaluation)
-    of_others = [seconds for rank, seconds in evaluation.items() if evaluators and rank not in evaluators]
-    if known.grouped:
-        ranks, parts = _setting_the_time(ranks, parts, _COUNTED_SHARE * (ended_s - started_s))
+    bounds_ns = int(started_s * _S), int(ended_s * _S)
+    for each in ranks:
+        each.opened = _opened(each, known.open_parts, ended_s) if is_running else None
+        parts = wall_parts(each.processes, *bounds_ns, attempt, each.opened)
+        each.parts = without_stops(parts, known.stops.get(each.rank, ()))
 
-    spent_s = {part: _mean([each[part] for each in parts]) for part in parts[0]}
+    evaluators, evaluators_s = _evaluators({each.rank: each.parts["evaluation"] for each in ranks})
+    counted = _setting_the_time(ranks, _COUNTED_SHARE * (ended_s - started_s)) if known.grouped else ranks
+    by_rank = [each.parts for each in counted] or [wall_parts((), *bounds_ns, attempt)]
+    spent_s = {part: _mean([each[part] for each in by_rank]) for part in by_rank[0]}
     if not ranks and records and (known.untraced or all(stream.state == "finished" for stream in records)):
         spent_s = dict.fromkeys(spent_s, 0.0)  # what it did was not seen: it is not the start-up of a training
 
-    compiled_s = min(_mean([known.compile_s.get(of_rank[0].rank, 0.0) for of_rank in ranks]), spent_s["steps"])
-    set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
+    compiled_s = min(_mean([known.compile_s.get(each.rank, 0.0) for each in counted]), spent_s["steps"])
+    set_up_s = _mean([each.last.set_up_ns / _S for each in ranks])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
     begin = "restart" if attempt > 0 else "startup"  # compiling in the first steps is no training
     spent_s |= {"steps": spent_s["steps"] - more_s, begin: spent_s[begin] + more_s}
-    of_ranks = [[sums[each.id].evals for each in of_rank if each.id in sums] for of_rank in ranks]
+    of_ranks = [[sums[each.id].evals for each in rank.streams if each.id in sums] for rank in counted]
     evaluations, short, short_s = max(map(_evaluations, of_ranks), default=(0, 0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
     early_s = min(_mean([*known.early_compile_s.values()]), time.seconds["startup"])
+    evaluating_ns = [each.last.last_ns for each in ranks if each.opened == "evaluation"]
     return replace(
         time,
-        useful=_useful_time(ranks, sums, checkpoints(records), set_up_s + more_s),
+        useful=_useful_time(counted, sums, checkpoints(records), set_up_s + more_s),
         compile_s=compiled_s + early_s,
         set_up_s=set_up_s + more_s,
-        first_data_s=_mean([of_rank[-1].first_batch_ns / _S for of_rank in processes]),
+        first_data_s=_mean([each.last.first_batch_ns / _S for each in ranks]),
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
-        others_evaluate_s=_mean(of_others),
+        others_evaluate_s=_mean(
+            [each.parts["evaluation"] for each in ranks if evaluators and each.rank not in evaluators]
+        ),
         short_evaluations=short,
         short_evaluations_s=short_s,
-        evaluating_s=_evaluating_s(processes, opened, ended_s),
+        evaluating_s=max(ended_s - min(evaluating_ns) / _S, 0.0) if evaluating_ns else 0.0,
         evaluation_parts=_evaluation_parts([each.evals.bins for each in sums.values()]),
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
         evaluates_only_first=_evaluates_only_first(sums.values()),
     )
 
 
-def _opened(
-    ranks: Sequence[Sequence[StreamRecord]],
-    processes: Sequence[Sequence[ProcessSums]],
-    known: Mapping[int, str],
-    ended_s: float,
-) -> list[str | None]:
-    """Return the part that each rank of a running run is in since its last row: steps, where the next is not late."""
-    steps = [of_rank[-1].steps > 0 and ended_s - of_rank[-1].last_ns / _S < _LATE_S for of_rank in processes]
-    of_each = zip(ranks, steps, strict=True)
-    return [known.get(of_rank[-1].rank, "steps" if is_stepping else None) for of_rank, is_stepping in of_each]
+class _RankTime(msgspec.Struct):
+    """A rank with steps, an open one, or evaluation."""
+
+    streams: list[StreamRecord]  # its streams, in the order of the job's attempts
+    processes: list[ProcessSums]  # the sums of each
+    opened: str | None = None  # of a running run, the part that it is in since its last row, where that is known
+    parts: Mapping[str, float] = {}  # its seconds by part, without those in which it was stopped
+
+    @property
+    def rank(self) -> int:
+        return self.streams[0].rank
+
+    @property
+    def last(self) -> ProcessSums:
+        return self.processes[-1]
 
 
-def _evaluating_s(processes: Sequence[Sequence[ProcessSums]], opened: Sequence[str | None], ended_s: float) -> float:
-    """Return the seconds that an evaluation has run which is not over, on the rank where it began first."""
-    last_ns = [of_rank[-1].last_ns for of_rank, part in zip(processes, opened, strict=True) if part == "evaluation"]
-    return max(ended_s - min(last_ns) / _S, 0.0) if last_ns else 0.0
+def _opened(rank: _RankTime, known: Mapping[int, str], ended_s: float) -> str | None:
+    """Return the part that a rank is in since its last row: steps, where the next is not late."""
+    is_stepping = rank.last.steps > 0 and ended_s - rank.last.last_ns / _S < _LATE_S
+    return known.get(rank.rank, "steps" if is_stepping else None)
 
 
-def _parts_by_rank(
-    ranks: Sequence[Sequence[StreamRecord]],
-    processes: Sequence[Sequence[ProcessSums]],
-    stops: Mapping[int, Sequence[Stop]],
-    bounds_s: tuple[float, float],
-    attempt: int,
-    opened: Sequence[str | None],
-) -> list[dict[str, float]]:
-    """Return the seconds of each rank by part, without those in which it was stopped; one entry where no rank is.
-
-    Args:
-        opened: the part that each rank is in since its last row, where it is known.
-    """
-    began_ns, ended_ns = (int(at_s * _S) for at_s in bounds_s)
-    each_rank = zip(processes, opened, strict=True) if processes else [((), None)]
-    parts = [wall_parts(of_rank, began_ns, ended_ns, attempt, part) for of_rank, part in each_rank]
-    if not stops or not ranks:
-        return parts
-
-    return [without_stops(part, stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)]
-
-
-def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:
+def _end_so_far(ranks: Iterable[_RankTime], now_s: float) -> float:
     """Return the time of the last row of a running run; now, once its rows are late."""
-    last_s = max((each.last_ns for of_rank in processes for each in of_rank), default=0) / _S
+    last_s = max((each.last_ns for rank in ranks for each in rank.processes), default=0) / _S
     return last_s if 0 < now_s - last_s < _LATE_S else now_s
 
 
@@ -195,19 +181,16 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
 
 
 def _useful_time(
-    ranks: Sequence[Sequence[StreamRecord]],
-    sums: Mapping[int, StepSums],
-    saved_steps: Mapping[int, int],
-    set_up_s: float,
+    ranks: Sequence[_RankTime], sums: Mapping[int, StepSums], saved_steps: Mapping[int, int], set_up_s: float
 ) -> UsefulTime:
     """Return the mean over ranks of their useful time; set-up in the first steps does not count."""
     by_rank = [
         [
             (bins := sums[each.id].steps.bins, resumes_at(each, saved_steps), _failed_ns(each, bins))
-            for each in streams
+            for each in rank.streams
             if each.id in sums
         ]
-        for streams in ranks
+        for rank in ranks
     ]
     useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
     return replace(useful, productive_s=max(useful.productive_s - set_up_s, 0.0))
@@ -242,15 +225,11 @@ def checkpoints(records: Sequence[StreamRecord]) -> dict[int, int]:
     return found
 
 
-def _setting_the_time(
-    ranks: list[list[StreamRecord]], parts: list[dict[str, float]], least_s: float
-) -> tuple[list[list[StreamRecord]], list[dict[str, float]]]:
-    """Return the ranks that evaluate or save for `least_s` where most others do not, with their parts; else all."""
-    some, seconds = _evaluators({index: each["evaluation"] + each["checkpoint"] for index, each in enumerate(parts)})
-    if not some or seconds < least_s:
-        return ranks, parts
-
-    return [ranks[index] for index in some], [parts[index] for index in some]
+def _setting_the_time(ranks: list[_RankTime], least_s: float) -> list[_RankTime]:
+    """Return the ranks that evaluate or save for `least_s` where most others do not; else all."""
+    busy_s = {index: each.parts["evaluation"] + each.parts["checkpoint"] for index, each in enumerate(ranks)}
+    some, seconds = _evaluators(busy_s)
+    return [ranks[index] for index in some] if some and seconds >= least_s else ranks
 
 
 def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
