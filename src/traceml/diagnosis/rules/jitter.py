@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_of_ranks_alone, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
@@ -391,11 +391,31 @@ def _late_in_turns(work: OwnWork, facts: JobFacts, part: str, values: Floats, st
     if some.all() and part not in COMPUTE:
         return None  # all ranks, in a part that has a finding of its own
 
-    turns_of = _Turns(part, work.named(some), base, late_ns, float(late.mean()))
-    if len(turns_of.ranks) == 1:
-        return _seldom_late(work, facts, turns_of, saved, step_ns)
-
-    return _taking_turns(work, turns_of, even, step_ns)
+    ranks, often = work.named(some), percent_text(float(late.mean()))
+    is_one = len(ranks) == 1  # no other takes a turn
+    summary, action, evidence = (
+        _seldom_late(work, facts, part, ranks[0], often, ns_text(late_ns), ns_text(base), step_ns)
+        if is_one
+        else _taking_turns(work, part, ranks, often, ns_text(late_ns), ns_text(base))
+    )
+    saved = saved if is_one else even
+    gain = speedup(step_ns, saved)
+    return Finding.of(
+        straggler_kind(part),
+        ranks=ranks,
+        phase=part,
+        summary=f"{summary}, steps would be {gain_text(gain)}.",
+        next=action,
+        evidence={
+            "step_ms": step_ns / 1e6,
+            "usual_ms": base / 1e6,
+            "late_ms": late_ns / 1e6,
+            "share_of_steps_late": float(late.mean()),
+            **evidence,
+        },
+        cost_share=saved / step_ns,
+        speedup_if_fixed=gain,
+    )
 
 
 def _waits_ns(facts: JobFacts, step_ns: float) -> float:
@@ -418,68 +438,30 @@ def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float)
     return np.asarray(outliers if columns is None else outliers & columns)
 
 
-class _Turns(msgspec.Struct, frozen=True):
-    """Ranks that are late in some steps, in one part of the step.
-
-    Attributes:
-        ranks: none for all.
-        usual_ns, late_ns: time of the part in the other steps, and in these.
-        often: share of the steps in which one of them is late.
-    """
-
-    part: str
-    ranks: tuple[int, ...]
-    usual_ns: float
-    late_ns: float
-    often: float
-
-    def finding(self, saved: float, step_ns: float, summary: str, action: str, **evidence: object) -> Finding:
-        """Return the finding about them.
-
-        Args:
-            summary: the sentence up to what steps would be then.
-        """
-        gain, kind = speedup(step_ns, saved), straggler_kind(self.part)
-        return Finding.of(
-            kind,
-            ranks=self.ranks,
-            phase=self.part,
-            summary=f"{summary}, steps would be {gain_text(gain)}.",
-            next=action,
-            evidence={
-                "step_ms": step_ns / 1e6,
-                "usual_ms": self.usual_ns / 1e6,
-                "late_ms": self.late_ns / 1e6,
-                "share_of_steps_late": self.often,
-                **evidence,
-            },
-            cost_share=saved / step_ns,
-            speedup_if_fixed=gain,
-        )
-
-
-def _seldom_late(work: OwnWork, facts: JobFacts, turns: _Turns, saved: float, step_ns: float) -> Finding:
-    """Return the finding about a single rank that is late in some steps: no other takes a turn."""
-    part, (rank,) = turns.part, turns.ranks
+def _seldom_late(
+    work: OwnWork, facts: JobFacts, part: str, rank: int, often: str, late: str, usual_text: str, step_ns: float
+) -> Explanation:
+    """Explain a single rank that is late in some steps: the sentence up to what steps would be without that."""
     mine = float(work.parts[part][work.ranks == rank].mean()) / step_ns
     line = blamed_line(facts.lines, part, mine, (rank,), work.ranks[work.ranks != rank].tolist())
     summary = (
-        f"Rank {rank} slows the others down in {percent_text(turns.often)} of the steps: its {phase_words(part)} takes "
-        f"{ns_text(turns.late_ns)} then instead of {ns_text(turns.usual_ns)}{line.of_it if line else ''}; without that"
+        f"Rank {rank} slows the others down in {often} of the steps: its {phase_words(part)} takes {late} then "
+        f"instead of {usual_text}{line.of_it if line else ''}; without that"
     )
     action = advice.for_straggler(part, (rank,), facts, line)
-    return turns.finding(saved, step_ns, summary, action, **(line.evidence(mine) if line else {}))
+    return Explanation(summary, action, line.evidence(mine) if line else {})
 
 
-def _taking_turns(work: OwnWork, turns: _Turns, saved: float, step_ns: float) -> Finding:
+def _taking_turns(
+    work: OwnWork, part: str, ranks: tuple[int, ...], often: str, late: str, usual_text: str
+) -> Explanation:
     summary = (
-        f"{capitalized(ranks_text(turns.ranks))} take turns being slow: in {percent_text(turns.often)} of the steps "
-        f"{phase_words(turns.part)} takes {ns_text(turns.late_ns)} on one of them instead of "
-        f"{ns_text(turns.usual_ns)}; with even work"
+        f"{capitalized(ranks_text(ranks))} take turns being slow: in {often} of the steps {phase_words(part)} takes "
+        f"{late} on one of them instead of {usual_text}; with even work"
     )
     action = (
         "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by length), "
         "no work that only one rank does at a time."
     )
     imbalance_ns = float((work.own.max(axis=0) - median_over_ranks(work.own)).mean())
-    return turns.finding(saved, step_ns, summary, action, imbalance_ms=imbalance_ns / 1e6)
+    return Explanation(summary, action, {"imbalance_ms": imbalance_ns / 1e6})
