@@ -135,8 +135,7 @@ class Kind(StrEnum):
 
     def severity_for(self, cost_share: float) -> Severity:
         """Return the severity of a finding of this kind."""
-        by_cost = Severity.CRITICAL if cost_share >= CRITICAL_SHARE else Severity.WARNING
-        return self.rule.severity or by_cost
+        return self.rule.severity or (Severity.CRITICAL if cost_share >= CRITICAL_SHARE else Severity.WARNING)
 
     def headline(self, finding: headlines.FindingFacts) -> str:
         """Return a finding of this kind as one sentence without a period."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -299,11 +299,7 @@ class LazyLines(Sequence[SampledLine]):
     def _lines(self) -> tuple[SampledLine, ...]:
         return self._counts.lines(self._ends_ns, has_ended=self._has_ended)
 
-    @overload
-    def __getitem__(self, at: int) -> SampledLine: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[SampledLine, ...]: ...
-    def __getitem__(self, at: int | slice) -> SampledLine | tuple[SampledLine, ...]:
+    def __getitem__(self, at: Any) -> Any:
         """Return a line, or some of them."""
         return self._lines[at]
 

@@ -66,8 +66,7 @@ class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True)
 
     def to_row(self) -> list[Any]:
         """Return the choice as plain data."""
-        chosen = [list(ranks) for ranks in (self.ordinary, self.sent, self.ended, self.ended_at)]
-        return [self.host, self.typical, *chosen]
+        return [self.host, self.typical, *map(list, (self.ordinary, self.sent, self.ended, self.ended_at))]
 
     @classmethod
     def from_row(cls, row: Any) -> Self:
@@ -77,14 +76,10 @@ class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True)
             ValueError: it is not such a row.
         """
         try:
-            host, typical, ordinary, sent, ended, ended_at = row
+            host, typical, *ranks = row
+            ordinary, sent, ended, ended_at = (tuple(map(int, each)) for each in ranks)
             return cls(
-                host=str(host),
-                typical=int(typical),
-                ordinary=tuple(map(int, ordinary)),
-                sent=tuple(map(int, sent)),
-                ended=tuple(map(int, ended)),
-                ended_at=tuple(map(int, ended_at)),
+                host=str(host), typical=int(typical), ordinary=ordinary, sent=sent, ended=ended, ended_at=ended_at
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"the choice of a host cannot be read: {error}") from error
