@@ -12,8 +12,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LONG_NS, excess_over_usual
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.long_steps import LINE_SHARE
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import LINE_SHARE, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text, phase_words

@@ -13,9 +13,8 @@ from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
-from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
-from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, UNNAMED_CODE, OwnWork, median_over_ranks
-from traceml.diagnosis.steps.speedup import saved_ns, speedup
+from traceml.diagnosis.steps.own_work import COMPUTE, LINE_SHARE, UNNAMED, UNNAMED_CODE, OwnWork, median_over_ranks
+from traceml.diagnosis.steps.speedup import RARE, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 

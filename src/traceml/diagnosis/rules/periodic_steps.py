@@ -15,9 +15,8 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess, usual
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
-from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, have_half
-from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
+from traceml.diagnosis.steps.own_work import COMPUTE, LINE_SHARE, UNNAMED, OwnWork, have_half
+from traceml.diagnosis.steps.speedup import RARE, replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
 

@@ -15,8 +15,7 @@ from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
 from traceml.diagnosis.findings import Explanation
 from traceml.diagnosis.stalls.recompiles import compiled_in
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.long_steps import LINE_SHARE
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import LINE_SHARE, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import count_text, ns_text, phase_words
 

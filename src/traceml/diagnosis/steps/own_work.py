@@ -26,6 +26,7 @@ from traceml.diagnosis.steps.step_split import PHASES, Floats
 __all__ = [
     "COMPUTE",
     "ITERATOR_SHARE",
+    "LINE_SHARE",
     "UNNAMED",
     "UNNAMED_CODE",
     "LateRanks",
@@ -46,6 +47,8 @@ UNNAMED_CODE = ("other", "user")
 """Parts that are the script's own code, in no phase that it has named."""
 UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 """Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
+LINE_SHARE = 0.6
+"""The line of a phase is named if the long steps have this share of the phase."""
 ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
 FASTER = 1.2

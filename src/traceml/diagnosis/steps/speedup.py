@@ -17,10 +17,12 @@ from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
-    "new_step_times", "replayed", "saved_ns", "speedup", "speedup_of_share", "with_typical_work", "without_more_passes",
-    "without_rare",
+    "RARE", "new_step_times", "replayed", "saved_ns", "speedup", "speedup_of_share", "with_typical_work",
+    "without_more_passes", "without_rare",
 ]  # fmt: skip
 
+RARE = 0.25
+"""If more steps than this share are long, that is a property of the run."""
 _MAX_SHARE = 0.99
 """A larger share counts as this one, so that the ratio stays finite."""
 

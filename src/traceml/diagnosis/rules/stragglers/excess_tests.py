@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from math import hypot
+from math import comb, hypot
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.steps.long_steps import count_long_steps, long_steps_blame
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, Rows
 from traceml.diagnosis.steps.step_split import Floats
 
@@ -46,6 +45,16 @@ MIN_QUARTER = 0.25
 """In each quarter of the window a steady excess is at least this share of its mean."""
 DISTINCT_RATIO = 1.5
 """It is this many times that of any other rank in the same part."""
+MAX_P_VALUE = 0.001
+"""The probability that long steps hit a rank by chance must be below this."""
+LONG_STEP_SHARE = 0.25
+"""A long step exceeds the others' usual own work by at least this share of a mean step."""
+MIN_LONG_NS = 1e6
+"""And by at least this long."""
+SAME_EVENT_STEPS = 3
+"""Long steps at most this far apart are one event, where most are: a program took a core for a while."""
+MAX_TRIALS = 1000
+"""With more long steps than this, the probability is not computed: twice the expected number is enough."""
 _MIN_STEPS = 10
 _BATCHES = 8
 
@@ -75,7 +84,7 @@ class OtherRanks(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def long_steps(self) -> NDArray[np.int64]:
         """Long steps of all ranks, compared with theirs."""
-        return count_long_steps(self.work, self.rows)
+        return _count_long_steps(self.work, self.rows)
 
 
 def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -> bool:
@@ -102,7 +111,7 @@ def is_significant(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
     share = (mean + mean_backward) / work.step_ns
     errors = (mean + mean_backward) / hypot(error, error_backward)
     return errors >= MIN_Z_SCORE + 10 * max(0.0, 0.2 - share) or (
-        errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
+        errors >= MIN_Z_SCORE_OF_LONG and _long_steps_blame(usual.long_steps, rows, usual.rows)
     )
 
 
@@ -181,3 +190,38 @@ def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp
     """Return the beginning and the size of each of several batches of steps, as equal as can be."""
     ends = np.arange(number + 1) * steps // number
     return ends[:-1], np.diff(ends)
+
+
+def _count_long_steps(work: OwnWork, others: Rows) -> NDArray[np.int64]:
+    """Return the number of long steps of each rank, compared with the others' work."""
+    backward = work.parts.get("backward", np.zeros_like(work.own))
+    counts = _counts(work, work.own - backward, others)
+    return counts + _counts(work, backward[:, work.measured], others)
+
+
+def _long_steps_blame(counts: NDArray[np.int64], rows: Rows, others: Rows) -> bool:
+    """Return whether nearly all long steps of each rank and the others are of that rank."""
+    of_others, share = int(counts[others].sum()), 1 / (len(others) + 1)
+    # Of thousands of ranks most have the same number.
+    return all(_chance_of(hits, hits + of_others, share) < MAX_P_VALUE for hits in set(counts[rows].tolist()))
+
+
+def _counts(work: OwnWork, values: Floats, others: Rows) -> NDArray[np.int64]:
+    """Return the number of long steps per rank; if most of them are close together, that of the events."""
+    if not values.size:
+        return np.zeros(len(values), np.int64)
+
+    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * work.step_ns, MIN_LONG_NS)
+    long = values > limit
+    began = long.copy()
+    for steps in range(1, min(SAME_EVENT_STEPS, long.shape[1] - 1) + 1):
+        began[:, steps:] &= ~long[:, :-steps]
+
+    count, events = long.sum(axis=1), began.sum(axis=1)
+    return np.asarray(np.where(2 * events >= count, count, events))
+
+
+def _chance_of(hits: int, trials: int, probability: float) -> float:
+    """Return the probability of at least this many hits by chance."""
+    terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
+    return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)

@@ -30,9 +30,8 @@ from traceml.diagnosis.rules.stragglers.excess_tests import (
     steady_excesses,
 )
 from traceml.diagnosis.rules.stragglers.straggler_wording import share_late
-from traceml.diagnosis.steps.long_steps import RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork, Rows, excess_over_others
-from traceml.diagnosis.steps.speedup import saved_ns, with_typical_work
+from traceml.diagnosis.steps.speedup import RARE, saved_ns, with_typical_work
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["find_late", "late_in_one_part", "without_late"]
