@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,33 +35,25 @@ _MOSTLY = 0.5
 _GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled version run in eager mode."
 
 
-class _Recompiled(msgspec.Struct, frozen=True):
-    """Compilations of a run beyond the first of each function, of the rank that spent most on them."""
-
-    number: int
-    functions: int  # of how many functions
-    seconds: float
-    limit: int  # calls that ran uncompiled when torch gave up
-    place: tuple[str | None, int | None, str | None]
-    guard: str  # the newest condition that was not met
-
-
 def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about recompiled functions, and the parts of the step without these compilations."""
+    """Return the finding about recompiled functions, and the parts of the step without these compilations.
+
+    It is about the compilations of a run beyond the first of each function, of the rank that spent most on them.
+    """
     taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION)
     # A compilation explains a long step, even if it is too short for a finding.
     without = _without(work, sum(taken.values(), np.zeros_like(work.own))) if taken else {}
-    seen = _recompiled(work, facts)
-    if seen is None:
+    rank, rows = facts.pauses.longest(work.ranks, Pause.COMPILATION, _often)
+    if not len(rows):
         return [], without
 
     if facts.time is None:
         share = _window_share(window, work, facts)
     else:
-        share = min(seen.seconds / facts.time.wall_s, _MAX_SHARE) if facts.time.wall_s > 0 else 0.0
+        share = min(_seconds(rows) / facts.time.wall_s, _MAX_SHARE) if facts.time.wall_s > 0 else 0.0
 
-    found = [_finding(work, seen, share)] if share >= WARNING_SHARE or seen.limit else []
-    return found, without
+    is_told = share >= WARNING_SHARE or (rows["detail"] == Compiled.LIMIT).any()
+    return [_finding(work, facts, rank, rows, share)] if is_told else [], without
 
 
 def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float:
@@ -79,21 +70,8 @@ def _are_recompilations(rows: Rows) -> NDArray[np.bool_]:
     return np.asarray(rows["detail"] != Compiled.FIRST)
 
 
-def _recompiled(work: OwnWork, facts: JobFacts) -> _Recompiled | None:
-    rank, rows = facts.pauses.longest(work.ranks, Pause.COMPILATION, _often)
-    if not len(rows):
-        return None
-
-    again = rows[rows["detail"] == Compiled.AGAIN]
-    guards = again[again["text_id"] >= 0]
-    return _Recompiled(
-        number=len(again),
-        functions=len(np.unique(rows["line_id"])),
-        seconds=float(rows["ns"].sum()) / 1e9,
-        limit=int((rows["detail"] == Compiled.LIMIT).sum()),
-        place=parsed_place(facts.pauses.most_frequent(rank, again, "line_id")),
-        guard=facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else "",
-    )
+def _seconds(rows: Rows) -> float:
+    return float(rows["ns"].sum()) / 1e9
 
 
 def _often(rows: Rows) -> Rows:
@@ -123,7 +101,7 @@ def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:
 def compiled_in(steps: NDArray[np.int64], total_ns: float, work: OwnWork, facts: JobFacts) -> Explanation | None:
     """Explain long steps by what torch.compile compiled in them; None if that took less than half of their time."""
     rank, rows = facts.pauses.longest(work.ranks, Pause.COMPILATION, lambda rows: rows[np.isin(rows["step"], steps)])
-    seconds = float(rows["ns"].sum()) / 1e9
+    seconds = _seconds(rows)
     if not len(rows) or seconds * 1e9 < _MOSTLY * total_ns:
         return None
 
@@ -140,25 +118,29 @@ def _place_of(place: tuple[str | None, int | None, str | None]) -> str:
     return "" if _OWN in (place[0] or "") else place_words(*place)
 
 
-def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
-    file, line, function = seen.place
-    gain = speedup_of_share(share)
-    place = _place_of(seen.place)
-    more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
-    why = f"; the last reason: {seen.guard}" if seen.guard else ""
-    took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
+def _finding(work: OwnWork, facts: JobFacts, rank: int, rows: Rows, share: float) -> Finding:
+    again = rows[rows["detail"] == Compiled.AGAIN]
+    guards, functions = again[again["text_id"] >= 0], len(np.unique(rows["line_id"]))
+    guard = facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else ""  # the newest that was not met
+    file, line, function = called = parsed_place(facts.pauses.most_frequent(rank, again, "line_id"))
+    gave_up = bool((rows["detail"] == Compiled.LIMIT).any())  # calls run uncompiled from then on
+    gain, seconds = speedup_of_share(share), _seconds(rows)
+    place = _place_of(called)
+    more = f" and {plural(functions - 1, 'other function')}" if functions > 1 else ""
+    why = f"; the last reason: {guard}" if guard else ""
+    took = f", in {duration_text(seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
     return Finding.of(
         Kind.RECOMPILES,
         summary=(
-            f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
-            f"{why}.{_GIVEN_UP if seen.limit else ''}"
+            f"torch.compile recompiled {place or 'the model'}{more} {plural(len(again), 'time')}{took}"
+            f"{why}.{_GIVEN_UP if gave_up else ''}"
         ),
-        next=_advice(seen.guard) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
+        next=_advice(guard) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
         evidence={
-            "recompiles": seen.number,
-            "compile_s": seen.seconds,
-            "guard": seen.guard,
-            "limit_reached": bool(seen.limit),
+            "recompiles": len(again),
+            "compile_s": seconds,
+            "guard": guard,
+            "limit_reached": gave_up,
             "steps": work.own.shape[1],
             **({"file": file, "line": line, "function": function} if place else {}),
         },
