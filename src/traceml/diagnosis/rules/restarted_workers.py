@@ -126,10 +126,7 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    if starts_over:
-        return [_of_first_batches(work, restart_ns, saved, step_ns, facts)], kept
-
-    return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
+    return [_finding(work, facts, restart_ns, saved, step_ns, None if starts_over else keeping)], kept
 
 
 def _copied_ns(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
@@ -161,72 +158,53 @@ def _restarts(
     return columns, certain.astype(np.float64), np.maximum(rows["ns"] - certain - fetch_ns, 0.0)
 
 
-def _of_first_batches(
-    work: OwnWork, waits_ns: NDArray[np.float64], saved: float, step_ns: float, facts: JobFacts
+def _finding(
+    work: OwnWork,
+    facts: JobFacts,
+    waits_ns: NDArray[np.float64],
+    saved: float,
+    step_ns: float,
+    keeping: KeptWorkers | None,
 ) -> Finding:
-    """Return the finding about first batches of an iterable data set, which take long in each epoch."""
-    count, each_ns, share = len(waits_ns), float(np.mean(waits_ns)), saved / step_ns
-    loader, gain = facts.loader or LoaderFacts(), speedup(step_ns, saved)
-    data = loader.dataset or "The data set"
-    return Finding.of(
-        Kind.INPUT_BOUND,
-        phase=_PART,
-        summary=(
+    """Return the finding about restarted workers; about first batches that take long if there is nothing to keep."""
+    count, each_ns, share, gain = len(waits_ns), float(np.mean(waits_ns)), saved / step_ns, speedup(step_ns, saved)
+    workers, loader, each_step = facts.loader_workers, facts.loader or LoaderFacts(), begins_each_step(facts)
+    if keeping is None:
+        data = loader.dataset or "The data set"
+        summary = (
             f"{data} starts over in each epoch: the wait for its first batch is {ns_text(each_ns)} longer than for "
             f"the others, {plural(count, 'time')}, {percent_text(share)} of step time; without that steps would be "
             f"{gain_text(gain)}."
-        ),
-        next=(
+        )
+        action = (
             f"Look at what {data} does before its first batch (filling a shuffle buffer, listing or opening files), "
             f"and at worker_init_fn: make it cheaper, or keep it from epoch to epoch; {gain_text(gain, 'at most')}. "
             "With persistent workers worker_init_fn runs once, but the data set still starts over."
-        ),
-        evidence={
-            "epochs": count,
-            "first_batch_ms": each_ns / 1e6,
-            "num_workers": facts.loader_workers,
-            "step_ms": step_ns / 1e6,
-            "steps": work.parts[_PART].shape[1],
-        },
-        cost_share=share,
-        speedup_if_fixed=gain,
-    )
-
-
-def _finding(
-    work: OwnWork,
-    restart_ns: NDArray[np.float64],
-    saved: float,
-    step_ns: float,
-    facts: JobFacts,
-    keeping: KeptWorkers,
-) -> Finding:
-    count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
-    workers, loader = facts.loader_workers, facts.loader or LoaderFacts()
-    who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
-    each_step = begins_each_step(facts)
-    gain = speedup(step_ns, saved)
-    without = (
-        f" Without workers ({loader.option('num_workers')}=0) none has to start: that is faster than now, too, if a "
-        f"batch takes less than {ns_text(saved)} to make."
-    )
-    times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"
-    return Finding.of(
-        Kind.INPUT_BOUND,
-        phase=_PART,
-        summary=(
+        )
+    else:
+        who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
+        times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"
+        summary = (
             f"{who} restarted {times}: {ns_text(each_ns)} each, {percent_text(share)} of step time; with "
             f"{'one iterator' if each_step else 'persistent workers'}, steps would be "
             f"{gain_text(gain, 'at most' if each_step else '')}."
-        ),
-        next=(
-            "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
-            if each_step
-            else f"{keeping.action}: {keeping.because}.{without if share >= _MUCH else ''}"
-        ),
+        )
+        without = (
+            f" Without workers ({loader.option('num_workers')}=0) none has to start: that is faster than now, too, if "
+            f"a batch takes less than {ns_text(saved)} to make."
+        )
+        action = f"{keeping.action}: {keeping.because}.{without if share >= _MUCH else ''}"
+        if each_step:
+            action = "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
+
+    return Finding.of(
+        Kind.INPUT_BOUND,
+        phase=_PART,
+        summary=summary,
+        next=action,
         evidence={
             "epochs": count,
-            "restart_ms": each_ns / 1e6,
+            "first_batch_ms" if keeping is None else "restart_ms": each_ns / 1e6,
             "num_workers": workers,
             "step_ms": step_ns / 1e6,
             "steps": work.parts[_PART].shape[1],
