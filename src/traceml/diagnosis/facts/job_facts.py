@@ -50,29 +50,24 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     backend: str | None = None  # that of the ranks' process group on the models' device (gloo, nccl); None if unknown
     store_restarts: int = 0  # restarts by torchrun, in each of which ranks meet by the same store
     rpc: bool = False  # whether ranks call functions of each other (torch.distributed.rpc)
-    # place of each rank: host, switches, NVLink domain, coordinates of the device mesh
-    topology: Topology = msgspec.field(default_factory=Topology)
+    topology: Topology = msgspec.field(default_factory=Topology)  # places: hosts, switches, NVLink, device mesh
     hosts: Mapping[int, str] = {}  # rank -> host
 
     # Cores and other programs
     cores: Mapping[str, int] = {}  # host -> cores that the job may use there
     threads: int | None = None  # torch threads per rank
     bound_cores: Mapping[int, Collection[int]] = {}  # rank -> cores on which its training thread may run, if not all
-    # rank -> share of its main thread's ready time in which it waited for a core
-    wait_of_ready_time: Mapping[int, float] = {}
-    # rank -> share of wall time in training in which its main thread waited for a core
-    wait_of_wall_time: Mapping[int, float] = {}
+    wait_of_ready_time: Mapping[int, float] = {}  # rank -> share of its ready time that a main thread waited for a core
+    wait_of_wall_time: Mapping[int, float] = {}  # rank -> the same as a share of wall time in training
     core_wait_s: Mapping[int, float] = {}  # rank -> seconds of training in which its waits for a core were counted
-    # seconds that main threads waited for a core before the first step: the median over ranks
-    startup_wait_s: float = 0.0
+    startup_wait_s: float = 0.0  # seconds that main threads waited for a core before the first step: median of ranks
     startup_run_s: float = 0.0  # seconds that they ran
     # name -> cores that other processes on the host of rank 0 used while ranks waited, the most first; '' are processes
     # of other users
     competing_processes: Mapping[str, float] = {}
     # the same of processes that the ranks have started, loader workers among them; None if unknown
     started_processes: Mapping[str, float] | None = None
-    # use of cores, memory and devices over the run
-    samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
+    samples: MachineSamples = msgspec.field(default_factory=MachineSamples)  # use of cores, memory and devices
 
     # What is trained, and how
     model: ModelFacts = ModelFacts()  # the model that is trained
@@ -81,20 +76,17 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     other_models: tuple[int, ...] = ()
     # of these steps, those at which an earlier model was trained again -> first step of that model
     same_models: Mapping[int, int] = {}
-    # first steps of optimizers of other parameters, but at the run's start: folds, trials
-    trainings_begin: tuple[int, ...] = ()
+    trainings_begin: tuple[int, ...] = ()  # first steps of later optimizers of other parameters: folds, trials
     fused: bool | None = None  # whether the optimizer is a fused one; None if no fused form of it is known
     history_bytes: int = 0  # that an optimizer keeps of past steps at most, as L-BFGS does; 0 without such a history
-    # (file, function) of code that reads gradients in trainings without an optimizer
-    own_updates: frozenset[tuple[str, str]] = frozenset()
+    own_updates: frozenset[tuple[str, str]] = frozenset()  # (file, function) that reads gradients without optimizer
     compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end
     single_calls: int = 0  # calls of the model for a batch of so many samples, with one each; 0 unless it is called so
     autocast: bool = False  # whether the training runs under torch.autocast, be it inside the model
     tf32: bool = False  # whether CUDA may compute with its values of 32 bits in TF32
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
-    # whether the script collects by its model what it trains on: rollouts of reinforcement learning
-    collects: bool = False
+    collects: bool = False  # whether it collects by its model what it trains on: rollouts of reinforcement learning
     plays: bool = False  # whether models are called between trainings, without a loader, with one sample each time
     plain_evaluation: bool = False  # whether a trained model is evaluated without gradients
     evaluates_gradients: bool = False  # whether gradients are computed in evaluations, as forces are
@@ -107,14 +99,13 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     loaders: Mapping[int, Sequence[LoaderFacts]] = {}
     workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)  # worker processes of loaders over the run
     # rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator
-    epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
+    epochs: NDArray[np.void] = np.empty(0, EPOCHS.dtype)
     read_micro_batches: Callable[[], float] = lambda: 1.0  # reads the kept steps of all ranks: see `micro_batches`
     batch_tensors: int = 0  # tensors of the largest of some batches, as a loader returns it; 0 if unknown
     batch_bytes: int = 0  # its bytes
     pinned_share: float | None = None  # share of the bytes that some copies to a device took from pinned memory
     non_blocking_share: float | None = None  # the same of copies with `non_blocking=True`
-    # fingerprints of batches, and how ranks exchange gradients
-    batches: BatchHistory = msgspec.field(default_factory=BatchHistory)
+    batches: BatchHistory = msgspec.field(default_factory=BatchHistory)  # with how ranks exchange gradients
     # numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`
     same_order: frozenset[int] = frozenset()
 
@@ -126,11 +117,9 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # Progress, pauses and ends
     latest: tuple[int, ...] = ()  # last step of each rank, -1 before the first
     progress: JobProgress | None = None  # progress of each rank; None if unknown
-    # times in which the interpreter or torch.compile paused the training
-    pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)
+    pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)  # by the interpreter or torch.compile
     stops: Mapping[int, Sequence[Stop]] = {}  # rank -> times in which its process did not run
-    # rank -> steps at which it has left `with Join(...)`, and waited for ranks with more batches
-    joined: Mapping[int, Sequence[int]] = {}
+    joined: Mapping[int, Sequence[int]] = {}  # rank -> steps at which it has left `with Join(...)`, to wait for others
     exits: tuple[RankExit, ...] = ()  # ends of ranks
     lost_workers: Mapping[int, Sequence[LostWorker]] = {}  # rank -> loader workers that died, the first of them
     ended_by: EndingSignal | None = None  # signal that the launcher received and that ended the job; None without one
@@ -138,10 +127,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     job_limit_s: float | None = None  # that limit as a duration, seconds; None if unknown
 
     # Memory, limits and devices
-    # memory of ranks, devices and hosts over the run
-    memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)
-    # rank -> containers that grew while its memory did, at its last reading
-    growing: Mapping[int, Sequence[GrowingObjects]] = {}
+    memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)  # of ranks, devices and hosts
+    growing: Mapping[int, Sequence[GrowingObjects]] = {}  # rank -> containers that grew while its memory did
     limits: tuple[ResourceUse, ...] = ()  # use of resources that have a limit
     save_folders: Mapping[int, str] = {}  # rank -> folder into which it wrote checkpoints
     # device memory that ranks give back to the driver and request again

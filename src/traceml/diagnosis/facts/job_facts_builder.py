@@ -59,11 +59,7 @@ _COPIED = ("hosts", "loaders", "lost_workers", "growing", "save_folders", "stops
 
 
 class JobFactsBuilder:
-    """Collects facts from rows as they arrive.
-
-    Attributes:
-        accelerator: type of device of the models (cuda, mps), None if they are on the CPU.
-    """
+    """Collects facts from rows as they arrive; see `JobFacts` for what they are."""
 
     def __init__(self, world_size: int = 1) -> None:
         self.world_size = world_size

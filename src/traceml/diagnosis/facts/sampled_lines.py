@@ -166,16 +166,11 @@ class LineCounts:
 
 
 class _RankCounts:
-    """Rows of one rank. Those in the phases of steps are apart until a later step has begun.
-
-    Attributes:
-        intervals: takes these, by interval of the run, too; None if nothing asks for them.
-        threads, workers: sums of the rows of other Python threads, and of loader workers.
-    """
+    """Rows of one rank. Those in the phases of steps are apart until a later step has begun."""
 
     def __init__(self, intervals: _RankIntervals | None = None) -> None:
-        self.intervals = intervals
-        self.threads = self.workers = _NONE
+        self.intervals = intervals  # takes these, by interval of the run, too; None if nothing asks for them
+        self.threads = self.workers = _NONE  # sums of the rows of other Python threads, and of loader workers
         self._parts: list[NDArray[np.int64]] = []
         # with the middle of the time in which they were counted: in the phases of steps, and between steps
         self._newest: list[tuple[int, NDArray[np.int64]]] = []

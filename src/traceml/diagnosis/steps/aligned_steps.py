@@ -34,16 +34,14 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     user: Mapping[str, Floats] = {}  # the user's phases by name, in nanoseconds; their sum is `times["user"]`
     missing_ranks: tuple[int, ...] = ()  # ranks with rows, but with none of these steps
     device: bool = False  # whether device times replace the CPU times of the device's phases; see `step_split`
-    # size of the batches of each step, 0 if unknown
-    elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
-    # number of samples in them, 0 if unknown
-    samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    elements: Floats = np.empty((0, 0), np.float32)  # size of the batches of each step, 0 if unknown
+    samples: Floats = np.empty((0, 0), np.float32)  # number of samples in them, 0 if unknown
     # whether its optimizer called its closure several times, rank x step; empty if none did
-    closures: NDArray[np.bool_] = msgspec.field(default_factory=lambda: np.empty((0, 0), bool))
+    closures: NDArray[np.bool_] = np.empty((0, 0), bool)
     # rank -> the ranks of its host that it represents, itself among them, where hosts are merged
     represents: Mapping[int, tuple[int, ...]] = {}
     # by rank and step, own work of the longest of those beyond that of the rank itself; empty without any
-    excess_of_represented: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    excess_of_represented: Floats = np.empty((0, 0), np.float32)
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -71,19 +71,14 @@ class KeptSteps:
     Args:
         slots: steps kept per rank; see `slots_for`.
         ranks: ranks to allocate now; more are added as they arrive.
-
-    Attributes:
-        latest: last step of each rank by rank index, -1 before the first.
-        end_ns: monotonic timestamp at the end of that step.
-        representatives: ranks that represent others, where hosts are merged.
-        numbers: numbers of the steps, whose first ones include set-up.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.slots = slots
-        self.representatives, self.numbers = Representatives(), StepNumbers()
-        self.latest: Ints = np.empty(0, np.int64)
-        self.end_ns: Ints = np.empty(0, np.int64)
+        self.representatives = Representatives()  # ranks that represent others, where hosts are merged
+        self.numbers = StepNumbers()  # numbers of the steps, whose first ones include set-up
+        self.latest: Ints = np.empty(0, np.int64)  # last step of each rank by rank index, -1 before the first
+        self.end_ns: Ints = np.empty(0, np.int64)  # monotonic timestamp at the end of that step
         self._capacity = 0
         self._ended = np.empty(0, bool)
         self._step = np.empty(0, np.int64)

@@ -84,10 +84,9 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     begins: NDArray[np.bool_]  # steps whose predecessor is not in the window
     sync_intervals: NDArray[np.intp]  # first step of each interval at whose end the ranks meet; mostly each step is one
     represents: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
-    # see `AlignedSteps`
-    excess_of_represented: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    excess_of_represented: Floats = np.empty((0, 0), np.float32)  # see `AlignedSteps`
     # what each step took beyond `step` before several trainings were made as if of one; empty without any
-    leveled_ns: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
+    leveled_ns: Floats = np.empty(0, np.float32)
 
     def as_measured(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
         """Return the times of some steps, and what is usual for them, as the run had them."""

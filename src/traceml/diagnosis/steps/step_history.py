@@ -37,12 +37,12 @@ class StepHistory(msgspec.Struct, frozen=True):
     # for each other
     parts_ns: Mapping[str, Floats]
     # ranks that wait for each other, one per row of `own_ns`; empty if rows represent several ranks
-    ranks: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
-    own_ns: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0)))  # own work of each, rank x bin
-    elements: Floats = msgspec.field(default_factory=lambda: np.empty(0))  # of the batches of all ranks; empty: unknown
+    ranks: NDArray[np.int64] = np.empty(0, np.int64)
+    own_ns: Floats = np.empty((0, 0))  # own work of each, rank x bin
+    elements: Floats = np.empty(0)  # of the batches of all ranks; empty: unknown
     # steps of the run, their step times, and own work of `ranks` in them by phase; empty if only bins are known
-    single_steps: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
-    single_ns: Floats = msgspec.field(default_factory=lambda: np.empty(0))
+    single_steps: NDArray[np.int64] = np.empty(0, np.int64)
+    single_ns: Floats = np.empty(0)
     single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = {}
     start: int = 1  # first step of what is compared: a training, where a run has several
     end: int = _END  # the first one after it
