@@ -30,6 +30,7 @@ __all__ = [
     "compute",
     "core_wait",
     "device_fault",
+    "devices_text",
     "duplicates",
     "evaluation",
     "hang",
@@ -44,12 +45,12 @@ __all__ = [
     "pauses_text",
     "pressure",
     "recompiles",
+    "share_text",
     "skipped",
     "slow_ranks",
     "slowdown",
     "startup",
     "stopped",
-    "throttled",
     "uneven_memory",
     "unknown",
     "user_code",
@@ -235,10 +236,10 @@ def user_code(finding: FindingFacts) -> str:
     if every := evidence.get("every_n_steps"):
         where = phases_text(evidence.get("phases", [phase]), line)
         mostly = "mostly " if line and line_share is not None and line_share < _MOSTLY * share else ""
-        return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
+        return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {share_text(finding)}"
 
     if "trainings" in evidence:
-        return f"Set-up between {evidence['trainings']} trainings, in {line or where}: {_of_step_time(finding)}"
+        return f"Set-up between {evidence['trainings']} trainings, in {line or where}: {share_text(finding)}"
 
     if line and line_share is None:  # few samples
         return f"{_spent_in(percent_text(share), where)}, mostly in {line}"
@@ -321,23 +322,24 @@ def input_wait(finding: FindingFacts) -> str:
     """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
     when = "for each step" if finding.evidence.get("each_step") else "in each epoch"
     what = f"new loader workers {when}" if finding.evidence.get("restart_ms") else "data"
-    return f"Training waits for {what}: {_of_step_time(finding)}"
+    return f"Training waits for {what}: {share_text(finding)}"
 
 
 def core_wait(finding: FindingFacts) -> str:
     """Return `Rank 1 waits for a CPU core: 62 % of step time`, or that the training does."""
     who = f"{ranks_text(finding.ranks)} {'wait' if len(finding.ranks) > 1 else 'waits'}"
-    return f"{capitalized(who) if finding.ranks else 'The training waits'} for a CPU core: {_of_step_time(finding)}"
+    return f"{capitalized(who) if finding.ranks else 'The training waits'} for a CPU core: {share_text(finding)}"
 
 
-def _of_step_time(finding: FindingFacts) -> str:
-    return f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of step time"
+def share_text(finding: FindingFacts, whole: str = "step time") -> str:
+    """Return `34 % of step time`, or `part of step time`."""
+    return f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
 
 
 def long_steps(finding: FindingFacts) -> str:
     """Return `Some steps take far longer than the rest: 30 % of step time`, or the same of one step."""
     steps = "One step takes" if finding.evidence.get("long_steps") == 1 else "Some steps take"
-    return f"{steps} far longer than the rest: {_of_step_time(finding)}"
+    return f"{steps} far longer than the rest: {share_text(finding)}"
 
 
 def slowdown(finding: FindingFacts) -> str:
@@ -441,7 +443,7 @@ def recompiles(finding: FindingFacts) -> str:
 def device_fault(finding: FindingFacts) -> str:
     """Return `GPU 3 reports a fault`, or that several do."""
     is_one = len(finding.evidence.get("devices") or []) == 1
-    return f"{_devices_text(finding.evidence)} {'reports a fault' if is_one else 'report faults'}"
+    return f"{devices_text(finding.evidence)} {'reports a fault' if is_one else 'report faults'}"
 
 
 def startup(finding: FindingFacts) -> str:
@@ -480,7 +482,7 @@ def _mostly_at(finding: FindingFacts) -> str:
 
 
 def _run_share(finding: FindingFacts) -> str:
-    return f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
+    return capitalized(share_text(finding, "the run's time"))
 
 
 def communication(finding: FindingFacts) -> str:
@@ -493,7 +495,7 @@ def communication(finding: FindingFacts) -> str:
     else:
         waiting = _WAITS_FOR.get(str(finding.evidence.get("waits_for")), waiting)
 
-    return f"{waiting}: {_of_step_time(finding)}"
+    return f"{waiting}: {share_text(finding)}"
 
 
 def slow_ranks(finding: FindingFacts) -> str:
@@ -506,14 +508,14 @@ def slow_ranks(finding: FindingFacts) -> str:
         phase = f"every {ordinal_text(int(every))} step, in {phase}"
 
     if "imbalance_ms" in evidence:
-        return f"{ranks} take turns being slow in {phase}: {_of_step_time(finding)}"
+        return f"{ranks} take turns being slow in {phase}: {share_text(finding)}"
 
     slow = f"{ranks} {'are' if many else 'is'} slow in {phase}"
     if evidence.get("is_hidden"):
-        return f"{slow}, hidden by other slow ranks: {_of_step_time(finding)}"
+        return f"{slow}, hidden by other slow ranks: {share_text(finding)}"
 
     others = "the others of the group" if evidence.get("faster_ranks") else "the others"
-    return f"{slow}: {others} wait, {_of_step_time(finding)}"
+    return f"{slow}: {others} wait, {share_text(finding)}"
 
 
 def uneven_memory(finding: FindingFacts) -> str:
@@ -522,19 +524,10 @@ def uneven_memory(finding: FindingFacts) -> str:
     return f"{capitalized(ranks_text(finding.ranks))} {use} far more memory than the others"
 
 
-def throttled(finding: FindingFacts) -> str:
-    """Return `The driver lowers the clock of GPU 3: temperature`."""
-    return f"The driver lowers the clock of {_devices_text(finding.evidence)}: {finding.evidence.get('reason')}"
-
-
-def _devices_text(evidence: Mapping[str, Any]) -> str:
+def devices_text(evidence: Mapping[str, Any]) -> str:
+    """Return `GPU 3`, or `2 GPUs`."""
     devices = evidence.get("devices") or []
     return f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
-
-
-def shared_devices(finding: FindingFacts) -> str:
-    """Return `Other programs compute on GPU 3: 34 % of step time`."""
-    return f"Other programs compute on {_devices_text(finding.evidence)}: {_of_step_time(finding)}"
 
 
 def stopped(finding: FindingFacts) -> str:

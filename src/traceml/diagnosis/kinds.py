@@ -8,7 +8,6 @@ from enum import StrEnum
 import msgspec
 
 from traceml.diagnosis import headlines
-from traceml.formatting import percent_text
 
 __all__ = ["CRITICAL_SHARE", "FLOOR_NS", "WARNING_SHARE", "Kind", "KindRule", "Severity", "least_cost_ns"]
 
@@ -39,7 +38,7 @@ _STEP_TIME, _RUN_TIME, _STEPS = "step time", "the run's time", "the steps"
 class KindRule(msgspec.Struct, frozen=True):
     """Rules of a kind."""
 
-    # a template with {share}, or a function of the finding
+    # a template with {share}, {devices} or {reason}, or a function of the finding
     headline: str | Callable[[headlines.FindingFacts], str]
     # of a finding whose rule does not weigh it by its facts; None if the cost decides
     severity: Severity | None = None
@@ -74,7 +73,7 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     CPU_CONTENTION = "CPU_CONTENTION", KindRule(headlines.core_wait)
-    DEVICE_CONTENTION = "DEVICE_CONTENTION", KindRule(headlines.shared_devices)
+    DEVICE_CONTENTION = "DEVICE_CONTENTION", KindRule("Other programs compute on {devices}: {share}")
     GIL_CONTENTION = (
         "GIL_CONTENTION",
         KindRule("The training waits for Python's lock, which another thread holds: {share}"),
@@ -86,7 +85,7 @@ class Kind(StrEnum):
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(headlines.recompiles, cost_of=_RUN_TIME)
-    THROTTLED = "THROTTLED", KindRule(headlines.throttled, Severity.WARNING)
+    THROTTLED = "THROTTLED", KindRule("The driver lowers the clock of {devices}: {reason}", Severity.WARNING)
     DEVICE_FAULT = "DEVICE_FAULT", KindRule(headlines.device_fault, critical_first=True, cost_of="")
     STOPPED = "STOPPED", KindRule(headlines.stopped, cost_of=_RUN_TIME)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(headlines.skipped, cost_of=_STEPS)
@@ -143,6 +142,5 @@ class Kind(StrEnum):
         if not isinstance(rule, str):
             return rule(finding)
 
-        whole = self.rule.cost_of
-        share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
-        return rule.format(share=share)
+        share, evidence = headlines.share_text(finding, self.rule.cost_of), finding.evidence
+        return rule.format(share=share, devices=headlines.devices_text(evidence), reason=evidence.get("reason"))
