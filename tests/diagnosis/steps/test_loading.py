@@ -75,8 +75,8 @@ def test_no_advice_gains_more_than_no_waiting_at_all():
     found = pipeline_of(work, JobFacts(loader=loader, epochs=starts), 30 * MS)
 
     assert found is not None
-    assert replace(found, wait_ns=np.inf).gain_if(8, epoch_steps=None) > 1.05 * most
-    assert found.gain_if(8, epoch_steps=None) == pytest.approx(most)
+    assert replace(found, wait_ns=np.inf).gain(8, epoch_steps=None) > 1.05 * most
+    assert found.gain(8, epoch_steps=None) == pytest.approx(most)
     assert 1.0 < replace(found, wait_ns=np.inf).gain_with(0.9) == found.gain_with(0.9)
 
 
@@ -685,7 +685,7 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     assert found is not None
     advised = for_input(workers, found)
     assert "Put a batch into fewer tensors" in advised.text
-    assert advised.gain == pytest.approx(found.gain_if(take_ns=TAKE_NS))
+    assert advised.gain == pytest.approx(found.gain(take_ns=TAKE_NS))
 
 
 @pytest.mark.parametrize(
@@ -763,7 +763,7 @@ def test_workers_whose_batches_cost_nothing_are_to_be_left_out(workers: int, say
     found = pipeline_of(work, facts, 60 * MS)
 
     assert found is not None
-    assert found.gain_if(take_ns=TAKE_NS) < WORTHWHILE
+    assert found.gain(take_ns=TAKE_NS) < WORTHWHILE
     advised = for_input(facts, found)
     assert says in advised.text
     assert advised.gain is None
@@ -795,7 +795,7 @@ def test_workers_bound_to_one_core_gain_by_all_of_them():
     assert found is not None
     assert free is not None
     assert found.step_ns(4) == pytest.approx(work.step_ns, rel=0.02)
-    assert found.gain_if(worker_cores=None) == pytest.approx(4.0, rel=0.05)
+    assert found.gain(worker_cores=None) == pytest.approx(4.0, rel=0.05)
     assert found.gain(16) == pytest.approx(1.0)
     assert (found.worker_cores, free.worker_cores) == (1, None)
     assert "may use only 1 core of 8" in for_input(bound, found).text

@@ -83,7 +83,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if loader.num_workers is None:
         return _prefetch(pipeline)
 
-    if pipeline.worker_cores and pipeline.gain_if(worker_cores=None) >= WORTHWHILE:
+    if pipeline.worker_cores and pipeline.gain(worker_cores=None) >= WORTHWHILE:
         return _all_cores(pipeline)
 
     cores = _on(pipeline, facts)
@@ -349,7 +349,7 @@ def _prefetch(pipeline: Pipeline) -> LoadingAdvice:
 
 
 def _all_cores(pipeline: Pipeline) -> LoadingAdvice:
-    gain, allowed = pipeline.gain_if(worker_cores=None), cores_text(pipeline.worker_cores or 0)
+    gain, allowed = pipeline.gain(worker_cores=None), cores_text(pipeline.worker_cores or 0)
     return LoadingAdvice(
         f"The {plural(pipeline.workers, 'worker')} may use only {allowed} of {pipeline.cores}: the "
         "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
@@ -405,7 +405,7 @@ def _more_workers(
 
 def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
     """Return further advice where epochs are so short that workers are not ahead; else nothing."""
-    longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain_if(workers, epoch_steps=None)
+    longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain(workers, epoch_steps=None)
     if pipeline.is_taken_ahead or longer < _MUCH_MORE * gain:
         return ""
 
@@ -416,7 +416,7 @@ def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
 
 
 def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
-    gain, first = pipeline.gain_if(first_ns=0.0), ns_text(pipeline.first_ns + pipeline.fetch_ns)
+    gain, first = pipeline.gain(first_ns=0.0), ns_text(pipeline.first_ns + pipeline.fetch_ns)
     return LoadingAdvice(
         f"Most of the waiting is for the first batch of an epoch, {first}, and workers would not begin it sooner. Make "
         f"what {_data(loader)} or its sampler does first cheaper (filling a "
@@ -431,7 +431,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     waits = f"{who} up: training waits to receive {their} batches, tensor by tensor"
     if gain < WORTHWHILE:
         how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
-        most = pipeline.gain_if(take_ns=TAKE_NS)
+        most = pipeline.gain(take_ns=TAKE_NS)
         if most < WORTHWHILE and share_at_work(facts) is None:  # how much the workers do is not known
             many = pipeline.workers > (pipeline.cores or pipeline.workers)
             crowd = f"{plural(pipeline.workers, 'worker')} for {plural(pipeline.cores or 1, 'core')}"

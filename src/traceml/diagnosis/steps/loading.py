@@ -135,10 +135,6 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         times = {count: self.step_ns(count) for count in COUNTS if count <= max(most, 1)}
         return min(count for count, time in times.items() if ENOUGH * time <= min(times.values()))
 
-    def gain(self, workers: int) -> float:
-        """Return old / new step time with this many workers."""
-        return self._gain_to(self.step_ns(workers))
-
     def gain_with(self, fetch_share: float, workers: int | None = None) -> float:
         """Return old / new step time if fetching took this share of its time.
 
@@ -146,15 +142,13 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
             fetch_share: new / old time of a batch.
             workers: number of workers then; None for that of now.
         """
-        return self.gain_if(workers, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
+        return self.gain(workers, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
 
-    def gain_if(self, workers: int | None = None, **changed: float | None) -> float:
-        """Return old / new step time if some of the fields were others, with this many workers or those of now."""
-        return self._gain_to(replace(self, **changed).step_ns(self.workers if workers is None else workers))
-
-    def _gain_to(self, step_ns: float) -> float:
+    def gain(self, workers: int | None = None, **changed: float | None) -> float:
+        """Return old / new step time with this many workers, or those of now, if some of the fields were others."""
+        new_ns = replace(self, **changed).step_ns(self.workers if workers is None else workers)
         most = 1.0 + self.wait_ns / (self.rest_ns + self.lost_ns)
-        return min((self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns), most)
+        return min((self.step_ns(self.workers) + self.lost_ns) / (new_ns + self.lost_ns), most)
 
     @property
     def first_wait_ns(self) -> float:
