@@ -120,9 +120,7 @@ _ELSEWHERE = {
 
 
 def for_debugging(facts: JobFacts) -> str:
-    """Return advice on what helps to find errors and makes all steps slower (anomaly detection, a profiler); else "
-    "empty.
-    """
+    """Return advice on what finds errors and slows all steps down (anomaly detection, a profiler); else nothing."""
     return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
 
 

@@ -132,8 +132,8 @@ def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: i
     if cycle:
         return Blame(HangCause.CYCLE, cycle, waits)
 
-    if set(range(world_size)) - snapshots.keys() - set(ended):
-        return Blame(HangCause.UNANSWERED, tuple(sorted(set(range(world_size)) - snapshots.keys() - set(ended))), waits)
+    if silent := set(range(world_size)) - snapshots.keys() - set(ended):
+        return Blame(HangCause.UNANSWERED, tuple(sorted(silent)), waits)
 
     return _together(waits, snapshots)
 

@@ -22,11 +22,8 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 __all__ = ["hang"]
 
 _S = 1e9
-# Ranks that were to meet in a collective: what they had called before tells where they diverged.
-_OF_COLLECTIVES = (
-    HangCause.NEVER_CAME, HangCause.DATA_ENDED, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES,
-    HangCause.ROOTS, HangCause.CYCLE,
-)  # fmt: skip
+# Of ranks that were to meet in a collective, what they had called before tells where they diverged.
+_NOT_MEETING = (HangCause.NETWORK, HangCause.RENDEZVOUS, HangCause.STUCK, HangCause.UNANSWERED)
 
 
 def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -38,7 +35,7 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     if found is None:
         return []
 
-    diverged = facts.progress.diverged if facts.progress is not None and found.blame.cause in _OF_COLLECTIVES else None
+    diverged = None if facts.progress is None or found.blame.cause in _NOT_MEETING else facts.progress.diverged
     return [_finding(found, diverged, facts)]
 
 

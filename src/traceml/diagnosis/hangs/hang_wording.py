@@ -135,10 +135,8 @@ def _late_text(found: DetectedHang) -> str:
 
     is_numbered = operation is not None and operation.number > 0 and not operation.is_p2p
     never = f" never reached {what}:" if what and is_numbered else ""
-    it = "it has" if len(named) == 1 else "they have"
-    subject = (
-        f"{ranks_text(named)}{never} {it}" if never else f"{ranks_text(named)} {'has' if len(named) == 1 else 'have'}"
-    )
+    it, have = ("it has", "has") if len(named) == 1 else ("they have", "have")
+    subject = f"{ranks_text(named)}{never} {it if never else have}"
     since = f"for {_age(found, named)}{_seen_text(found, named)}"
     return f"{subject} been {_state_text(found, named)} {since}{_waiters_text(found)}"
 

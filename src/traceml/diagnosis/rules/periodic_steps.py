@@ -108,11 +108,8 @@ def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str
     longer = {part for part, excess_ns in typical.items() if excess_ns > JOINT_SHARE * max(typical.values())}
     is_training = max(typical, key=lambda part: typical[part]) in COMPUTE and "backward" in longer
     computing = longer & {*COMPUTE}
-    return (
-        {part: _without_excess(work.parts[part], columns) for part in computing}
-        if is_training and len(computing) > 1
-        else {}
-    )
+    is_more = is_training and len(computing) > 1
+    return {part: _without_excess(work.parts[part], columns) for part in computing} if is_more else {}
 
 
 def _period(window: AlignedSteps, work: OwnWork) -> _Period | None:

@@ -154,6 +154,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def of_steps(self, columns: NDArray[np.bool_]) -> OwnWork:
         """Return the work of some steps, each of which ends with a sync point."""
+        optional = {"excess_of_represented": self.excess_of_represented, "leveled_ns": self.leveled_ns}
         return replace(
             self,
             parts={part: values[:, columns] for part, values in self.parts.items()},
@@ -162,10 +163,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             measured=self.measured[columns],
             begins=self.begins[columns],
             sync_intervals=np.arange(int(columns.sum())),
-            excess_of_represented=self.excess_of_represented[:, columns]
-            if len(self.excess_of_represented)
-            else self.excess_of_represented,
-            leveled_ns=self.leveled_ns[columns] if len(self.leveled_ns) else self.leveled_ns,
+            **{name: values[..., columns] for name, values in optional.items() if len(values)},
         )
 
     def changed(self, parts: Mapping[str, Floats], step: Floats) -> OwnWork:

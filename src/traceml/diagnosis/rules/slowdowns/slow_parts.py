@@ -133,14 +133,8 @@ def _together(usual: Mapping[str, float], slow: Mapping[str, float]) -> tuple[st
     differences = {name: slow[name] - usual[name] for name in usual}
     ordered = sorted(usual, key=lambda name: -differences[name])
     whole = sum(value for value in differences.values() if value > 0)
-    some = next(
-        (
-            ordered[:count]
-            for count in range(1, len(ordered))
-            if _sum(differences, ordered[:count]) >= JOINT_SHARE * whole
-        ),
-        [],
-    )
+    heads = (ordered[:count] for count in range(1, len(ordered)))
+    some = next((each for each in heads if _sum(differences, each) >= JOINT_SHARE * whole), [])
     rest = [name for name in ordered if name not in some]
     own, least = _sum(usual, some), SIMILAR_FACTOR * _sum(differences, some)
     if _sum(usual, rest) < MIN_REST_SHARE * sum(usual.values()):
