@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.diagnosis.advice import (
-    EVEN_BATCHES,
-    EVEN_OR_TOGETHER,
-    EXPLICIT_EXIT,
-    SAME_COLLECTIVES,
-    STOP_TOGETHER,
-)
+from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, EXPLICIT_EXIT, SAME_COLLECTIVES, STOP_TOGETHER
 from traceml.diagnosis.deaths.end_wording import step_text
 from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts

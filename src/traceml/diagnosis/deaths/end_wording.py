@@ -32,10 +32,7 @@ _MAX_SIGNAL = 64
 _MAX_REPORTED = 3
 """Ranks whose place in the script is reported."""
 _SYSTEM_EXIT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
-_CODES = {
-    126: "a shell's code for 'cannot execute'",
-    127: "a shell's code for 'command not found'",
-}
+_CODES = {126: "a shell's code for 'cannot execute'", 127: "a shell's code for 'command not found'"}
 
 
 def signal_of_code(code: int | None) -> int | None:

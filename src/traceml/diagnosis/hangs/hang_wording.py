@@ -9,13 +9,7 @@ from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.uneven_data import UnevenData
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.rank_state import (
-    REMOTE_CALLS,
-    WAITS_FOR_THREAD,
-    awaited_thread,
-    blocked_worker,
-    doing,
-)
+from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, WAITS_FOR_THREAD, awaited_thread, blocked_worker, doing
 from traceml.formatting import (
     capitalized,
     count_text,

@@ -21,10 +21,7 @@ _BUSY_SHARE = 0.8
 """A device that computes for less of the time has room for both."""
 _MAX_SHARE = 0.9
 # NVIDIA's catalog of XID errors. Those that only follow the end of a process (43, 45) are left out.
-_BY_PROGRAM = {
-    13: "a kernel of the program failed",
-    31: "a kernel of the program used an invalid address",
-}
+_BY_PROGRAM = {13: "a kernel of the program failed", 31: "a kernel of the program used an invalid address"}
 _BY_HARDWARE = {
     48: "a memory error that ECC could not correct",
     63: "memory is to be replaced by spare rows",

@@ -33,14 +33,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.formatting import capitalized, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
-__all__ = [
-    "COMPUTE_SHARE",
-    "for_compute",
-    "nothing_found",
-    "shares_text",
-    "with_optimizer",
-    "with_own_code",
-]
+__all__ = ["for_compute", "nothing_found", "shares_text", "with_optimizer", "with_own_code"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""

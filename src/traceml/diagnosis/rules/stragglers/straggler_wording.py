@@ -11,15 +11,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import (
-    capitalized,
-    gain_text,
-    ns_text,
-    percent_text,
-    phase_words,
-    plural,
-    ranks_text,
-)
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, plural, ranks_text
 
 __all__ = [
     "fewer_workers",

@@ -19,12 +19,7 @@ from traceml.diagnosis.facts.sampled_shares import workers_at_work
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.gil_contention import background_threads
-from traceml.diagnosis.rules.stragglers.core_lack import (
-    FAR_MORE_WORK,
-    due_to_code_ns,
-    is_without_core,
-    more_work_ns,
-)
+from traceml.diagnosis.rules.stragglers.core_lack import FAR_MORE_WORK, due_to_code_ns, is_without_core, more_work_ns
 from traceml.diagnosis.rules.stragglers.excess_tests import EVERYWHERE_SHARE
 from traceml.diagnosis.rules.stragglers.late_ranks import find_late, late_in_one_part, without_late
 from traceml.diagnosis.rules.stragglers.straggler_wording import (
