@@ -18,7 +18,7 @@ from tests.processes import command_of
 from traceml.aggregator.active_run import ABANDONED_S
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
-from traceml.diagnosis.facts.ends.ending_signal import END
+from traceml.diagnosis.facts.ends import END
 from traceml.errors import AggregatorRefusedError, TraceMLError
 from traceml.run_folder import STORE_NAME
 from traceml.transport.client import connect

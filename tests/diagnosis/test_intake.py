@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.diagnosis.fabricated import Job, rows_of
 from traceml.database.schema import HOST, STEPS, USER_PHASES
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.intake import RowIntake
 
 

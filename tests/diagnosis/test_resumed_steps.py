@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.diagnosis.fabricated import Job, window_of
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding, with_global_step_numbers

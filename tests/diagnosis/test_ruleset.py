@@ -11,7 +11,7 @@ from msgspec import structs
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
 from traceml.database.schema import IMPORTING, STEPS, StepFlag, pack_bits
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.sampled_lines import SampledLine

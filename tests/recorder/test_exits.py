@@ -16,7 +16,7 @@ from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
 from tests.recorder.conftest import Run, exit_rows, stored_steps
 from traceml.database.store.reader import StreamRecord
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.recorder.exits import ExitWatch, address_limit_bytes, cause_of, describe, status_of
 
 START = """

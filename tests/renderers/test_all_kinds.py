@@ -15,11 +15,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.diagnosis.rules.test_device_contention import SECONDS, shared
-from tests.diagnosis.rules.test_device_faults import GOOD
-from tests.diagnosis.rules.test_device_faults import facts as faulty
-from tests.diagnosis.rules.test_throttled import THERMAL
-from tests.diagnosis.rules.test_throttled import samples as hot_samples
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.hangs import standing
 from tests.diagnosis.memory.memories import (
@@ -33,8 +28,13 @@ from tests.diagnosis.memory.memories import (
 from tests.diagnosis.memory.test_allocator_churn import emptied
 from tests.diagnosis.rules.test_correctness import group_of_two, history
 from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
+from tests.diagnosis.rules.test_device_contention import SECONDS, shared
+from tests.diagnosis.rules.test_device_faults import GOOD
+from tests.diagnosis.rules.test_device_faults import facts as faulty
 from tests.diagnosis.rules.test_gil_contention import found as locked
 from tests.diagnosis.rules.test_gil_contention import monitor, samples
+from tests.diagnosis.rules.test_throttled import THERMAL
+from tests.diagnosis.rules.test_throttled import samples as hot_samples
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections
@@ -45,9 +45,7 @@ from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.schema import EPOCHS, Compiled, Resource
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import EndingSignal, LostWorker, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.numerics import SkippedSteps
 from traceml.diagnosis.facts.resource_use import ResourceUse

@@ -18,7 +18,7 @@ from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
+from traceml.diagnosis.facts.ends import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures

@@ -9,8 +9,7 @@ from traceml.aggregator.streams.stream import RankStream
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.intake import RowIntake

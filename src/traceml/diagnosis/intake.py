@@ -29,7 +29,7 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints

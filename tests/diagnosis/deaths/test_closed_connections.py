@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from traceml.diagnosis.deaths.end_wording import end_summary, step_text, whereabouts
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.runs.report.report_types import RankSection
 
 

@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal, ending_signal_of
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ending_signal_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.kinds import Kind, Severity

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.resource_use import ResourceUse

@@ -9,8 +9,7 @@ from msgspec.structs import replace
 from traceml.database.schema import LOADER_WORKERS
 from traceml.diagnosis.deaths.lost_loader_workers import worker_causing_end, worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of, worker_in
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import LostWorker, RankExit, lost_worker_of, worker_in
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory

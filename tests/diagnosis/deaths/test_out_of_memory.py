@@ -9,7 +9,7 @@ from tests.diagnosis.memory.memories import growing as growing_bytes
 from tests.diagnosis.memory.memories import processes
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY, Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory

@@ -10,7 +10,7 @@ import numpy as np
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding

@@ -33,7 +33,7 @@ from traceml.database.snapshots.rank_snapshot import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs import blame

@@ -8,7 +8,7 @@ import pytest
 
 from tests.diagnosis.hangs.standing import TORCH, call, found, group, in_backward, line, snapshot
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 
 
 def in_barrier(rank: int, number: int = 15, **known: object) -> RankSnapshot:

@@ -12,7 +12,7 @@ from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.hangs import standing
 from tests.diagnosis.hangs.standing import line, snapshot
 from traceml.database.schema import IMPORTING
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import EvaluationParts, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine

@@ -15,8 +15,7 @@ from traceml.database.schema import Slot
 from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.ended_jobs import ended_with_job
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal, scheduler_words
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ended_badly, scheduler_words
 from traceml.inspection.crash_stacks import crash_facts
 from traceml.transport.exit_report import ExitReport
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, EXPLICIT_EXIT, SAME_COLLECTIVES, STOP_TOGETHER
 from traceml.diagnosis.deaths.end_wording import step_text
-from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit, ended_badly
+from traceml.diagnosis.facts.ends import STORE_TIME_LIMITS, RankExit, UnevenData, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
-from traceml.diagnosis.facts.progress.uneven_data import UnevenData
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text

@@ -19,7 +19,7 @@ from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_wording import exit_words, signal_of_code, was_cut_off, whereabouts
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
-from traceml.diagnosis.facts.ends.rank_exit import STORE_TIME_LIMITS, RankExit
+from traceml.diagnosis.facts.ends import STORE_TIME_LIMITS, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import capitalized, count_text, ranks_text
 from traceml.process_ends import CRASHES

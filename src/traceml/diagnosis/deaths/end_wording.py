@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.formatting import bytes_text, count_text, cut_text, exception_line, parsed_place, phase_words, place_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 

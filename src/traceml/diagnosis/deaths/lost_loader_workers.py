@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import LostWorker, RankExit, worker_in
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind

@@ -18,8 +18,7 @@ from traceml.diagnosis.deaths.end_wording import (
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import LostWorker, RankExit, ended_badly, worker_in
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.findings import Finding, known_facts

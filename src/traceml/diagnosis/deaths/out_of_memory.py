@@ -9,8 +9,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import LostWorker, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import bytes_text
 

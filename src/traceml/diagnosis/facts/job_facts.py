@@ -14,9 +14,7 @@ from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting
 from traceml.diagnosis.facts.core_waits import medians_of_others, ranks_without_core
 from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import EndingSignal, LostWorker, RankExit
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory

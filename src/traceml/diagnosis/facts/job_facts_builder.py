@@ -16,9 +16,7 @@ from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.core_waits import CompetingProcessHistory, CoreWaits
 from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
-from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
-from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, merged_exits, with_last_step
+from traceml.diagnosis.facts.ends import EndingSignal, LostWorker, RankExit, lost_worker_of, merged_exits
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.job_facts import OVERSUBSCRIBED, JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
@@ -348,13 +346,13 @@ class JobFactsBuilder:
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         startup_run_s, startup_wait_s = self._waits.of_start_up_s()
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
+        shared |= {name: dict(getattr(self, name)) for name in _COPIED} | self._facts
         facts = JobFacts(
             resumes_at=self.counted_before,
             first_step=self.numbers.first,
             cores=cores,
             wait_of_ready_time=self._waits.of_ready_time(),
-        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
-        shared |= {name: dict(getattr(self, name)) for name in _COPIED} | self._facts
             wait_of_wall_time=self._waits.of_wall_time(),
             core_wait_s=self._waits.observed_s(),
             startup_wait_s=startup_wait_s,
@@ -386,7 +384,7 @@ class JobFactsBuilder:
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
         is_new = rank in self._read_first and not self.numbers.is_given(rank) and not self.resumes_at
-        return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
+        return replace(self.exits[rank].with_last_step(latest), untraced=self.only_logs, counts_anew=is_new)
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:

@@ -13,7 +13,7 @@ from traceml.database.schema import Phase
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.run_clocks import RunClocks
 from traceml.database.store.summaries import StepSums, TableSums
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import RankExit, ended_badly
 from traceml.diagnosis.facts.run_time import EvaluationParts, RunTime, UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
 

@@ -13,8 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
-from traceml.diagnosis.facts.progress.uneven_data import ReadData, UnevenData, uneven_data
+from traceml.diagnosis.facts.ends import RankExit, ReadData, UnevenData, uneven_data
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait, device_wait
 
 __all__ = ["RENDEZVOUS", "Blame", "HangCause", "blame"]

@@ -12,7 +12,7 @@ import msgspec
 
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot, user_line
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot, user_line
-from traceml.diagnosis.facts.progress.uneven_data import UnevenData
+from traceml.diagnosis.facts.ends import UnevenData
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, WAITS_FOR_THREAD, awaited_thread, blocked_worker, doing

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError

@@ -18,7 +18,7 @@ from traceml.diagnosis.deaths.closed_connections import early_ends
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.deaths.out_of_memory import is_out_of_memory
-from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.wall_time import checkpoints, resumes_at
 from traceml.diagnosis.hangs.hang_detection import detect_hang

@@ -11,7 +11,7 @@ import numpy as np
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader, StreamRecord
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import significant

@@ -30,8 +30,7 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
-from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends import END, RankExit, ending_signal_of
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
