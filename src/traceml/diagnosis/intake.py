@@ -45,8 +45,7 @@ class RowIntake:
         self.facts_builder = JobFactsBuilder(max(ranks, 1))
         self.kept = KeptSteps(slots, ranks)
         self.kept.numbers = self.facts_builder.numbers
-        self.history: SpreadSteps | None = None
-        """Steps that are spread over the run, if `keep_history` was called."""
+        self.history: SpreadSteps | None = None  # steps that are spread over the run, if `keep_history` was called
         self.names = self.facts_builder.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {

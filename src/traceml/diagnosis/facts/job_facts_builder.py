@@ -64,8 +64,7 @@ class JobFactsBuilder:
         self.accelerator: str | None = None
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
-        self.names: dict[int, dict[int, str]] = {}
-        """Texts of each rank by id: names of user phases, sampled lines."""
+        self.names: dict[int, dict[int, str]] = {}  # texts of each rank by id: names of user phases, sampled lines
         self.state = "running"
         self.ended_by: EndingSignal | None = None
         self.limits, self.lines, self.memory = UseHistory(), LineCounts(self.names), MemoryHistory()
@@ -74,15 +73,12 @@ class JobFactsBuilder:
         self.save_folders: dict[int, str] = {}
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
-        self.numbers = StepNumbers()
-        """Numbers of the steps, as the script has given them."""
-        self.resumes_at = 0
-        """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
+        self.numbers = StepNumbers()  # numbers of the steps, as the script has given them
+        self.resumes_at = 0  # steps in the checkpoint that this attempt has read, whatever its ranks count
         self.losses, self.batches = LossHistory(), BatchHistory()
         self.progress = ProgressHistory()
         self.pauses = PauseHistory(self.names, self.numbers)
-        self.time: RunTime | None = None
-        """Wall time by part, which a reader of the whole run sets."""
+        self.time: RunTime | None = None  # wall time by part, which a reader of the whole run sets
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.topology = Topology(hosts=self.hosts)
         self.stops: dict[int, list[Stop]] = {}
@@ -102,8 +98,7 @@ class JobFactsBuilder:
         self._loaders_made: dict[tuple[Any, ...], int] = {}
         self._model: ModelFacts | None = None
         self._read_first: set[int] = set()  # ranks that read a checkpoint before their first step
-        self._facts: dict[str, Any] = {}
-        """Fields of `JobFacts` that single rows give."""
+        self._facts: dict[str, Any] = {}  # fields of `JobFacts` that single rows give
 
     def host(self, rank: int, host: str) -> None:
         """Record the host of a rank."""

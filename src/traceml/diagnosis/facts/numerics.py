@@ -105,15 +105,10 @@ class SkippedSteps:
 
     def __init__(self) -> None:
         self.rank: int | None = None
-        """The rank."""
-        self.rows = 0
-        """Step rows of the rank; of a long run a sample that is spread over it."""
-        self.first = 0
-        """Its first step that was taken."""
-        self.latest = -1
-        """Its last step."""
-        self.steps: NDArray[np.int64] = np.empty(0, np.int64)
-        """The skipped steps, the newest of very many."""
+        self.rows = 0  # step rows of the rank; of a long run a sample that is spread over it
+        self.first = 0  # its first step that was taken
+        self.latest = -1  # its last step
+        self.steps: NDArray[np.int64] = np.empty(0, np.int64)  # the skipped steps, the newest of very many
 
     @property
     def taken_share(self) -> float:

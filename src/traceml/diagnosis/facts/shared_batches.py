@@ -47,12 +47,9 @@ class BatchHistory:
         self._is_split = False
         self.reductions: tuple[float, float] | None = None
         """Backward passes of a step, and those of them that average gradients; None if unknown."""
-        self.sharding: str | None = None
-        """`fsdp` or `fsdp2` where a model gathers its parameters in each step."""
-        self.messages = False
-        """Whether ranks send each other messages, as the stages of a pipeline do."""
-        self.group = GroupUse()
-        """Use of the process group."""
+        self.sharding: str | None = None  # `fsdp` or `fsdp2` where a model gathers its parameters in each step
+        self.messages = False  # whether ranks send each other messages, as the stages of a pipeline do
+        self.group = GroupUse()  # use of the process group
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.FINGERPRINTS`, in order; the newest are kept."""

@@ -150,8 +150,7 @@ class Representatives:
 
     def __init__(self) -> None:
         self._at: dict[str, int] = {}
-        self.choices: list[HostChoice] = []
-        """The newest choice of each host."""
+        self.choices: list[HostChoice] = []  # the newest choice of each host
         self._silent: set[str] = set()
         self._above = np.zeros((0, _SLOTS), np.float32)
         self._steps = np.full((0, _SLOTS), -1, np.int64)

@@ -105,12 +105,9 @@ class ProgressHistory:
 
     def __init__(self) -> None:
         self.timeout_s = _DEFAULT_TIMEOUT_S
-        self.aborts = False
-        """Whether a job that hangs is to be ended (`on_hang`)."""
-        self.was_aborted = False
-        """Whether the job was found to hang, and ended for that (`rank_snapshot.ABORT`)."""
-        self.has_snapshots = False
-        """Whether any rank makes no progress now, by its snapshots."""
+        self.aborts = False  # whether a job that hangs is to be ended (`on_hang`)
+        self.was_aborted = False  # whether the job was found to hang, and ended for that (`rank_snapshot.ABORT`)
+        self.has_snapshots = False  # whether any rank makes no progress now, by its snapshots
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
         self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
         self._gap_ns = 0

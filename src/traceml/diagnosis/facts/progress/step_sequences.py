@@ -54,8 +54,7 @@ class StepSequences:
     """
 
     def __init__(self) -> None:
-        self.diverged: DivergedRanks | None = None
-        """Ranks that are apart now; None if they agree, or nothing is known."""
+        self.diverged: DivergedRanks | None = None  # ranks that are apart now; None if they agree, or nothing is known
         self._ranks = 0
         self._checked = self._agreed = -1
         self._cells: NDArray[np.int64] = np.empty((3, 0, 0), np.int64)  # step, collectives, backward passes
