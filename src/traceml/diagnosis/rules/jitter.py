@@ -227,7 +227,9 @@ def _jitter(
     long, usual_ns = work.as_measured(events.columns, events.usual_ns)
     # The waiting for a late rank belongs to its own step: a mean has a part in each.
     excess = np.add.reduceat(long - usual_ns, np.flatnonzero(~events.are_waits))
-    long = usual_ns + _described(excess)
+    # The sentence describes those that count: no step is as long as the mean of a pause and short ones.
+    heavy = excess[significant_excess(excess)]
+    long = usual_ns + (heavy if heavy.sum() >= DESCRIBED_SHARE * excess.sum() else excess)
     how_long, them = _how_long(long, len(work.step))
     line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     line = _line_of_pause(steps, work, facts, events, phase) or line
@@ -264,16 +266,6 @@ def _jitter(
         cost_share=share,
         speedup_if_fixed=gain,
     )
-
-
-def _described(excess: Floats) -> Floats:
-    """Return those of the steps that the sentence describes: no step is as long as the mean of a pause and short ones.
-
-    Args:
-        excess: their times beyond the usual.
-    """
-    heavy = excess[significant_excess(excess)]
-    return heavy if heavy.sum() >= DESCRIBED_SHARE * excess.sum() else excess
 
 
 def significant_excess(excess: Floats) -> NDArray[np.bool_]:
