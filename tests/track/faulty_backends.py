@@ -163,7 +163,7 @@ class Bare(BackendInterface):
         self._write({"metric": name, "value": value, "step": step})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        if "refused" in params:
+        if any("refused" in name for name in params):
             raise KeyError("refused")
 
         self._write({"params": dict(params)})

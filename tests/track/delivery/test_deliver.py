@@ -58,12 +58,14 @@ def run(tmp_path: Path) -> LoggedRun:
     return LoggedRun(tmp_path / "runs" / "r1")
 
 
-def faulty(run: LoggedRun, backend: str = FAULTY, max_backoff: float = 0.3, **options: Any) -> Path:
+def faulty(
+    run: LoggedRun, backend: str = FAULTY, max_backoff: float = 0.3, tags: dict[str, str] | None = None, **options: Any
+) -> Path:
     """Announce an experiment to a backend that may misbehave; return the folder in which its behavior is written."""
     folder = run.path.parent / "faulty"
     folder.mkdir(exist_ok=True)
     run.experiment(
-        [backend], id="x", sys_path=[ROOT], max_retries=2, max_backoff=max_backoff,
+        [backend], id="x", sys_path=[ROOT], max_retries=2, max_backoff=max_backoff, tags=tags or {},
         options={backend: {"path": str(folder), **options}},
     )  # fmt: skip
     return folder
@@ -552,7 +554,7 @@ def test_no_file_outside_of_the_run_is_sent(run: LoggedRun, tmp_path: Path) -> N
 def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
     """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
     plain = "tests.track.faulty_backends:Bare"
-    folder = faulty(run, plain)
+    folder = faulty(run, plain, tags={"refused": "1"})
     run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
     run.row("params", params={"lr": 0.1})
     run.row("params", params={"refused": 1})
@@ -566,7 +568,7 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
     assert values(lines, "b") == [(0, 1.0)]
     assert [line["params"] for line in lines if "params" in line] == [{"lr": 0.1}, {"depth": 3}]
     state = state_of(run.path, plain)
-    assert (state.failed, state.delivered, sum(state.reasons.values())) == (3, 303, 3)
+    assert (state.failed, state.delivered, sum(state.reasons.values())) == (4, 303, 4)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +596,7 @@ def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(
 def test_a_batch_that_failed_halfway_comes_once(run: LoggedRun) -> None:
     """Its values were accepted, then its file was not: the same object continues before them."""
     backend = f"{FAULTY}Idempotent"
-    folder = faulty(run, backend)
+    folder = faulty(run, backend, tags={"team": "red"})
     (run.path / "artifacts").mkdir()
     (run.path / "artifacts" / "model.pt").write_bytes(b"weights")
     run.metrics({"a": [1.0, 2.0]})
@@ -607,6 +609,7 @@ def test_a_batch_that_failed_halfway_comes_once(run: LoggedRun) -> None:
     assert values(lines, "a") == [(0, 1.0), (1, 2.0)]
     assert [line["artifact"] for line in lines if "artifact" in line] == ["model.pt"]
     assert sum("start" in line for line in lines) == 1  # by one process
+    assert [line["params"] for line in lines if "params" in line] == [{"tags/team": "red"}]  # it was sent before, too
 
 
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:

@@ -18,8 +18,9 @@ from traceml.privacy import Masker
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.delivery_plan import PlannedExperiment
+from traceml.track.delivery.refusals import count_refused
 from traceml.track.filters import DeliveryFilter, backend_options
-from traceml.track.plugins.failure_kinds import StartError
+from traceml.track.plugins.failure_kinds import FailureKind, StartError, classify
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
@@ -83,6 +84,7 @@ class TrackerSession:
         self._connected: dict[str, BackendInterface] = {}
         self._cleanups: list[Callable[[], object]] = []
         self._unconfirmed: set[str] = set()
+        self._tagged: set[str] = set()  # keys of those whose first tags are there, or were sent in this try
         self._ranked_names: dict[tuple[str, int], str] = {}
 
     @property
@@ -100,28 +102,44 @@ class TrackerSession:
         Raises:
             RewindError: the backend needs the run from its first row.
             StartError: the experiment cannot be started.
-            Exception: the backend does not accept its tags.
+            Exception: the tags could not be sent.
         """
-        connected = self._connected.get(experiment.key)
-        if connected is not None:
-            return connected
+        key = experiment.key
+        if key not in self._connected:
+            with self._watched("start_experiment", _SLOW_S):
+                try:
+                    backend = self._begin(experiment, self.state_of(experiment))
+                except RewindError:
+                    raise
+                except Exception as error:
+                    raise StartError(error) from error
 
-        with self._watched("start_experiment", _SLOW_S):
-            try:
-                backend = self._begin(experiment, self.state_of(experiment))
-            except RewindError:
-                raise
-            except Exception as error:
-                raise StartError(error) from error
+            self._save()
+            self._connected[key] = backend
 
-        self._save()
-        self._connected[experiment.key] = backend
+        if key not in self._tagged:
+            self._tagged.add(key)  # before the call, which connects, too
+            self._send_first_tags(experiment)
+
+        return self._connected[key]
+
+    def _send_first_tags(self, experiment: PlannedExperiment) -> None:
+        """Send the tags of an announcement, unless they are there; a tracker that refuses them still gets the rows."""
         tags = self._passing(experiment.row.get("tags"))
-        if tags and not self.state_of(experiment)["is_tagged"]:
-            self._audit.record("tags", tags, 1)
-            self.tags(experiment, tags)
+        if not tags or self.state_of(experiment)["is_tagged"]:
+            return
 
-        return backend
+        try:
+            self.tags(experiment, tags)
+        except Exception as error:
+            failure = classify(error)
+            if failure.kind is not FailureKind.REFUSED:
+                raise
+
+            _log.warning("%s refuses the tags of %r: %s", self.backend, experiment.name, failure.text)
+            count_refused(self._state, failure.text)
+        else:
+            self._audit.record("tags", tags, 1)
 
     def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:
         config, known = self._config(experiment, stored), experiment.registered(self.backend)
@@ -215,6 +233,7 @@ class TrackerSession:
         Raises:
             RewindError: a backend needs the run from its first row.
         """
+        self._tagged.clear()
         for key, backend in self._connected.items():
             if not backend.resume(self._state.experiments[self._prefix + key]["mark"]):
                 raise RewindError
