@@ -191,6 +191,19 @@ def test_a_rank_that_waits_for_an_iterator_of_the_script_waits_for_data(own: dic
         assert found.next == "Find out why rank 1 spends more time in train.py:9 read than the other ranks."
 
 
+def test_a_rank_that_is_late_by_other_code_waits_for_the_iterator_as_long_as_the_others() -> None:
+    job = Job(own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 20.0})
+    lines = [_sampled(rank, "backward", 7, 40) for rank in range(2)]
+    lines += [SampledLine(rank, "input_wait", "/home/me/train.py", 9, "read", None, 60) for rank in range(2)]
+    lines.append(SampledLine(1, "other", "/home/me/train.py", 12, "log", None, 42))
+
+    findings = diagnose(window_of(job, adds("other", 14, (1,))), JobFacts(world_size=2, lines=lines))
+    (found,) = (each for each in findings if each.ranks == (1,))
+
+    assert found.kind is Kind.STRAGGLER
+    assert "in train.py:12 log" in found.summary
+
+
 @pytest.mark.parametrize("samples", [{"augment": 48, "log": 1}, {"main": 36, "log": 13}])
 def test_a_line_that_has_nearly_all_or_that_others_run_is_told_as_before(samples: dict[str, int]) -> None:
     """The gain is that of a rank that is not late."""

@@ -80,9 +80,17 @@ def straggler_kind(part: str) -> Kind:
 
 
 def _as_loading(work: OwnWork, facts: JobFacts, late: LateRanks) -> tuple[OwnWork, LateRanks]:
-    """Take code outside the phases as waiting for data where late ranks wait there for an iterator of the script."""
-    mine = [each for each in facts.lines if each.rank in late.ranks]
-    if late.everywhere or late.part != "other" or iterator_wait(work, mine, work.step_ns) < ITERATOR_SHARE:
+    """Take code outside the phases as waiting for data where late ranks wait longer there for the script's iterator."""
+    if late.everywhere or late.part != "other":
+        return work, late
+
+    mine, usual = (
+        iterator_wait(work, [each for each in facts.lines if each.rank in some], work.step_ns)
+        for some in (set(late.ranks), set(late.other_ranks))
+    )
+    values = work.parts["other"]
+    longer_ns = mine * float(values[late.rows].mean()) - usual * float(values[late.others].mean())
+    if mine < ITERATOR_SHARE or longer_ns < ITERATOR_SHARE * late.excess_ns:
         return work, late
 
     parts, by_part_ns = (
