@@ -71,13 +71,16 @@ def test_a_device_that_tensors_do_not_fill_is_filled_by_others():
 
 
 def test_a_full_host_is_told_beside_the_limit_of_another_one():
-    """With the number of full hosts; resident memory that counts mapped files several times is not told."""
+    """With the number of full hosts; resident memory that counts mapped files several times is not told.
+
+    Ranks of two launchers on one host both tell of its memory.
+    """
     history = MemoryHistory()
-    for rank in range(3):
+    for rank in range(4):
         host(processes(history, [17 * GB] * 60, rank=rank), 15 * GB, rank=rank)
 
     limits = (ResourceUse(2, Resource.MEMORY, 95, 100),)
-    (finding,) = found(3, memory=history, limits=limits, hosts={0: "a", 1: "b", 2: "c"})
+    (finding,) = found(4, memory=history, limits=limits, hosts={0: "a", 1: "b", 2: "c", 3: "b"})
 
     assert finding.summary == (
         "The memory of a is nearly full: 15.0 GiB of 16.0 GiB are in use (94 %). The memory of 1 other host is nearly "

@@ -57,7 +57,8 @@ def _hosts(facts: JobFacts) -> list[Finding]:
         return []
 
     rank = max(full, key=lambda each: full[each].held_share)
-    return [_full_host(facts, rank, full[rank], others=len(full) - 1)]
+    others = len({facts.hosts.get(each) for each in full}) - 1  # of one host several ranks may tell
+    return [_full_host(facts, rank, full[rank], others=others)]
 
 
 def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> Finding:
