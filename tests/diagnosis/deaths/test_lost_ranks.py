@@ -80,6 +80,17 @@ def test_what_one_of_several_ranks_has_is_not_said_of_all(end: dict, words: str)
     assert "one of its" not in finding.headline
 
 
+def test_an_end_before_the_first_step_is_not_said_of_all():
+    ends = (
+        RankExit(rank=0, state="killed", signal=9, at_s=1.0),
+        RankExit(rank=1, state="killed", signal=9, last_step=4, open_step=5, at_s=2.0),
+    )
+
+    summary = rank_lost(JobFacts(exits=ends, world_size=2))[0].summary
+
+    assert summary == "Ranks 0, 1 were killed by signal 9 (SIGKILL), before the first step on rank 0."
+
+
 def test_a_kill_is_reported_with_the_line_that_was_seen_last():
     """A signal from outside names none, but a sample may have seen one in the phase that was open."""
     ended = RankExit(rank=3, state="killed", signal=9, open_step=42, open_phase="other", seen="/a/train.py:23 load")

@@ -126,14 +126,16 @@ def step_text(ended: RankExit, *, of_one: bool = False) -> str:
         return ""
 
     inside = _phase_text(ended)
-    step = f"step {count_text(ended.step)}{' of this run' * ended.counts_anew}{f' on rank {ended.rank}' * of_one}"
+    on = f" on rank {ended.rank}" * of_one
+    step = f"step {count_text(ended.step)}{' of this run' * ended.counts_anew}{on}"
     if ended.in_step:
         return f", in {step}{inside}"
 
-    if ended.state == "lost" and ended.unsent:
-        return f"{inside}, before a step had arrived" if ended.step is None else f"{inside}, after {step} had arrived"
+    arrived = " had arrived" if ended.state == "lost" and ended.unsent else ""
+    if ended.step is None:
+        return f"{inside}, before {'a' if arrived else 'the first'} step{arrived}{on}"
 
-    return f"{inside}, before the first step" if ended.step is None else f"{inside}, after {step}"
+    return f"{inside}, after {step}{arrived}"
 
 
 def in_common(first: RankExit, ends: Iterable[RankExit]) -> RankExit:
