@@ -11,6 +11,7 @@ from tests.ports import free_port
 from tests.transport.conftest import TOKEN, Serving
 from traceml.clock import monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
+from traceml.fork_gate import fork_gate
 from traceml.transport import auth, client
 from traceml.transport.client import Connection, connect
 from traceml.transport.framing import Decoder, encode
@@ -177,6 +178,17 @@ def test_connect_retries_until_an_aggregator_answers():
     connection.close()
     starter.join()
     late.close()
+
+
+def test_a_fork_does_not_wait_for_the_next_try(monkeypatch):
+    """As that of a loader which another thread starts while `init` tries to connect."""
+    inside = []
+    monkeypatch.setattr(client.time, "sleep", lambda _: inside.append(threading.get_ident() in fork_gate._inside))
+
+    with fork_gate, pytest.raises(AggregatorUnavailableError):
+        connect("127.0.0.1", free_port(), Hello(), TOKEN, timeout_s=0.1)
+
+    assert set(inside) == {False}
 
 
 def test_silent_listener_is_told_from_none():

@@ -88,7 +88,9 @@ def connect(
             raise AggregatorUnavailableError(host, port, waited_s, last.reason, refused=last.refused)
 
         # A thousand ranks that lost one aggregator must not reconnect in the same instant. The last try is at the end.
-        time.sleep(min(jittered(pause_s), left_s))
+        with fork_gate.opened():
+            time.sleep(min(jittered(pause_s), left_s))
+
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
