@@ -335,7 +335,7 @@ def _costs(
     late_ranks, without_stragglers = stragglers(work, facts)
     found = [with_batch_sizes(each, window) for each in late_ranks]
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
-    remaining, found_late = replayed(work, without_stragglers), bool(found)
+    remaining = replayed(work, without_stragglers)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
@@ -370,7 +370,8 @@ def _costs(
     found += residual(without_long_steps, facts, step_ns, whole_steps, hidden_ns)
     found += checkpoints(remaining, facts, step_ns)
     # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
-    found += [each for each in long if not (found_late and each.phase == "comm")]
+    gathers = bool(late_ranks) and len(work.sync_intervals) < len(work.step)
+    found += [each for each in long if not (gathers and each.phase == "comm")]
 
     if not any(finding.blames_ranks for finding in found):
         found += comm_bound(window, with_explained, facts)

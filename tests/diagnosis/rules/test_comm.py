@@ -287,6 +287,16 @@ def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
     assert Kind.JITTER not in kinds
 
 
+def test_a_slow_network_is_told_beside_a_late_rank() -> None:
+    """All ranks wait in 16 steps, for none of them."""
+    window = window_of(Job(ranks=4, steps=400), adds("other", 6.0, (1,)))
+    window.total[:, np.random.default_rng(1).random(window.total.shape[1]) < 0.04] += 60e6
+
+    kinds = {each.kind: each.phase for each in diagnose(window, JobFacts(world_size=4))}
+
+    assert kinds == {Kind.STRAGGLER: "other", Kind.JITTER: "comm"}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_that_meet_every_tenth_step_wait_there_for_what_they_wander(seed: int) -> None:
     """Local SGD: none of them is always late, and what they wait is of all ten steps, not of the network."""
