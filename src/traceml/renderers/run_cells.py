@@ -53,10 +53,6 @@ def _took(info: RunInfo) -> float | None:
     return info.duration_s
 
 
-def _commit(commit: Any) -> str:
-    return str(commit)[:_COMMIT]
-
-
 def _started(started_s: Any) -> str:
     return datetime.fromtimestamp(started_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
@@ -67,5 +63,5 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
     "took": duration_text,
     "size": bytes_text,
     "started": _started,
-    "git.commit": _commit,
+    "git.commit": lambda commit: str(commit)[:_COMMIT],
 }

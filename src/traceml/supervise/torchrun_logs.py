@@ -68,7 +68,7 @@ class RunLogsSpecs(DefaultLogsSpecs):  # type: ignore[misc]  # types are checked
             )
             return None
 
-        name = config.run_name or _script_name()
+        name = config.run_name or next((Path(word).stem for word in sys.argv[1:] if word.endswith(".py")), "torchrun")
         self._run_id = self._run_id or safe_run_id(config.run_id or new_run_id(name, config.runs_dir))
         create_runs_dir(config.runs_dir)
         folder = config.runs_dir.absolute() / self._run_id / LOGS_FOLDER
@@ -101,7 +101,3 @@ def _file_name(env: Mapping[str, str], stream: str) -> str:
     attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
     restart = f".restart-{attempt}" if attempt else ""
     return f"rank-{env['RANK']}{restart}.{stream}.log"
-
-
-def _script_name() -> str:
-    return next((Path(word).stem for word in sys.argv[1:] if word.endswith(".py")), "torchrun")

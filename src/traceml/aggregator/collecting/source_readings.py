@@ -147,7 +147,8 @@ class SourceReadings:
         if known is not None and known.attempt == run.attempt:
             return
 
-        rank = next((each for each in run.connected if _is_first(each, run)), None)
+        firsts = (each for each in run.connected if each.rank == 0 and not each.is_helper)
+        rank = next((each for each in firsts if each.attempt == run.attempt), None)
         if rank is not None:
             if known is not None:
                 known.cancel()
@@ -165,10 +166,6 @@ class SourceReadings:
         """End all readings."""
         for run in list(self._runs):
             await self.end(run)
-
-
-def _is_first(stream: RankStream, run: ActiveRun) -> bool:
-    return stream.rank == 0 and stream.attempt == run.attempt and not stream.is_helper
 
 
 class _RankReading:

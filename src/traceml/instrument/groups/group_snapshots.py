@@ -127,7 +127,7 @@ class GroupSnapshots:
 
         entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
         if entries:
-            return GroupSnapshot(**known, **_operation(max(entries, key=_order)))
+            return GroupSnapshot(**known, **_operation(max(entries, key=lambda each: int(each.get("record_id") or 0))))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
         return GroupSnapshot(**known, number=0 if self._entries else _sequence(group))
@@ -152,10 +152,6 @@ def _shown_name(name: str, description: str) -> str:
         return ""
 
     return description if description not in ("", "undefined") else name
-
-
-def _order(entry: Mapping[str, Any]) -> int:
-    return int(entry.get("record_id") or 0)
 
 
 def _launched() -> int:

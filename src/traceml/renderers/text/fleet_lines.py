@@ -61,7 +61,8 @@ def _history_sentence(history: RunHistory) -> str:
         return f"It is not compared: {few}.{others}"
 
     unusual = [phase for phase in history.phases if phase.outcome != "same"]
-    told = [f"{_words(phase.phase)} is {phase.outcome} than usual" for phase in unusual[:_TOLD]]
+    words = [(each, "the step" if each.phase == STEP else phase_words(each.phase)) for each in unusual[:_TOLD]]
+    told = [f"{word} is {each.outcome} than usual" for each, word in words]
     if more := len(unusual[_TOLD:]):
         told.append(f"{plural(more, 'other phase')} {'is' if more == 1 else 'are'} not as usual")
 
@@ -78,10 +79,6 @@ def _others_text(others: int) -> str:
 def _listed(words: Sequence[str]) -> str:
     """Return `one`, `one and two`, `one, two and three`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _words(phase: str) -> str:
-    return "the step" if phase == STEP else phase_words(phase)
 
 
 def _phase(phase: PhaseHistory) -> Text:

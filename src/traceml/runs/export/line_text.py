@@ -42,7 +42,8 @@ def fill_lines(templates: Sequence[bytes], kind: NDArray[np.intp], values: Seque
     for number in range(len(values) + 1):
         if number:
             has_gap = np.array([number < len(each) for each in pieces])[kind]
-            words = _words_of(values[number - 1])
+            value = values[number - 1]
+            words = _digits(value) if value.dtype.kind == "i" else list(_padded(value.astype("S")).T)
             filled += [(width + place, word * has_gap) for place, word in enumerate(words)]
             layout.append(np.zeros((len(pieces), len(words)), np.uint32))
             width += len(words)
@@ -56,10 +57,6 @@ def fill_lines(templates: Sequence[bytes], kind: NDArray[np.intp], values: Seque
         lines[:, place] = word
 
     return lines.tobytes().translate(None, b"\0")
-
-
-def _words_of(values: NDArray[Any]) -> list[Words]:
-    return _digits(values) if values.dtype.kind == "i" else list(_padded(values.astype("S")).T)
 
 
 def _padded(texts: NDArray[np.bytes_]) -> Words:

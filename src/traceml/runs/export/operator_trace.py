@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -85,7 +84,7 @@ def write_profile(path: Path, reader: StoreReader, ranks: Sequence[ProfiledRank]
         OSError: the file cannot be written.
     """
     merger = _ProfileMerger(reader)
-    with _opened(path) as file:
+    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as file:
         file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
         separator = b""
         for each in ranks:
@@ -221,7 +220,3 @@ def _first_ns(events: Iterable[dict[str, Any]], base_ns: int) -> int:
 
 def _name(what: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args}
-
-
-def _opened(path: Path) -> AbstractContextManager[IO[bytes]]:
-    return gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb")  # type: ignore[return-value]

@@ -40,7 +40,7 @@ def setup_section(summary: RunSummaryReader, reader: StoreReader, about: About) 
     return SetupSection(
         model=_model(reader),
         batch_size=batch_size if isinstance(batch_size, int) else None,  # a library's loader may have other words
-        params=_plain(about.params),
+        params={name: _value(value) for name, value in list(flattened(about.params, ".").items())[:_MAX_PARAMS]},
         core_wait_share=significant(facts.wait_share) if facts.wait_of_ready_time else None,
     )
 
@@ -70,10 +70,6 @@ def _model(reader: StoreReader) -> dict[str, Any]:
             model = row
 
     return {} if model is None else {name: model.get(name) for name in _MODEL_FACTS}
-
-
-def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
-    return {name: _value(value) for name, value in list(flattened(params, ".").items())[:_MAX_PARAMS]}
 
 
 def _value(value: Any) -> bool | int | float | str | None:

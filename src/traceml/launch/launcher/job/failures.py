@@ -179,7 +179,8 @@ def note_stacks(
         return
 
     texts = {worker.rank: stacks[worker.rank]["stack"] if worker.rank in stacks else "" for worker in workers}
-    inside = {rank for rank, text in texts.items() if _in_collective(text)} | set(timed_out)
+    innermost = {rank: "\n".join(text.splitlines()[:_INNERMOST_FRAMES]) for rank, text in texts.items()}
+    inside = {rank for rank, text in innermost.items() if _IN_COLLECTIVE.search(text)} | set(timed_out)
     outside = [worker for worker in workers if worker.rank not in inside]
     lines = _who_waited(inside, outside, {rank for rank, text in texts.items() if not text}) if inside else []
 
@@ -277,7 +278,3 @@ def _shown(tail: Iterable[str]) -> list[str]:
     parts = "\n".join(lines).split("\n\n")
     kept = [part for part in parts if not (_THREAD.match(part) and _OUR_THREAD.search(part))]
     return "\n\n".join(kept).split("\n") if lines else []
-
-
-def _in_collective(stack: str) -> bool:
-    return bool(_IN_COLLECTIVE.search("\n".join(stack.splitlines()[:_INNERMOST_FRAMES])))
