@@ -15,8 +15,9 @@ from tests.runs.fabricated_store import store_run
 from traceml.errors import StoreError, UsageError
 from traceml.run_folder import LABELS_NAME, REPORT_NAME
 from traceml.runs.find import describe_run, list_runs
+from traceml.runs.json_document import read_keys
 from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import MetricSection, read_report, read_summary
+from traceml.runs.report.report_types import MetricSection, ReportSummary, read_report
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 
@@ -38,7 +39,7 @@ def _damaged_report(damage: Damage, folder: Path) -> None:
     path = run_dir / REPORT_NAME
     path.write_bytes(damage.of(_report()))
     assert isinstance(refusal(lambda: read_report(path)), StoreError | None)
-    read_summary(path)
+    read_keys(path, ReportSummary)
     (info,) = list_runs(folder)
     fields = RunFields(info)
     for name in (*FIELDS, "lr", "loss"):

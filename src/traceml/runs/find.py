@@ -16,7 +16,8 @@ from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.run_folder import REPORT_NAME, STORE_NAME
-from traceml.runs.report.report_types import RunOrigin, StepsSection, rate_of, read_report, read_summary
+from traceml.runs.json_document import read_keys
+from traceml.runs.report.report_types import ReportSummary, RunOrigin, StepsSection, rate_of, read_report
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 
@@ -157,7 +158,7 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 def describe_run(path: Path) -> RunInfo:
     """Return the facts of a run; a run that cannot be read is `damaged`, `newer` or `older`."""
-    summary = read_summary(path / REPORT_NAME)
+    summary = read_keys(path / REPORT_NAME, ReportSummary)
     stored = _stored(path, with_verdict=summary is None)
     run = stored.run
     verdict, steps = (stored.verdict, StepsSection()) if summary is None else (summary.verdict, summary.steps)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
-__all__ = ["UNREADABLE_JSON", "JsonDocument"]
+from traceml.trusted_files import read_regular
+
+__all__ = ["UNREADABLE_JSON", "JsonDocument", "read_keys"]
+
+T = TypeVar("T")
 
 UNREADABLE_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Errors of msgspec for a file that is damaged or of another version."""
+
+
+def read_keys(path: Path, kind: type[T]) -> T | None:
+    """Return the keys of a JSON file that a type declares, without reading the rest; None if it cannot be read."""
+    try:
+        return msgspec.json.decode(read_regular(path), type=kind)
+    except (OSError, *UNREADABLE_JSON):
+        return None
 
 
 class JsonDocument:

@@ -16,9 +16,8 @@ import msgspec
 from traceml.errors import UsageError
 from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import RunInfo
-from traceml.runs.json_document import UNREADABLE_JSON
+from traceml.runs.json_document import read_keys
 from traceml.runs.report.report_types import MetricSection, SetupSection
-from traceml.trusted_files import read_regular
 
 __all__ = ["FIELDS", "RunFields", "RunRecord", "SearchedRun", "select_runs", "sort_runs"]
 
@@ -161,11 +160,8 @@ class RunFields:
 
     def _read(self) -> _LoggedFigures:
         if self._logged is None:
-            try:
-                data = read_regular(self.info.path / REPORT_NAME)
-                self._logged = msgspec.json.decode(data, type=_LoggedFigures)
-            except (OSError, *UNREADABLE_JSON):
-                self._logged = _LoggedFigures()  # it runs, or cannot be read: it has no such values
+            # A run whose report is not written, or cannot be read, has no such values.
+            self._logged = read_keys(self.info.path / REPORT_NAME, _LoggedFigures) or _LoggedFigures()
 
         return self._logged
 

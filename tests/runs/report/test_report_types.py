@@ -12,7 +12,8 @@ import pytest
 from tests.renderers.reports import REPORTS, slow_rank
 from traceml.cli.assistants.json_documents import document_schema
 from traceml.errors import StoreError
-from traceml.runs.report.report_types import Report, read_report, read_summary
+from traceml.runs.json_document import read_keys
+from traceml.runs.report.report_types import Report, ReportSummary, read_report
 
 SCHEMA_FILE = Path(__file__).parents[3] / "docs" / "schemas" / "report-1.json"
 
@@ -25,7 +26,7 @@ def test_a_written_report_is_read_back(tmp_path, name):
     path.write_text(made.to_json())
 
     assert read_report(path) == made
-    summary = read_summary(path)
+    summary = read_keys(path, ReportSummary)
     assert summary is not None
     assert (summary.verdict, summary.steps) == (made.verdict, made.steps)
     assert read_report(path).to_json() == path.read_text()
@@ -67,7 +68,7 @@ def test_a_damaged_report_names_file_and_key(tmp_path, text, message):
 
     with pytest.raises(StoreError, match=message):
         read_report(path)
-    assert read_summary(path) is None
+    assert read_keys(path, ReportSummary) is None
 
 
 def test_the_schema_in_the_docs_is_the_types():

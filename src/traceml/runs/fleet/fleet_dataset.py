@@ -23,10 +23,9 @@ from traceml.installation import install_command
 from traceml.run_folder import RELAY_NAME, REPORT_NAME, STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
-from traceml.runs.json_document import UNREADABLE_JSON
+from traceml.runs.json_document import read_keys
 from traceml.runs.report.report import written_report
-from traceml.runs.report.report_types import Report, RunSection
-from traceml.trusted_files import read_regular
+from traceml.runs.report.report_types import Report, RunSection, StepsSection
 
 __all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "is_relayed", "parquet_library", "partition_of"]
 
@@ -34,15 +33,11 @@ DATASET_NAME = "fleet"
 """Folder of the dataset in the folder of runs, where no other is set."""
 
 
-class _Steps(msgspec.Struct):
-    count: int = 0
-
-
 class _PartOfReport(msgspec.Struct):
     """The part of a report that shows where its rows belong, and whether there are any."""
 
     run: RunSection
-    steps: _Steps = msgspec.field(default_factory=_Steps)
+    steps: StepsSection = msgspec.field(default_factory=StepsSection)
 
 
 @dataclass(slots=True)
@@ -120,7 +115,7 @@ class FleetDataset:
             done.relayed += 1
             return
 
-        written = _part_of_report(run_dir)
+        written = read_keys(run_dir / REPORT_NAME, _PartOfReport)
         run = describe_run(run_dir) if written is None else written.run
         if self._is_known(run, run_dir, REPORT_NAME if written is not None else STORE_NAME):
             done.known += 1
@@ -137,13 +132,6 @@ class FleetDataset:
             return self.path_of(run).stat().st_mtime_ns >= (run_dir / name).stat().st_mtime_ns
         except OSError:
             return False
-
-
-def _part_of_report(run_dir: Path) -> _PartOfReport | None:
-    try:
-        return msgspec.json.decode(read_regular(run_dir / REPORT_NAME), type=_PartOfReport)
-    except (OSError, *UNREADABLE_JSON):
-        return None
 
 
 def is_relayed(run_dir: Path) -> bool:

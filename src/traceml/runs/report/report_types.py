@@ -44,7 +44,6 @@ __all__ = [
     "TrackerSection",
     "rate_of",
     "read_report",
-    "read_summary",
 ]
 
 SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
@@ -507,11 +506,3 @@ class ReportSummary(msgspec.Struct):
     verdict: Finding
     run: RunOrigin = msgspec.field(default_factory=RunOrigin)
     steps: StepsSection = msgspec.field(default_factory=StepsSection)
-
-
-def read_summary(path: Path) -> ReportSummary | None:
-    """Return parts of the report in a file, without reading the rest; None if there is no report."""
-    try:
-        return msgspec.json.decode(read_regular(path), type=ReportSummary)
-    except (OSError, *UNREADABLE_JSON):
-        return None
