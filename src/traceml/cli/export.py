@@ -19,7 +19,6 @@ from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
-from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
 
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> int:
 def _progress(what: str) -> Iterator[Callable[[int, int], object]]:
     """Show a bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
-        yield no_progress
+        yield lambda _done, _whole: None
         return
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.run_clocks import RunClocks
 from traceml.errors import StoreError, UsageError
 from traceml.run_folder import STORE_NAME
-from traceml.runs.export.export_progress import Progress, no_progress
+from traceml.runs.export.frame_pass import FramePass, Progress
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["FORMATS", "ExportResult", "default_path", "export_run", "format_of"]
@@ -47,7 +46,7 @@ def default_path(run_dir: Path, form: str) -> Path:
     return Path(f"{run_dir.name}{ends[0] if ends else f'-{form}'}")
 
 
-def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_progress) -> ExportResult:
+def export_run(run_dir: Path, form: str, path: Path, progress: Progress = lambda *_: None) -> ExportResult:
     """Write a run, also one that is running or damaged, to a file (pfw, perfetto) or a folder (parquet, csv).
 
     A file is replaced atomically.
@@ -74,7 +73,7 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
             damage[str(error)] = None
 
         try:
-            return (_export_trace if ends else _export_tables)(reader, form, path, damage, progress)
+            return (_export_trace if ends else _export_tables)(FramePass(reader, damage, progress), form, path)
         except StoreError:
             raise
         except OSError as error:
@@ -91,33 +90,28 @@ def _missing_end(path: Path, form: str) -> str:
     return next(end for end in ends if end.endswith(".gz") == path.name.endswith(".gz"))
 
 
-def _export_tables(
-    reader: StoreReader, form: str, path: Path, damage: dict[str, None], progress: Progress
-) -> ExportResult:
+def _export_tables(frames: FramePass, form: str, path: Path) -> ExportResult:
     from traceml.runs.export.table_files import export_tables
 
-    counts, lost = export_tables(reader, form, path, progress)
+    counts = export_tables(frames, form, path)
     files = tuple(path / f"{name}.{form}" for name in counts)
-    return ExportResult(path, form, counts["steps"], sum(counts.values()), files, tuple(damage | dict.fromkeys(lost)))
+    return ExportResult(path, form, counts["steps"], sum(counts.values()), files, tuple(frames.damage))
 
 
-def _export_trace(
-    reader: StoreReader, form: str, path: Path, damage: dict[str, None], progress: Progress
-) -> ExportResult:
+def _export_trace(frames: FramePass, form: str, path: Path) -> ExportResult:
     from traceml.runs.export.timeline import TimelineExporter, origin_of
 
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a folder, pipe or device; {form} is written to a file, which it replaces")
 
-    clocks = RunClocks(reader.streams())
     # dftracer's readers take microseconds since 1970; Perfetto takes nanoseconds, but not 19 digits of them.
-    origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
+    origin_ns = origin_of(frames) if form == "perfetto" else None
     target = path.resolve()  # keeps a symbolic link
     draft = target.with_name(f".{os.getpid()}-{target.name}{_missing_end(target, form)}")
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
-            timeline = TimelineExporter(reader, writer, clocks)
-            timeline.write(progress)
+            timeline = TimelineExporter(frames, writer)
+            timeline.write()
 
         statistics = writer.statistics
         if statistics.lost:
@@ -129,4 +123,4 @@ def _export_trace(
         draft.unlink(missing_ok=True)
 
     events = statistics.written - timeline.names
-    return ExportResult(path, form, timeline.steps, events, (path,), tuple(damage | dict.fromkeys(timeline.damage)))
+    return ExportResult(path, form, timeline.steps, events, (path,), tuple(frames.damage))

@@ -30,10 +30,15 @@ from traceml.database.schema import (
 )
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.run_clocks import RunClocks
+from traceml.errors import UsageError
+from traceml.installation import install_command
 
-__all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part"]
+__all__ = [
+    "TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part", "parquet_library",
+    "parquet_schema", "to_json",
+]  # fmt: skip
 
-Kind = Literal["int64", "float64", "string"]
+Kind = Literal["int64", "float64", "string", "bool"]
 Part = dict[str, Any]
 """Column -> values of some rows: an array, a list, `RepeatedTexts`, or one value for all rows. None is written as null,
 and so is a negative number, which means "not known" in all columns but `_SIGNED` and those of metrics."""
@@ -134,6 +139,31 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
 _NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
 _ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
 _SIGNED = ("loss", "fingerprint")
+
+
+def parquet_library(what: str, otherwise: str = "") -> Any:
+    """Return `pyarrow` with its module `parquet`.
+
+    Args:
+        what: needs it, otherwise: another way, for the error.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        why = f"{what} needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}"
+        raise UsageError(f"{why}{otherwise}") from error
+
+    return pyarrow
+
+
+def parquet_schema(pa: Any, columns: Sequence[ExportColumn], **about: str) -> Any:
+    """Return the schema of a Parquet file, with the meaning of each column."""
+    kinds = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+    fields = [pa.field(each.name, kinds[each.kind], metadata={"description": each.doc}) for each in columns]
+    return pa.schema(fields, metadata=about or None)
 
 
 def _table(table: Table) -> ExportTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -12,24 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
-from traceml.database.store.reader import Frame, StoreReader, StreamRecord
-from traceml.database.store.run_clocks import RunClocks
-from traceml.errors import StoreError, UsageError
-from traceml.installation import install_command
-from traceml.runs.export.export_progress import Progress, no_progress
-from traceml.runs.export.table_columns import TABLES, ExportTable, Part, RepeatedTexts, log_part, packed_part, to_json
+from traceml.database.schema import INFO, LOGGED, PACKED
+from traceml.database.store.reader import Frame, StreamRecord
+from traceml.errors import UsageError
+from traceml.runs.export.frame_pass import FramePass
+from traceml.runs.export.table_columns import (
+    TABLES,
+    ExportTable,
+    Part,
+    RepeatedTexts,
+    log_part,
+    packed_part,
+    parquet_library,
+    parquet_schema,
+    to_json,
+)
 
 __all__ = ["export_tables"]
 
-_STORED = (NAMES.name, *(table.name for table in PACKED), LOGGED.name, INFO.name)
+_STORED = (*(table.name for table in PACKED), LOGGED.name, INFO.name)
 _GROUP = 65_536  # rows of a Parquet row group
 
 
-def export_tables(
-    reader: StoreReader, form: str, folder: Path, progress: Progress = no_progress
-) -> tuple[dict[str, int], list[str]]:
-    """Write all tables into a folder; return the number of rows by table, and messages about unreadable parts.
+def export_tables(frames: FramePass, form: str, folder: Path) -> dict[str, int]:
+    """Write all tables into a folder; return the number of rows by table.
 
     Args:
         form: parquet or csv.
@@ -37,22 +43,20 @@ def export_tables(
 
     Raises:
         UsageError: Parquet without pyarrow, or the folder is a file.
-        StoreError: the streams cannot be read.
     """
-    make = _maker(form)
+    make = _Csv if form == "csv" else partial(_Parquet, parquet_library("Parquet", ", or take --format csv"))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; {form} goes into a folder, a file per table")
 
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f".{os.getpid()}-{name}.{form}" for name in TABLES}
-    damage: list[str] = []
     try:
         with ExitStack() as stack:
             files = {name: make(drafts[name], table) for name, table in TABLES.items()}
             for file in files.values():
                 stack.callback(file.close)
 
-            counts = _TablesExport(reader, files, damage).run(progress)
+            counts = _TablesExport(frames, files).run()
 
         for name, draft in drafts.items():
             draft.replace(folder / f"{name}.{form}")
@@ -60,47 +64,31 @@ def export_tables(
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
 
-    return counts, damage
+    return counts
 
 
 class _TablesExport:
-    def __init__(self, reader: StoreReader, files: dict[str, _Csv | _Parquet], damage: list[str]) -> None:
-        self._reader, self._files, self._damage = reader, files, damage
-        self._streams = {stream.id: stream for stream in reader.streams()}
-        self._clocks = RunClocks(self._streams.values())
-        self._names: dict[tuple[int, int], str] = {}
+    def __init__(self, frames: FramePass, files: dict[str, _Csv | _Parquet]) -> None:
+        self._frames, self._files = frames, files
         self._counts = dict.fromkeys(files, 0)
-        self._after = 0  # the last frame that was read in order
 
-    def run(self, progress: Progress) -> dict[str, int]:
+    def run(self) -> dict[str, int]:
         """Write all tables; return their numbers of rows."""
-        ranks = list(self._streams.values())
+        ranks = list(self._frames.streams.values())
         self._add("ranks", _ranks(ranks), len(ranks))
-        self._guarded(self._facts)
-        self._guarded(self._events)
-        if not self._guarded(partial(self._rows, progress)):
-            self._salvage()
+        for write in (self._facts, self._events):
+            with self._frames.noting():
+                write()
 
+        self._frames.read(_STORED, self._take)
         return self._counts
 
-    def _guarded(self, write: Callable[[], None]) -> bool:
-        """Write a part; return whether it is complete."""
-        try:
-            write()
-        except StoreError as error:
-            if str(error) not in self._damage:
-                self._damage.append(str(error))
-
-            return False
-
-        return True
-
     def _facts(self) -> None:
-        facts = [(key, to_json(value)) for key, value in self._reader.meta().items()]
+        facts = [(key, to_json(value)) for key, value in self._frames.reader.meta().items()]
         self._add("run", {"key": [key for key, _ in facts], "value_json": [text for _, text in facts]}, len(facts))
 
     def _events(self) -> None:
-        events = self._reader.events()
+        events = self._frames.reader.events()
         part: Part = {
             "time_epoch_ns": [event.epoch_ns for event in events],
             "kind": [event.kind for event in events],
@@ -108,43 +96,14 @@ class _TablesExport:
         }
         self._add("events", part, len(events))
 
-    def _rows(self, progress: Progress) -> None:
-        last = self._reader.last_id()
-        while frames := self._reader.frames_of(_STORED, self._after):
-            self._after = frames[-1].id
-            progress(self._after, last)
-            for frame in frames:
-                self._take(frame)
-
-    def _salvage(self) -> None:
-        """Write the rows that a damaged page keeps `_rows` from."""
-        for frame in self._reader.salvaged_frames(_STORED, self._after):  # names come first
-            self._take(frame)
-
-    def _take(self, frame: Frame) -> None:
-        stream = self._streams.get(frame.stream)
-        if stream is None:  # it is newer than this export
-            return
-
-        try:
-            if frame.table == NAMES.name:
-                self._names |= {(stream.id, row["id"]): row["name"] for row in frame.maps()}
-                return
-
-            dtype = self._reader.dtype(frame.table)
-            if dtype is None:
-                rows = frame.maps()
-                self._add(frame.table, log_part(stream, self._clocks, rows, frame.table), len(rows))
-            else:
-                self._add(frame.table, self._packed(stream, frame, dtype), frame.n)
-        except (StoreError, KeyError, ValueError) as error:
-            self._damage.append(f"frame {frame.id} of {frame.table}: {error}")
-
-    def _packed(self, stream: StreamRecord, frame: Frame, dtype: Any) -> Part:
-        def name_of(number: int) -> str:
-            return self._names.get((stream.id, number), f"(name {number})")
-
-        return packed_part(stream, self._clocks, np.frombuffer(frame.data, dtype), name_of, frame.table)
+    def _take(self, stream: StreamRecord, frame: Frame) -> None:
+        clocks, dtype = self._frames.clocks, self._frames.reader.dtype(frame.table)
+        if dtype is None:
+            maps = frame.maps()
+            self._add(frame.table, log_part(stream, clocks, maps, frame.table), len(maps))
+        else:
+            rows, name_of = np.frombuffer(frame.data, dtype), partial(self._frames.name_of, stream.id)
+            self._add(frame.table, packed_part(stream, clocks, rows, name_of, frame.table), frame.n)
 
     def _add(self, table: str, part: Part, rows: int) -> None:
         self._files[table].add(part, rows)
@@ -160,21 +119,6 @@ def _ranks(streams: list[StreamRecord]) -> Part:
         "state": [stream.state for stream in streams],
         "data_json": [to_json(stream.facts) for stream in streams],
     }
-
-
-def _maker(form: str) -> Callable[[Path, ExportTable], _Csv | _Parquet]:
-    if form == "csv":
-        return _Csv
-
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"Parquet needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}, "
-            "or take --format csv"
-        ) from error
-
-    return _Parquet
 
 
 class _Csv:
@@ -198,16 +142,9 @@ class _Csv:
 class _Parquet:
     """Parquet file; rows are collected into row groups."""
 
-    def __init__(self, path: Path, table: ExportTable) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._pa = pa
-        kinds = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
-        docs = {"description": table.doc}
-        fields = [pa.field(each.name, kinds[each.kind], metadata={"description": each.doc}) for each in table.columns]
-        self._schema = pa.schema(fields, metadata=docs)
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+    def __init__(self, pa: Any, path: Path, table: ExportTable) -> None:
+        self._pa, self._schema = pa, parquet_schema(pa, table.columns, description=table.doc)
+        self._writer = pa.parquet.ParquetWriter(path, self._schema, compression="zstd")
         self._waiting: list[Any] = []
         self._rows = 0
 

@@ -19,21 +19,19 @@ from traceml.database.schema import (
     LINES,
     LOADER_WORKERS,
     LOGGED,
-    LOGS,
     LOSSES,
     METRICS,
-    NAMES,
     PACKED,
     PAUSES,
     TELEMETRY,
 )
 from traceml.database.schema import STEPS as STEP_ROWS
-from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
+from traceml.database.store.reader import Frame, RunEvent, StreamRecord
 from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
-from traceml.runs.export.export_progress import Progress, no_progress
+from traceml.runs.export.frame_pass import FramePass
 from traceml.runs.export.sample_tracks import MetricTracks, SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
@@ -43,24 +41,20 @@ from traceml.traces.writer.writer import Writer
 __all__ = ["EventMarks", "TimelineExporter", "origin_of"]
 
 _NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, PAUSES)
-_TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
-_NAMES_FIRST = NAMES.name.__ne__
+_TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), LOGGED.name, INFO.name)
 _TEXT = 500  # characters of a text that go into the trace
 
 
 class TimelineExporter:
     """Writes a store to a trace, in one pass, frame by frame."""
 
-    def __init__(self, reader: StoreReader, writer: Writer, clocks: RunClocks) -> None:
-        self._reader, self._writer, self._clocks = reader, writer, clocks
-        self._tracks = tracks.TraceTracks(writer)
+    def __init__(self, frames: FramePass, writer: Writer) -> None:
+        self._frames, self._writer, self._clocks = frames, writer, frames.clocks
+        clocks, self._tracks = frames.clocks, tracks.TraceTracks(writer)
         self._marks = EventMarks(writer, self._tracks, clocks)
         self._samples = SampleTracks(writer, self._tracks, clocks)
-        self._metrics = MetricTracks(writer, self._tracks, clocks, self._marks.name_of)
-        self._steps = StepTracks(writer, self._tracks, clocks, self._marks.name_of)
-        self._streams: dict[int, StreamRecord] = {}
-        self.damage: list[str] = []
-        """Messages about unreadable parts of the store."""
+        self._metrics = MetricTracks(writer, self._tracks, clocks, frames.name_of)
+        self._steps = StepTracks(writer, self._tracks, clocks, frames.name_of)
 
     @property
     def steps(self) -> int:
@@ -72,66 +66,32 @@ class TimelineExporter:
         """Names of processes and tracks that were written, which count as events of the file and not of the run."""
         return self._tracks.names
 
-    def write(self, progress: Progress = no_progress) -> None:
-        """Write everything but unreadable parts, which `damage` lists.
-
-        Raises:
-            StoreError: the streams cannot be read.
-        """
-        self._streams = {stream.id: stream for stream in self._reader.streams()}
-        self._steps.learn(list(self._streams.values()), self._group_use())
-        after = 0
-        try:
-            last = self._reader.last_id()
-            while frames := self._reader.frames_of(_TABLES, after):
-                after = frames[-1].id
-                progress(after, last)
-                for frame in frames:
-                    self._take(frame)
-        except StoreError as error:
-            self.damage.append(str(error))
-            for frame in self._reader.salvaged_frames(sorted(_TABLES, key=_NAMES_FIRST), after):
-                self._take(frame)
-
+    def write(self) -> None:
+        """Write everything that can be read."""
+        self._steps.learn(list(self._frames.streams.values()), self._group_use())
+        self._frames.read(_TABLES, self._take)
         self._steps.write()
         self._metrics.write()
         self._samples.write()
-        self._write_events()
+        with self._frames.noting():
+            for event in self._frames.reader.events():
+                self._marks.event(event)
 
     def _group_use(self) -> GroupUse:
         try:
-            return read_group_use(self._reader)
+            return read_group_use(self._frames.reader)
         except (StoreError, KeyError, ValueError) as error:
-            self.damage.append(f"use of the process group: {error}")
+            self._frames.damage[f"use of the process group: {error}"] = None
             return GroupUse()
 
-    def _write_events(self) -> None:
-        try:
-            for event in self._reader.events():
-                self._marks.event(event)
-        except StoreError as error:
-            self.damage.append(str(error))
+    def _take(self, stream: StreamRecord, frame: Frame) -> None:
+        dtype = self._frames.reader.dtype(frame.table)
+        if dtype is not None:
+            self._take_rows(stream, frame.table, np.frombuffer(frame.data, dtype))
+            return
 
-    def _take(self, frame: Frame) -> None:
-        stream = self._streams.get(frame.stream)
-        if stream is None:
-            return  # newer than this export
-
-        try:
-            dtype = self._reader.dtype(frame.table)
-            if dtype is None:
-                self._take_log(stream, frame)
-            else:
-                self._take_rows(stream, frame.table, np.frombuffer(frame.data, dtype))
-        except (StoreError, KeyError, ValueError) as error:
-            self.damage.append(f"frame {frame.id} of {frame.table}: {error}")
-
-    def _take_log(self, stream: StreamRecord, frame: Frame) -> None:
         for row in frame.maps():
-            if frame.table == NAMES.name:
-                self._marks.name(stream.id, int(row["id"]), str(row["name"]))
-            elif frame.table in self._marks.logs:
-                self._marks.logs[frame.table](stream, row)
+            self._marks.logs[frame.table](stream, row)
 
     def _take_rows(self, stream: StreamRecord, table: str, rows: Any) -> None:
         if table in StepTracks.tables:
@@ -152,15 +112,15 @@ class TimelineExporter:
             self._writer.write_span("evaluation", start_ns, end_ns, pid=pid, tid=tid, cat="evaluation", args=args)
 
 
-def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
+def origin_of(frames: FramePass) -> int:
     """Return the start of the store's first second, in epoch nanoseconds."""
-    first: list[int] = []
+    reader, first = frames.reader, list[int]()
     with suppress(StoreError):  # the run's start is enough
         for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):
             rows = np.frombuffer(frame.data, reader.dtype(frame.table))
             is_step = frame.table == STEP_ROWS.name
             stamp = int(rows["t_end_ns"][0] - rows["total_ns"][0]) if is_step else int(rows["t_ns"][0])
-            first.append(clocks.from_monotonic(frame.stream, stamp))
+            first.append(frames.clocks.from_monotonic(frame.stream, stamp))
 
     started = reader.meta().get("run", {}).get("started")
     if started is not None:
@@ -170,23 +130,14 @@ def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
 
 
 class EventMarks:
-    """Writes events, and keeps the names of streams."""
+    """Writes instants: events of the run, and rows of logs."""
 
     def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
         self._writer, self._tracks, self._clocks = writer, tracks, clocks
-        self._names: dict[tuple[int, int], str] = {}
         self.logs: dict[str, Callable[[StreamRecord, Mapping[str, Any]], None]] = {
             INFO.name: self._info,
             LOGGED.name: self._logged,
         }
-
-    def name(self, stream: int, number: int, name: str) -> None:
-        """Record a name by its number."""
-        self._names[stream, number] = name
-
-    def name_of(self, stream: int, number: int) -> str:
-        """Return a name by its number."""
-        return self._names.get((stream, number), f"(name {number})")
 
     def event(self, event: RunEvent) -> None:
         """Write an event of the run."""
