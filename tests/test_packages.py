@@ -67,7 +67,8 @@ SUBPACKAGES = {
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
     "runs.fleet": {
-        "runs.report", "runs.find", "runs.run_query", "runs.json_document", "diagnosis", "traces", "database.states",
+        "runs.report", "runs.find", "runs.run_query", "runs.json_document", "runs.export.table_columns", "diagnosis",
+        "traces", "database.states",
     },
     "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},

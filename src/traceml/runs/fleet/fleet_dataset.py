@@ -18,16 +18,16 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from traceml.database.states import RunStatus
-from traceml.errors import StoreError, TraceMLError, UsageError
-from traceml.installation import install_command
+from traceml.errors import StoreError, TraceMLError
 from traceml.run_folder import RELAY_NAME, REPORT_NAME, STORE_NAME
+from traceml.runs.export.table_columns import parquet_library, parquet_schema
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.json_document import read_keys
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report, RunSection, StepsSection
 
-__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "is_relayed", "parquet_library", "partition_of"]
+__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "is_relayed", "partition_of"]
 
 DATASET_NAME = "fleet"
 """Folder of the dataset in the folder of runs, where no other is set."""
@@ -145,32 +145,13 @@ def partition_of(path: Path) -> tuple[str, str]:
     return unquote(parts.get("project", "")), unquote(parts.get("month", ""))
 
 
-def parquet_library() -> Any:
-    """Return `pyarrow.parquet`.
-
-    Raises:
-        UsageError: it cannot be imported.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            f"the fleet's dataset needs pyarrow, which cannot be imported ({error}): {install_command('parquet')}"
-        ) from error
-
-    return pyarrow.parquet
-
-
 def _write(path: Path, rows: Mapping[str, Sequence[Any]]) -> None:
-    pq = parquet_library()
-    import pyarrow as pa
-
-    kinds = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
-    fields = [pa.field(each.name, kinds[each.kind], metadata={"description": each.doc}) for each in COLUMNS]
+    pa = parquet_library("the fleet's dataset")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")  # no other writer, on any host, has this name
     try:
-        pq.write_table(pa.table(dict(rows), schema=pa.schema(fields)), draft, compression="zstd")
+        table = pa.table(dict(rows), schema=parquet_schema(pa, COLUMNS))
+        pa.parquet.write_table(table, draft, compression="zstd")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

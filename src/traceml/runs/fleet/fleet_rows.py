@@ -4,50 +4,41 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
+from traceml.runs.export.table_columns import ExportColumn
 from traceml.runs.report.report_types import Report
 
-__all__ = ["COLUMNS", "WAITING", "FleetColumn", "fleet_rows", "script_of"]
+__all__ = ["COLUMNS", "WAITING", "fleet_rows", "script_of"]
 
 WAITING = "comm"
 """The phase in which a rank waits for others; all others are its own work."""
 
 
-@dataclass(frozen=True, slots=True)
-class FleetColumn:
-    """Column of the dataset: its name with the unit as suffix, type, and meaning."""
-
-    name: str
-    kind: Literal["string", "int64", "float64", "bool"]
-    doc: str
-
-
 COLUMNS = (
-    FleetColumn("run", "string", "id of the run"),
-    FleetColumn("name", "string", "its name"),
-    FleetColumn("started_epoch_s", "float64", "its start in seconds since 1970"),
-    FleetColumn("duration_s", "float64", "its duration in seconds"),
-    FleetColumn("state", "string", "its end: finished, stopped, failed, hung, lost"),
-    FleetColumn("verdict", "string", "kind of its verdict"),
-    FleetColumn("script", "string", "file name of its script, or its module"),
-    FleetColumn("model", "string", "class of the model; null where it is not known, as in the next five"),
-    FleetColumn("parameters", "int64", "number of parameters"),
-    FleetColumn("dtype", "string", "type of the first parameter"),
-    FleetColumn("device", "string", "kind of device: cpu, cuda, ..."),
-    FleetColumn("parallel", "string", "ddp, fsdp, ...; null for a model that is not wrapped"),
-    FleetColumn("compiled", "bool", "whether torch.compile was used"),
-    FleetColumn("batch_size", "int64", "batch size of the loader, null where it is not known"),
-    FleetColumn("world_size", "int64", "ranks"),
-    FleetColumn("steps", "int64", "steps of the run"),
-    FleetColumn("step_ms", "float64", "mean step time over all ranks"),
-    FleetColumn("traceml_version", "string", "version that wrote the report"),
-    FleetColumn("host", "string", "host of the rank"),
-    FleetColumn("rank", "int64", "the rank"),
-    FleetColumn("phase", "string", "the phase; `comm` includes waiting for other ranks, all others are own work"),
-    FleetColumn("mean_ms", "float64", "mean time of the phase per step on the rank"),
+    ExportColumn("run", "string", "id of the run"),
+    ExportColumn("name", "string", "its name"),
+    ExportColumn("started_epoch_s", "float64", "its start in seconds since 1970"),
+    ExportColumn("duration_s", "float64", "its duration in seconds"),
+    ExportColumn("state", "string", "its end: finished, stopped, failed, hung, lost"),
+    ExportColumn("verdict", "string", "kind of its verdict"),
+    ExportColumn("script", "string", "file name of its script, or its module"),
+    ExportColumn("model", "string", "class of the model; null where it is not known, as in the next five"),
+    ExportColumn("parameters", "int64", "number of parameters"),
+    ExportColumn("dtype", "string", "type of the first parameter"),
+    ExportColumn("device", "string", "kind of device: cpu, cuda, ..."),
+    ExportColumn("parallel", "string", "ddp, fsdp, ...; null for a model that is not wrapped"),
+    ExportColumn("compiled", "bool", "whether torch.compile was used"),
+    ExportColumn("batch_size", "int64", "batch size of the loader, null where it is not known"),
+    ExportColumn("world_size", "int64", "ranks"),
+    ExportColumn("steps", "int64", "steps of the run"),
+    ExportColumn("step_ms", "float64", "mean step time over all ranks"),
+    ExportColumn("traceml_version", "string", "version that wrote the report"),
+    ExportColumn("host", "string", "host of the rank"),
+    ExportColumn("rank", "int64", "the rank"),
+    ExportColumn("phase", "string", "the phase; `comm` includes waiting for other ranks, all others are own work"),
+    ExportColumn("mean_ms", "float64", "mean time of the phase per step on the rank"),
 )
 """All columns. The project and the month are in the folders' names."""
 

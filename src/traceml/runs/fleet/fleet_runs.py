@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.runs.fleet.fleet_dataset import parquet_library, partition_of
+from traceml.runs.export.table_columns import parquet_library
+from traceml.runs.fleet.fleet_dataset import partition_of
 from traceml.runs.fleet.fleet_rows import WAITING
 
 __all__ = ["FLEET_FIELDS", "FleetRun", "HostWork", "SummarizedFiles", "read_runs", "summarize_files"]
@@ -156,12 +157,12 @@ def _on_dask(address: str, batches: Sequence[list[str]]) -> Iterator[SummarizedF
 
 def summarize_files(paths: Sequence[str]) -> SummarizedFiles:
     """Return the runs in some files; a file that cannot be read is reported, and skipped."""
-    pq = parquet_library()
+    pa = parquet_library("the fleet's dataset")
     runs: list[FleetRun] = []
     damage: list[str] = []
     for path in paths:
         try:
-            table = pq.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
+            table = pa.parquet.ParquetFile(path).read(columns=list(_COLUMNS), use_threads=False)
             if empty := [name for name in _NEVER_NULL if table[name].null_count]:
                 raise ValueError(f"values are missing: {', '.join(empty)}")
 
