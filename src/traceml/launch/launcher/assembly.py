@@ -17,9 +17,8 @@ from traceml.inspection.loaded_modules import imports_main_again
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
 from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
-from traceml.launch.launcher.job.job import LaunchJob
+from traceml.launch.launcher.job.job import JobSpec, LaunchJob
 from traceml.launch.launcher.job.job_host import JobHost
-from traceml.launch.launcher.job.job_spec import JobSpec
 from traceml.launch.launcher.launch_options import FunctionCall, LaunchOptions, LaunchResult, matching
 from traceml.launch.launcher.logs.debug_log import debug_log
 from traceml.launch.launcher.logs.log_handlers import new_log_folder

@@ -14,8 +14,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
@@ -24,7 +25,6 @@ from traceml.launch.launcher.hosts.slurm import task_options
 from traceml.launch.launcher.job.channel_loop import ChannelLoop
 from traceml.launch.launcher.job.failures import first_cause, note_stacks, worker_hung
 from traceml.launch.launcher.job.job_host import JobHost, Worker, rendezvous_address
-from traceml.launch.launcher.job.job_spec import JobSpec
 from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
@@ -39,12 +39,13 @@ from traceml.launch.shared.launch_messages import (
     Start,
     StopWorkers,
 )
+from traceml.launch.shared.payload import SerializedValue
 from traceml.process_ends import BY_OTHERS, EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
 
-__all__ = ["LaunchJob"]
+__all__ = ["JobSpec", "LaunchJob"]
 
 # After the first failure: the time for other workers to fail too, which may explain it better.
 _GRACE_S = 0.5
@@ -66,6 +67,23 @@ _LOOPBACK = "127.0.0.1"
 _EXIT_S = 10.0
 
 _log = logging.getLogger("traceml.launch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """Specification of a launched job: what all workers run, and how."""
+
+    call: SerializedValue | None
+    script: Mapping[str, Any] | None  # instead of a call, a script: `path` or `module`, and `argv`
+    backend: str | None  # of the process group; `auto`: nccl where there are enough GPUs, else gloo; None: no group
+    timeout_s: float  # for start-up, and for the group's collectives
+    environ: Mapping[str, str]  # variables for workers of other hosts; workers of this host inherit all
+    env_file: str | None  # a file that bash sources on each host
+    cwd: str
+    sys_path: Sequence[str]  # folders where workers look for modules
+    main: Mapping[str, str | None]  # description of the launcher's `__main__`, see `assembly`
+    cpu_affinity: bool  # whether workers are distributed over the cores
+    keep_agents: bool  # whether agents may serve the next launch
 
 
 class LaunchJob:
