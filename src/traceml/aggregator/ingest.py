@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import time
@@ -17,13 +16,13 @@ from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams.stream import RankStream
 from traceml.database.info_kinds import wrong_fields
 from traceml.database.schema import BLOBS, INFO, LOGGED, NAMES, TABLES, Table
+from traceml.database.store.store import StoreWriter, without_head
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
 from traceml.transport.server import RefusedError
 
 if TYPE_CHECKING:
     from traceml.aggregator.live_rows import LiveRows
-    from traceml.database.store.store import StoreWriter
 
 __all__ = ["Ingest", "IngestStatistics"]
 
@@ -226,8 +225,7 @@ class Ingest:
         self._repeated += known
         stream.unacked[table] = wanted  # the rank has not seen this ack
         self._touched[stream] = None
-        row_bytes = _LAYOUTS[table][0]
-        return seq + known, n - known, data[known * row_bytes :] if row_bytes else _skip_maps(data, known)
+        return seq + known, n - known, without_head(table, data, known)
 
     def _fail(self, error: StoreError) -> None:
         now_s = time.monotonic()
@@ -249,14 +247,3 @@ class Ingest:
         _log.warning("the store can be written again after %.1f s", time.monotonic() - self._failing_since_s)
         self._failing_since_s = None
         self._pause_senders("")
-
-
-def _skip_maps(data: bytes, count: int) -> bytes:
-    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=max(len(data), 1))
-    try:
-        for _ in range(count):
-            unpacker.skip()
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
-
-    return data[unpacker.tell() :]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import sqlite3
 import time
@@ -24,9 +25,9 @@ from traceml.database.store.maintenance import Maintenance
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store_file import open_for_writing, translate_errors
 from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
-from traceml.errors import StoreBusyError, StoreError
+from traceml.errors import ProtocolError, StoreBusyError, StoreError
 
-__all__ = ["StoreWriter", "merge_wal"]
+__all__ = ["StoreWriter", "merge_wal", "without_head"]
 
 # Frames of one table within a tick are merged into one, up to this size.
 _MERGE_ROWS = 4096
@@ -143,7 +144,7 @@ class StoreWriter:
             if known == n:
                 return 0
 
-            data, seq, n, packed = _without_head(table, bytes(data), known), expected, n - known, None
+            data, seq, n, packed = without_head(table, bytes(data), known), expected, n - known, None
             first_step = _first_step(table, data)
 
         self._next[key] = seq + n
@@ -408,14 +409,21 @@ def _first_step(table: str, data: bytes) -> int:
     return _NO_STEP if at is None else int.from_bytes(data[8 * at : 8 * at + 8], "little", signed=True)
 
 
-def _without_head(table: str, data: bytes, rows: int) -> bytes:
+def without_head(table: str, data: bytes, rows: int) -> bytes:
+    """Return what follows the first rows of a table.
+
+    Raises:
+        ProtocolError: the rows of a log are no msgpack.
+    """
     schema = TABLES[table]
     if isinstance(schema, Table):
         return data[rows * schema.row_bytes :]
 
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(data)
-    for _ in range(rows):
-        unpacker.skip()
+    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=max(len(data), 1))
+    try:
+        for _ in range(rows):
+            unpacker.skip()
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
 
     return data[unpacker.tell() :]
