@@ -39,7 +39,7 @@ from traceml.inspection.stack_text import main_frames, other_frames
 from traceml.inspection.user_files import is_debugger, is_user_file
 from traceml.trusted_files import opened_trusted
 
-__all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
+__all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "LiveSlots", "silent_s"]
 
 FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""

@@ -12,9 +12,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.flight_header import open_phase
-from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots.blocker_snapshot import blocker_of
+from traceml.database.snapshots.external_snapshots import LiveSlots
 from traceml.database.snapshots.rank_snapshot import (
     MAX_FRAMES,
     MAX_THREADS,
@@ -112,17 +111,16 @@ class SnapshotMaker:
         seen, info = wait_state(number), process_info(number)
         lock = _of_library(lambda: awaited_lock(frame, self._user.contains), "")
         compiles, debugged = frame_flags(frames)
-        step, in_step = self._step()
-        data = self._data()
+        live, data = self._live(), self._data()
         handled, raised_line = handled_exception(self._thread())
         snapshot = RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
             pid=os.getpid(),
             quiet_s=round(quiet_s, 3),
-            step=step,
-            in_step=in_step,
-            phase=self._phase(),
+            step=live.step,
+            in_step=live.in_step,
+            phase=self._phase(live),
             answered="recorder",
             frames=tuple(frames[:MAX_FRAMES]),
             waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else "",
@@ -162,10 +160,10 @@ class SnapshotMaker:
 
     def end(self, quiet_s: float) -> RankSnapshot:
         """Return the snapshot that ends a quiet period of this many seconds."""
-        step, in_step = self._step()
+        live = self._live()
         return RankSnapshot(
-            at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=step, in_step=in_step,
-            phase=self._phase(), answered="recorder", ended=True,
+            at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=live.step, in_step=live.in_step,
+            phase=self._phase(live), answered="recorder", ended=True,
         )  # fmt: skip
 
     def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
@@ -186,24 +184,16 @@ class SnapshotMaker:
 
         return frames, user
 
-    def _step(self) -> tuple[int, bool]:
-        in_step = bool(self._slots[Slot.STEP_START])
-        step = self._slots[Slot.STEP]
-        return step if in_step else max(step, self._steps.appended) - 1, in_step
+    def _live(self) -> LiveSlots:
+        return LiveSlots(tuple(self._slots), self._steps.appended)
 
-    def _phase(self) -> str:
-        if self._slots[Slot.EXIT_START]:
-            return "exit"
-
-        return "evaluation" if self._is_evaluating() else LINE_PHASES[self._opened()]
+    def _phase(self, live: LiveSlots) -> str:
+        return "evaluation" if self._is_evaluating() and not live.is_ending else live.phase
 
     def _bytes_of_idle(self) -> int:
         """Return the bytes of this thread, as reading /proc is no sign of life, and of those of torch's store."""
         threads = (threading.get_native_id(), *self._store_threads())
         return sum(sum(io_bytes(f"self/task/{thread}")) for thread in threads)
-
-    def _opened(self) -> int:
-        return open_phase(self._slots, self._steps.appended > 0)[0]
 
     def _thread_share(self) -> float | None:
         """Return the cores that the training thread has used since the last call; None if not known, or just now."""
