@@ -177,44 +177,38 @@ def on_end(function: Callable[[], None]) -> None:
 
 def note_exit(error: BaseException | None, status: int) -> None:
     """Record how this process ends; see `Recording.note_exit`."""
-    if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "the end of this process could not be recorded"):
-            recording.note_exit(error, status)
+    _note("the end of this process could not be recorded", lambda own: own.note_exit(error, status))
 
 
 def note_os_exit(error: BaseException | None, status: int) -> None:
     """Record that this process ends at once; see `Recording.note_os_exit`."""
-    if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "the end of this process could not be recorded"):
-            recording.note_os_exit(error, status)
+    _note("the end of this process could not be recorded", lambda own: own.note_os_exit(error, status))
 
 
 def note_exec(*, failed: bool) -> None:
     """Record that this process becomes another program, or that it did not; see `Recording.note_exec`."""
-    if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "the end of the training could not be recorded"):
-            recording.note_exec(failed=failed)
+    _note("the end of the training could not be recorded", lambda own: own.note_exec(failed=failed))
 
 
 def note_return(*, is_script: bool) -> None:
     """Record that the launched function or script of this process is over; see `Recording.note_return`."""
-    if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "the return of the launched function could not be recorded"):
-            recording.note_return(is_script=is_script)
+    _note("the return of the launched function could not be recorded", lambda own: own.note_return(is_script=is_script))
 
 
 def note_launch() -> None:
     """Record that this process launches functions; see `Recording.note_launch`."""
-    if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "a launch could not be recorded"):
-            recording.note_launch()
+    _note("a launch could not be recorded", lambda own: own.note_launch())
 
 
 def note_idle(*, idle: bool) -> None:
     """Record that this process waits for another task, or has one; see `Recording.note_idle`."""
+    _note("the end of a task could not be recorded", lambda own: own.note_idle(idle=idle))
+
+
+def _note(failed: str, note: Callable[[Recording], None]) -> None:
     if (recording := _live_recording()) is not None:
-        with fail_open(_log, "recorder", "the end of a task could not be recorded"):
-            recording.note_idle(idle=idle)
+        with fail_open(_log, "recorder", failed):
+            note(recording)
 
 
 def _live_recording() -> Recording | None:
