@@ -285,6 +285,38 @@ def test_parts_called_directly_are_found(traced: Traced, call: Callable[[Net], C
     assert [row["forward_ns"] > 0 for row in traced.finish()] == [False, True, True, True, True]
 
 
+def test_parts_of_models_without_a_forward_are_timed_from_the_first_step(traced: Traced) -> None:
+    """A flow has a method for its density, which calls those of its layers, which call networks."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def inverse(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.net(x)
+
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+        def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer.inverse(x)
+
+            return x
+
+    flow, x = Flow(), torch.randn(2, 4)
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        flow.log_prob(x).sum().backward()
+        optimizer.step()
+
+    assert [row["forward_ns"] > 0 for row in traced.finish()] == [True] * 3
+
+
 def test_a_model_that_is_called_keeps_its_parts_untimed(traced: Traced) -> None:
     """Their calls are a part of its own."""
     model, optimizer = made(traced)

@@ -183,8 +183,7 @@ class ModuleDiscovery:
 
         self._known[id(module)] = weakref.ref(module)
         self._on_model(module)
-        inside = _wrapped(module)
-        if inside is not None:
+        for inside in _called_inside(module):
             self._add_inside(inside)
 
     def _add_inside(self, module: Any) -> None:
@@ -258,14 +257,17 @@ def _roots(modules: Iterable[Any]) -> list[Any]:
     return [module for module in made if id(module) not in children and _has_parameters(module)]
 
 
-def _wrapped(module: Any) -> Any:
-    """Return the module that a wrapper was made for, as replicas and averaged weights are; None if it is not a wrapper.
+def _called_inside(module: Any) -> list[Any]:
+    """Return the modules that are called in place of one: the parts of one without a forward, what a wrapper is for.
 
-    Evaluation often calls the one inside, on one rank.
+    Evaluation often calls the one inside a replica, on one rank.
     """
-    children = dict(vars(module)["_modules"].items())
-    inside = children.get("module")
-    return inside if inside is not None and len(children) == 1 and _has_parameters(inside) else None
+    children = {name: part for name, part in vars(module)["_modules"].items() if part is not None}
+    parts = [part for part in children.values() if _has_parameters(part)]
+    if getattr(type(module), "forward", None) is torch.nn.Module.forward:
+        return [inside for part in parts for inside in (part, *_called_inside(part))]
+
+    return parts if children.keys() == {"module"} else []
 
 
 def _has_methods(cls: type[Any]) -> bool:
