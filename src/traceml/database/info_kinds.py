@@ -98,7 +98,7 @@ class InfoKind(StrEnum):
     COMPILATION = "compilation", "time that torch.compile took in the whole run", "seconds graphs"
     ANOMALY_DETECTION = "anomaly_detection", "autograd's detection of anomalies is on, or off again", "on"
     PROFILER = "profiler", "torch's profiler records, or has ended", "on"
-    OWN_UPDATE = "own_update", "a function that may update weights, where no optimizer does", "file function"
+    OWN_UPDATE = "own_update", "a function that reads gradients outside the phases", "file function"
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"
     ROLLOUTS = "rollouts", "models are trained on what they were called with in evaluation"
     PLAIN_EVALUATION = "plain_evaluation", "models were evaluated without gradients"

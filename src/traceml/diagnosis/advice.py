@@ -22,6 +22,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     is_of_loop,
     is_of_ranks_alone,
     main_library,
+    runs_forward,
     threads_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -211,8 +212,8 @@ def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
     how = (
         _OF_TEXTS
         if _generates_texts(part, facts)
-        else "Several environments can be stepped at once in processes of their own (gymnasium's AsyncVectorEnv), or "
-        "while the model trains."
+        else "Several environments can be stepped at once, so that one call of the model takes all their states, in "
+        "processes of their own (gymnasium's AsyncVectorEnv), or while the model trains."
     )
     return f"{cheaper}. {how} `traceml report --lines` shows all lines."
 
@@ -367,12 +368,10 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
-    is_loss = _LOSS in line.function.lower() or computes_loss(facts.lines, part, line)
-    if makes_graph or is_loss:  # a loss cannot leave the loop
+    if role := _role_in_step(part, line, facts, makes_graph=makes_graph):
         return (
-            f"Make {line.place} cheaper. If it computes the loss, use fewer operations, on whole tensors in place of "
-            "loops, or torch.compile: backward follows these operations, and gets cheaper with them. If it only "
-            "measures or logs, run it every n-th step. `traceml report --lines` shows the other lines."
+            f"Make {line.place} cheaper. If it {role}. If it only measures or logs, run it every n-th step. `traceml "
+            "report --lines` shows the other lines."
         )
 
     unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
@@ -385,6 +384,26 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
     )
 
 
+def _role_in_step(part: str, line: BlamedLine, facts: JobFacts, *, makes_graph: bool) -> str:
+    """Return what a function may be that no training step can do without, and how that gets cheaper; empty if unknown.
+
+    Args:
+        makes_graph: whether backward follows operations outside of the model.
+    """
+    if makes_graph or _LOSS in line.function.lower() or computes_loss(facts.lines, part, line):
+        return f"computes the loss, {_FEWER_OPERATIONS}: {_CHEAPER_BACKWARD}"
+
+    if is_of_loop(facts.lines, line):
+        return ""
+
+    if (line.file, line.function) in facts.own_updates:
+        return f"changes gradients or weights, {_FEWER_OPERATIONS}"
+
+    return f"is a part of the model, {_FEWER_OPERATIONS}: {_CHEAPER_BACKWARD}" * runs_forward(facts.lines, part, line)
+
+
+_FEWER_OPERATIONS = "use fewer operations, on whole tensors in place of loops, or torch.compile"
+_CHEAPER_BACKWARD = "backward follows these operations, and gets cheaper with them"
 _LOSS = "loss"
 _COPIES = 0.5  # of the time in which a line receives: its messages are large
 _COMPUTES = 0.25  # of the time in which a thread is watched

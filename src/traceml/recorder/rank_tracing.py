@@ -294,10 +294,8 @@ class RankTracing:
         return source is not None and source.contains(stack)
 
     def _note_own_update(self, file: str, function: str) -> None:
-        """Report a function that may update the weights of a training without an optimizer."""
-        clock = self._step_clock()
-        if clock is not None and not clock.optimizers_seen:
-            self._note(InfoKind.OWN_UPDATE, file=file, function=function)
+        """Report a function that may change gradients, or update weights."""
+        self._note(InfoKind.OWN_UPDATE, file=file, function=function)
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None

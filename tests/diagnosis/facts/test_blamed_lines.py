@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -201,6 +202,29 @@ def test_a_function_that_calls_a_loss_is_not_told_to_leave_the_training_loop(sam
 
     assert finding.next.startswith("Make train.py:7 nce cheaper. If it computes the loss, use fewer") is may_be_loss
     assert ("out of the training loop" in finding.next) is not may_be_loss
+
+
+@pytest.mark.parametrize(
+    ("others", "updates", "role"),
+    [
+        (("forward",), (), "is a part of the model"),  # a method of a flow, which calls its networks
+        ((), ("/home/me/train.py", "precondition"), "changes gradients or weights"),
+        (("forward", "backward"), (), ""),  # the training loop
+    ],
+)
+def test_what_a_step_needs_is_not_told_to_leave_the_training_loop(
+    others: Sequence[str], updates: tuple[str, ...], role: str
+) -> None:
+    """It computes by the model's layers, or with the gradients."""
+    parts = [line(part, "precondition", 28) for part in others]
+    own_updates = frozenset({updates} if updates else ())
+
+    finding = found(
+        Kind.RESIDUAL_HEAVY, line("other", "precondition", 43), line("forward", "forward", 57), *parts,
+        own_updates=own_updates,
+    )  # fmt: skip
+
+    assert f"cheaper. If it {role}," in finding.next if role else "out of the training loop" in finding.next
 
 
 @pytest.mark.parametrize(("backward_ms", "may_be_loss"), [(9.0, True), (4.0, False)])

@@ -77,7 +77,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     trainings_begin: tuple[int, ...] = ()  # first steps of later optimizers of other parameters: folds, trials
     fused: bool | None = None  # whether the optimizer is a fused one; None if no fused form of it is known
     history_bytes: int = 0  # that an optimizer keeps of past steps at most, as L-BFGS does; 0 without such a history
-    own_updates: frozenset[tuple[str, str]] = frozenset()  # (file, function) that reads gradients without optimizer
+    # (file, function) of code that reads gradients outside the phases: it may change them, or update weights
+    own_updates: frozenset[tuple[str, str]] = frozenset()
     compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end
     single_calls: int = 0  # calls of the model for a batch of so many samples, with one each; 0 unless it is called so
     autocast: bool = False  # whether the training runs under torch.autocast, be it inside the model
