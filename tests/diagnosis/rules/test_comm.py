@@ -234,6 +234,30 @@ def test_objects_that_are_pickled_are_told(library: str, is_told: bool) -> None:
     assert ("async_op=True" in finding.next) is not is_told
 
 
+@pytest.mark.parametrize(
+    ("library", "is_told"),
+    [
+        ("nn/parallel/distributed.py:2360 DistributedDataParallel._distributed_broadcast_coalesced", True),
+        ("distributed/distributed_c10d.py:9 broadcast", False),
+    ],
+)
+def test_buffers_that_are_broadcast_are_no_collectives_of_the_script(library: str, is_told: bool) -> None:
+    """DDP sends the statistics of BatchNorm before each forward; the script calls no collective."""
+    window = window_of(Job(comm=20.0, steps=100))
+    window.times["comm"][:] += window.wait
+    lines = (
+        SampledLine(0, "comm", "/me/train.py", 13, "train", f"/lib/torch/{library}", 60),
+        SampledLine(0, "backward", "/me/train.py", 30, "train", None, 40),
+    )
+
+    found = diagnose(window, JobFacts(world_size=2, lines=lines))
+    finding = next(each for each in found if each.kind is Kind.COMM_BOUND)
+
+    assert ("in DDP's broadcast of buffers, and no rank is late" in finding.summary) is is_told
+    assert ("broadcast_buffers=False" in finding.next) is is_told
+    assert ("Call the collectives" in finding.next) is not is_told
+
+
 @pytest.mark.parametrize(("messages", "how"), [(False, "in collectives"), (True, "for messages of other ranks")])
 def test_a_rank_without_steps_may_be_what_the_others_wait_for(messages: bool, how: str) -> None:
     """Rank 0 plays and broadcasts or sends its games; a faster network, or micro-batches, would gain nothing."""

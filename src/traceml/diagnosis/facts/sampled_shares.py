@@ -21,6 +21,7 @@ __all__ = [
     "MIN_SHARE_SAMPLES",
     "NAMED_SHARE",
     "SampledShare",
+    "broadcasts_buffers",
     "busy_share",
     "child_wait_share",
     "clearing_share",
@@ -63,6 +64,7 @@ _FUSABLE = re.compile(r"(^|/)torch/optim/(adam|adamw|sgd|adagrad|optimizer)\.py:
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
+_BUFFERS = re.compile(r"(^|/)torch/nn/parallel/distributed\.py:\d+ \w+\._(\w*broadcast_coalesced|sync\w*buffers)$")
 _AWAITS_THREAD = re.compile(r"(^|/)threading\.py:\d+ ")
 _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
 _MIN_CLEARING = 5  # it only lowers a cost
@@ -115,6 +117,11 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
 def thread_wait_share(lines: Sequence[SampledLine], parts: Collection[str]) -> float:
     """Return the share of some parts' samples that wait for another thread of the script; 0 if unknown."""
     return library_share([each for part in parts for each in of_part(lines, part)], _AWAITS_THREAD) or 0.0
+
+
+def broadcasts_buffers(lines: Sequence[SampledLine]) -> bool:
+    """Return whether communication that is called from Python is mostly DDP's broadcast of the model's buffers."""
+    return (library_share(of_part(lines, Phase.COMM.label), _BUFFERS) or 0.0) >= NAMED_SHARE
 
 
 def library_share(seen: Sequence[SampledLine], libraries: re.Pattern[str], fewest: int = MIN_SAMPLES) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, BlamedLine, blamed_line, calls_code, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import broadcasts_buffers
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -29,6 +30,10 @@ DEVICE_FLOOR_NS = 1e6
 MIN_REDUCTIONS = 1.5
 """With more reductions than this per step, the gradients of an accumulated step are averaged needlessly often."""
 _MAX_LISTED = 64
+_FOR_BUFFERS = (
+    "Rank 0 sends its buffers (the statistics of BatchNorm) to all ranks before each forward. With broadcast_buffers="
+    "False of DistributedDataParallel (forward_sync_buffers=False in newer versions) each rank keeps its own."
+)
 _COUNTED = ("backwards_per_step", "reductions_per_step")
 
 
@@ -98,14 +103,17 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         return [_waiting_for_messages(cost, step, evidence)]
 
     evidence |= line.evidence(share) if line else {}
-    where = "in collectives" if is_explicit else "while backward waits for gradients"
+    buffers = is_explicit and broadcasts_buffers(facts.lines)
+    collectives = "DDP's broadcast of buffers" if buffers else "collectives"
+    where = f"in {collectives}" if is_explicit else "while backward waits for gradients"
     where += line.of_it if line else ""
     gain = speedup(step, cost)
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
         f"{gain_text(gain)}."
     )
-    action = advice.for_comm(facts, "comm" if is_explicit else "backward", cost, line)
+    usual = advice.for_comm(facts, "comm" if is_explicit else "backward", cost, line)
+    action = _FOR_BUFFERS if buffers else usual
     if shared := _shared_cores(work, facts):
         summary += f" {shared}, which the threads that communicate need, too."
         action += " Or start fewer ranks on a host: with a core each they communicate faster."
