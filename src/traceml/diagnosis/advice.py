@@ -297,15 +297,8 @@ def for_residual(
             "report --lines` shows all lines."
         )
 
-    if is_update and line is not None:
-        return (
-            f"If {line.place} updates the weights, an optimizer of torch.optim does it in fewer and larger operations "
-            "(foreach, fused); otherwise make it cheaper, or take it out of the training loop. `traceml report "
-            "--lines` shows all lines."
-        )
-
     if line is not None:
-        return _for_line(part, line, facts, called, makes_graph=makes_graph)
+        return _for_line(part, line, facts, called, makes_graph=makes_graph, is_update=is_update)
 
     if part not in UNNAMED_CODE:
         return (
@@ -343,7 +336,9 @@ def _for_several_lines(trainer: BlamedLine | None, two: Sequence[BlamedLine], of
     )
 
 
-def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool) -> str:
+def _for_line(
+    part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool, is_update: bool
+) -> str:
     if answers := _for_answers(part, line, facts):
         return answers
 
@@ -368,10 +363,13 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
-    if role := _role_in_step(part, line, facts, makes_graph=makes_graph):
+    if role := _CHANGES if is_update else _role_in_step(part, line, facts, makes_graph=makes_graph):
+        cheaper_too = "backward follows these operations, and gets cheaper with them"
+        more = "an optimizer of torch.optim does so" if role == _CHANGES else cheaper_too
+        how = f"use fewer operations, on whole tensors in place of loops, or torch.compile: {more}"
         return (
-            f"Make {line.place} cheaper. If it {role}. If it only measures or logs, run it every n-th step. `traceml "
-            "report --lines` shows the other lines."
+            f"Make {line.place} cheaper. If it {role}, {how}. If it only measures or logs, run it every n-th step. "
+            "`traceml report --lines` shows the other lines."
         )
 
     unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
@@ -385,25 +383,24 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
 
 
 def _role_in_step(part: str, line: BlamedLine, facts: JobFacts, *, makes_graph: bool) -> str:
-    """Return what a function may be that no training step can do without, and how that gets cheaper; empty if unknown.
+    """Return what a function may be that no training step can do without; empty if unknown.
 
     Args:
         makes_graph: whether backward follows operations outside of the model.
     """
     if makes_graph or _LOSS in line.function.lower() or computes_loss(facts.lines, part, line):
-        return f"computes the loss, {_FEWER_OPERATIONS}: {_CHEAPER_BACKWARD}"
+        return "computes the loss"
 
     if is_of_loop(facts.lines, line):
         return ""
 
     if (line.file, line.function) in facts.own_updates:
-        return f"changes gradients or weights, {_FEWER_OPERATIONS}"
+        return _CHANGES
 
-    return f"is a part of the model, {_FEWER_OPERATIONS}: {_CHEAPER_BACKWARD}" * runs_forward(facts.lines, part, line)
+    return "is a part of the model" * runs_forward(facts.lines, part, line)
 
 
-_FEWER_OPERATIONS = "use fewer operations, on whole tensors in place of loops, or torch.compile"
-_CHEAPER_BACKWARD = "backward follows these operations, and gets cheaper with them"
+_CHANGES = "changes gradients or weights"
 _LOSS = "loss"
 _COPIES = 0.5  # of the time in which a line receives: its messages are large
 _COMPUTES = 0.25  # of the time in which a thread is watched

@@ -243,7 +243,7 @@ class RankTracing:
                     self._training_thread,
                     gives_batches=self._gives_batches,
                     is_evaluating=lambda: self.is_evaluating,
-                    on_gradients=self._note_own_update,
+                    on_gradients=lambda file, function: self._note(InfoKind.OWN_UPDATE, file=file, function=function),
                     interval_s=interval_s,
                 )
             )
@@ -292,10 +292,6 @@ class RankTracing:
     def _gives_batches(self, stack: Sequence[FrameType]) -> bool:
         source = self.instrumentation.events.batch_source if self.instrumentation is not None else None
         return source is not None and source.contains(stack)
-
-    def _note_own_update(self, file: str, function: str) -> None:
-        """Report a function that may change gradients, or update weights."""
-        self._note(InfoKind.OWN_UPDATE, file=file, function=function)
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None
