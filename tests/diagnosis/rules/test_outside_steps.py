@@ -474,10 +474,11 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_evaluation_that_the_training_may_learn_from_is_said_to_be(before: bool) -> None:
-    """Pseudo-labels half as often are another training."""
-    time = structs.replace(RunTime.of(100.0, {"steps": 60.0, "evaluation": 40.0}, 5), evaluates_before=before)
-    found = diagnose(window_of(ALONE), JobFacts(time=time))[0]
+@pytest.mark.parametrize("times", [5, 1])
+def test_evaluation_that_the_training_may_learn_from_is_said_to_be(before: bool, times: int) -> None:
+    """Pseudo-labels half as often are another training, also where most of the time comes once."""
+    time = structs.replace(RunTime.of(100.0, {"steps": 60.0, "evaluation": 40.0}, times), evaluates_before=before)
+    found = diagnose(window_of(ALONE), JobFacts(time=time, state="finished"))[0]
 
     assert found.kind is Kind.EVAL_HEAVY
     assert ("it is part of the training: make it cheaper instead." in found.next) is before

@@ -361,11 +361,9 @@ def _less_evaluation(
         rarer = "run it less often." if once else f"run it half as often, with the evaluation: {saves}"
         return saved, f"Make {code.place} cheaper, or {rarer}"
 
-    if once:
-        return saved, f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
-
-    learns = _IF_IT_LEARNS if time.evaluates_before else ""
-    return saved, f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}{learns}"
+    less = f"Evaluate on half as many batches: {saves} Or evaluate"
+    less = less if once else f"Evaluate half as often: {saves} Or evaluate on fewer batches,"
+    return saved, f"{less} {elsewhere}" + _IF_IT_LEARNS * time.evaluates_before
 
 
 def _on_all_ranks(time: RunTime, code: BlamedLine | None, saves: str, gradients: str, elsewhere: str) -> str:
