@@ -178,6 +178,20 @@ def test_a_forward_that_is_hardly_trained_is_told(backward_ms: float, is_told: b
     assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) == is_told
 
 
+@pytest.mark.parametrize(
+    ("backward_ms", "collects", "is_told"), [(8, True, True), (8, False, False), (18, True, False)]
+)
+def test_rollouts_are_told_where_forward_takes_longer_than_backward(
+    backward_ms: float, collects: bool, is_told: bool
+) -> None:
+    """A language model that generates what it is trained on is no matter of threads alone."""
+    own = {"forward": 16.0, "backward": backward_ms, "optimizer": 0.6}
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(collects=collects))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert ("much of it is rollouts. Make rollouts cheaper." in found.next) is is_told
+
+
 @pytest.mark.parametrize("kind", [Kind.COMPUTE_BOUND, Kind.HEALTHY])
 @pytest.mark.parametrize(
     ("calls", "heaviest", "is_told"), [(64, "forward", True), (0, "forward", False), (64, "optimizer", False)]

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import WAITED_FOR, for_debugging
+from traceml.diagnosis.advice import WAITED_FOR, for_debugging, for_rollouts
 from traceml.diagnosis.facts.blamed_lines import (
     AUTOGRAD,
     BlamedLine,
@@ -100,7 +100,7 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
 
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
-    cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(shares, step))
+    cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(facts, shares, step))
     summary, action = short or (healthy, pause.action or cheaper)
     return Finding.of(
         Kind.HEALTHY,
@@ -229,7 +229,7 @@ def _compute_bound(
     if heaviest == "optimizer" and own is None and (update := _line_of_script(facts, heaviest, shares[heaviest])):
         line = update.evidence(shares[heaviest])
 
-    faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
+    faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(facts, shares, step)
     if heavy and own is None and heavy.part == heaviest == "forward" and not work.device and not for_debugging(facts):
         is_model = heavy.line.function.endswith(".forward")
         watches = "" if is_model else "; if it only watches (a hook), run it every n-th step"
@@ -377,9 +377,12 @@ def _for_single_calls(calls: int) -> str:
     )
 
 
-def _untrained(shares: Mapping[str, float], step: float) -> str:
+def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float) -> str:
     """Return further advice where forward takes far longer than backward, as if much of it were not trained."""
     forward, backward = shares.get("forward", 0.0), shares.get("backward", 0.0)
+    if facts.collects and forward > max(backward, _MOSTLY_FORWARD):
+        return f" As forward takes longer than backward, much of it is rollouts. {for_rollouts('forward', None, facts)}"
+
     if forward < _MOSTLY_FORWARD or not 0 < _UNTRAINED_RATIO * backward <= forward:
         return ""
 
