@@ -300,8 +300,11 @@ def compute(finding: FindingFacts) -> str:
 
 
 def pauses_text(evidence: Mapping[str, Any]) -> str:
-    """Return `one step of 16.0 s`."""
+    """Return `one step of 16.0 s`, or `1.0 s between trainings`."""
     count, each = int(evidence["pauses"]), ms_text(evidence["pause_ms"])
+    if "between_trainings" in evidence:
+        return f"{each} between trainings"
+
     return f"one step of {each}" if count == 1 else f"{count} steps of {each} each"
 
 
@@ -309,6 +312,7 @@ def _of_pauses(evidence: Mapping[str, Any]) -> str:
     """Return `One step takes 52 % of all step time`."""
     count = int(evidence["pauses"])
     steps = "One step takes" if count == 1 else f"{count} steps take"
+    steps = "Set-up between trainings takes" if "between_trainings" in evidence else steps
     return f"{steps} {percent_text(evidence['pause_share'])} of all step time"
 
 

@@ -139,7 +139,10 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     if waits := cpu_contention(facts):
         contention = waits[0]
         code = [each for each in nothing if _is_code_that_costs_more(each, contention)]
-        told = contention if main or code else with_own_code(contention, work, facts)
+        told = contention
+        if not (main or code):
+            told = _with_pauses(with_own_code(contention, work, facts), single_pauses(judged, work, facts))
+
         several = _has_several(judged, facts)
         return [
             *code,
@@ -147,6 +150,15 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
         ]
 
     return [*in_order(main, in_steps), *nothing, *remarks]
+
+
+def _with_pauses(contention: Finding, pauses: SinglePauses | None) -> Finding:
+    """Return the finding about too few cores with pauses that no finding about steps can tell, as there is none."""
+    if pauses is None:
+        return contention
+
+    text, action, _ = pauses.explanation
+    return replace(contention, summary=contention.summary + text, next=f"{contention.next} {action}")
 
 
 def _is_code_that_costs_more(nothing: Finding, contention: Finding) -> bool:

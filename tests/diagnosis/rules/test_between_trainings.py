@@ -78,6 +78,16 @@ def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float | None, 
     assert ("pass before each of the next ones, in search.py:7 load_data" in finding.summary) is is_named
 
 
+@pytest.mark.parametrize("waited", [0.0, 0.4])
+def test_one_set_up_passes_outside_of_the_steps(waited: float) -> None:
+    """A search for the learning rate is a training before the training: with too few cores, nothing was said of it."""
+    known = JobFacts(lines=LOADS, trainings_begin=(51,), wait_of_ready_time={0: waited})
+    found = diagnose(window_of(Job(ranks=1, steps=200, grouped=False), adds_at((50,), ms=1500.0)), known)
+    told = found[0].summary
+
+    assert "1.51 s passed between two trainings, outside of their steps, mostly in search.py:7 load_data." in told
+
+
 def test_set_up_once_gives_the_promised_gain():
     """The same trials without loading again."""
     begins = tuple(step + 1 for step in REGULAR)

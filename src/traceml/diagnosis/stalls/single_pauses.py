@@ -59,8 +59,10 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     step = max(float(work.step[usual_steps(work)].mean()), 1.0)
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
     times = np.maximum(work.step, work.longest(work.own))
-    from_ns = OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else PAUSE_NS
-    least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
+    # What comes between two trainings is counted for the step before it, or for the one after it.
+    are_between = np.isin(window.steps, facts.trainings_begin) | np.isin(window.steps + 1, facts.trainings_begin)
+    from_ns = np.where(are_between | (not facts.oversubscribed), PAUSE_NS, OVERSUBSCRIBED_PAUSE_NS)
+    least = np.maximum(from_ns, max(2 * step, float(times.max()) / 2))  # a mean of long and short tells of neither
     at = np.flatnonzero(times >= least)
     if work.grouped and len(at) and at[-1] - at[0] <= 1:
         at = at[[int(times[at].argmax())]]
@@ -73,11 +75,16 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     mean = total / len(at)
     factor = count_text(round(mean / step))
     steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
+    between = bool(are_between[at].all())
+    they = "the set-up" if between else they
     where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(
         work, facts, window.steps[at], at, total, they
     )
-    text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{where}."
+    long = f"{steps} took {ns_text(mean)}{each}, {factor} times the mean of the others"
+    set_up = f"{ns_text(mean)}{each} passed between two trainings, outside of their steps"
+    text = f" {set_up if between else long}{where}."
     evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0), **more}
+    evidence |= {"between_trainings": True} if between else {}
     return SinglePauses(at, window.steps[at], mean, min(share, 1.0), Explanation(text, action, evidence))
 
 
