@@ -495,6 +495,24 @@ def test_a_rank_that_joins_a_process_group_is_no_restart(registry, flight, steps
     assert (grouped.attempt, other.attempt, run.attempt, run.world_size) == (attempt, attempt, attempt, 2)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(("reason", "is_same"), [("failed", True), ("finished", False)])
+def test_ranks_that_torchrun_starts_again_uncounted_are_the_next_attempt(registry, reason, is_same):
+    """A host has joined or left; another job at the same address has another agent, or the first one's had finished."""
+    joined = []
+    for _ in range(2):
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as worker:
+            facts = {"pid": worker.pid, "start_ticks": process_start_ticks(worker.pid), "recorder": str(worker.pid)}
+            joined += [join(registry, hello(rank, 2, run="torchrun@vm:29500", **facts)) for rank in range(2)]
+            for run, stream in joined[-2:]:
+                leave(run, stream, reason)
+
+    first = joined[0][0]
+    assert [(run is first, stream.attempt) for run, stream in joined] == [
+        (True, 0), (True, 0), (is_same, int(is_same)), (is_same, int(is_same)),
+    ]  # fmt: skip
+
+
 def test_children_that_train_each_for_themselves_are_runs(registry):
     """Without a process group they are no ranks of one training, also one after the other."""
     join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.streams.stream import Incarnation, RankStream
+from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
 from traceml.aggregator.streams.stream_table import StreamTable
+from traceml.inspection.kernel_state import process_info
 from traceml.transport.hello import Hello
 
 __all__ = ["Admission"]
@@ -50,7 +51,7 @@ class Admission:
         if self._named and hello.flight == current.flight != "" and not current.next.get("steps"):
             return attempt  # the same recording, which has joined a process group: that is not a restart
 
-        return self._facts.attempt + 1 if self._named else None
+        return self._facts.attempt + 1 if self._named or _is_started_again(current, hello) else None
 
     def is_helper(self, hello: Hello) -> bool:
         """Whether a process is no rank: a forked child that only logs, or the parent of ranks."""
@@ -93,6 +94,16 @@ class Admission:
             if not stream.next.get("steps"):
                 self._table.remove_rank(stream)
                 self._on_helper(stream)
+
+
+def _is_started_again(current: RankStream, hello: Hello) -> bool:
+    """Whether one agent of torchrun has ended a rank and started it again, uncounted: a host has come or left."""
+    is_elastic = hello.run.startswith("torchrun") and current.state is not StreamState.FINISHED
+    if not is_elastic or hello.boot_id != current.incarnation.boot or current.launcher is None:
+        return False
+
+    info = process_info(hello.pid)
+    return info is not None and info.parent == current.launcher
 
 
 def _is_busy(current: RankStream, hello: Hello) -> bool:

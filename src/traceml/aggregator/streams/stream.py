@@ -12,6 +12,7 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive, pid_here
 from traceml.inspection.cgroups import OomWatch, cgroup_paths
+from traceml.inspection.kernel_state import process_info
 from traceml.transport.framing import encode_ack
 from traceml.transport.hello import Hello
 
@@ -123,12 +124,16 @@ class RankStream:
     """Whether its process is visible on this host by its pid. Its boot id is not enough: containers share it."""
     pid_here: int | None = field(init=False)
     """The pid of its process on this host, which differs for a container's; None if it was not seen here alive."""
+    launcher: int | None = field(init=False)
+    """The pid of the process that has started it; None if its process is not visible on this host."""
     oom_watch: OomWatch | None = field(init=False)
     """Out-of-memory kills in its cgroup; None if its process is not visible on this host."""
 
     def __post_init__(self) -> None:
         pid = self.incarnation.pid
         self.seen_here = self.on_this_boot and process_start_ticks(pid) == self.incarnation.start_ticks
+        info = process_info(pid) if self.seen_here else None
+        self.launcher = None if info is None else info.parent
         self.oom_watch = OomWatch(pid) if self.seen_here else None
         path = self.flight_path
         self.pid_here = pid if self.seen_here else pid_here(path, pid, self.incarnation.start_ticks) if path else None
