@@ -693,6 +693,7 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     by_fallback, by_first = values(lines_of(run.path), "a"), values(lines_of(folder, "x.jsonl"), "a")
     assert by_fallback[:10] == [(i, float(i)) for i in range(10)]
     assert sorted(by_fallback + by_first) == [(i, float(i)) for i in range(12)]
+    assert lines_of(run.path)[-1]["type"] == "end"  # although the first has continued
 
 
 def test_a_fallback_takes_the_rows_although_the_wait_is_over_when_its_process_starts(run: LoggedRun) -> None:

@@ -98,6 +98,7 @@ class DeliveryLoop:
         self._options = (
             options if options is not None else requested_by.options(backend) if requested_by is not None else {}
         )
+        self._fallback = str(self._options.get("fallback") or "")
         self._delivers_all = options is not None or requested_by is None
         self._given_options = options
         self._policy = RetryPolicy(self._config.max_retries, self._config.backoff_factor, self._config.max_backoff)
@@ -144,7 +145,7 @@ class DeliveryLoop:
         # Only known names: the row came over a connection.
         os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
         if self._installed_only:
-            self._plan.check_installed(self._state.backend, str(self._options.get("fallback") or ""))
+            self._plan.check_installed(self._state.backend, self._fallback)
         else:
             sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
 
@@ -155,8 +156,8 @@ class DeliveryLoop:
         _read_key(self._state.backend, self._options, planned)
         self._records = RecordReader(self._reader, INPUT_TABLES)
         self._audit = AuditLog(self._run_dir, self._state)
-        filters = DeliveryFilter.of(self._config.include, self._config.exclude, self._options)
-        self._session = self._make_session(filters)
+        self._filters = filters = DeliveryFilter.of(self._config.include, self._config.exclude, self._options)
+        self._session = self._make_session()
         delivery = Delivery(
             run_dir=self._run_dir,
             reader=self._reader,
@@ -170,30 +171,34 @@ class DeliveryLoop:
         )
         self._sender = BatchSender(delivery, self._is_done, everything=self._delivers_all)
 
-    def _make_session(self, filters: DeliveryFilter) -> TrackerSession:
+    def _make_session(self) -> TrackerSession:
         """Create the session of the backend, or of its fallback while it fails."""
-        state, fallback = self._state, str(self._options.get("fallback") or "")
-        self._uses_fallback = uses_fallback = (
-            bool(fallback)
+        state = self._state
+        self._uses_fallback = (
+            bool(self._fallback)
             and state.phase in {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
             and (state.fallback_due or time.time() < state.retry_at)
         )
-        if uses_fallback and self._requested_by is not None:
+        state.fallback_done = False
+        return self._session_of(self._fallback if self._uses_fallback else "")
+
+    def _session_of(self, fallback: str) -> TrackerSession:
+        """Return a session of the fallback, or of the backend itself ("")."""
+        if fallback and self._requested_by is not None:
             _read_key(fallback, self._requested_by.options(fallback), self._requested_by)
 
-        state.fallback_done = False
         return TrackerSession(
-            fallback if uses_fallback else state.backend,
+            fallback or self._state.backend,
             self._run_dir,
-            state,
+            self._state,
             self._save,
             self._watchdog,
             self._masker,
-            filters,
+            self._filters,
             self._audit,
             timeout_s=timeout_of(self._options, _TIMEOUT_S),
-            options=None if uses_fallback else self._given_options,
-            is_fallback=uses_fallback,
+            options=None if fallback else self._given_options,
+            is_fallback=bool(fallback),
             local_only=self._config.local_only,
         )
 
@@ -323,7 +328,8 @@ class DeliveryLoop:
 
             self._save()
             run = self._reader.meta().get("run", {})
-            self._sender.end(str(run.get("state") or RunStatus.FINISHED.value), run.get("ended"))
+            end = str(run.get("state") or RunStatus.FINISHED.value), run.get("ended")
+            self._sender.end(*end)
         except RewindError:
             raise
         except Exception as error:  # noqa: BLE001 - see run()
@@ -335,10 +341,26 @@ class DeliveryLoop:
             self._save()
             return EXIT_AGAIN
 
+        self._end_at_fallback(*end)
         succeeded(self._state)
         self._state.phase = DeliveryPhase.DONE
         self._save()
         return EXIT_DONE
+
+    def _end_at_fallback(self, run_state: str, run_ended: float | None) -> None:
+        """End what the fallback has begun, and the backend itself has continued: else it would run there forever."""
+        if not self._fallback:
+            return
+
+        target = self._state.target
+        try:
+            with contextlib.closing(self._session_of(self._fallback)) as session:
+                for experiment in self._plan.experiments.values():
+                    session.end(experiment, run_state, run_ended)
+        except Exception:  # noqa: BLE001 - the backend has all rows
+            _log.warning("%s: its experiments have not ended", self._fallback, exc_info=True)
+
+        self._state.target = target
 
     def _stopped(self) -> int:
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
