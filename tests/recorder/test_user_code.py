@@ -40,6 +40,8 @@ def own_script(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/home/me/train.py", {}, True),
         ("/tmp/ipykernel_77/1234.py", {}, True),
         ("<ipython-input-3-abc>", {}, True),
+        ("<command-1234567890>", {}, True),
+        ("<cell 3>", {}, True),
         ("/home/me/.venv/lib/python3.11/site-packages/timm/models.py", {}, False),
         ("/usr/lib/python3/dist-packages/numpy/core.py", {}, False),
         (collections.__file__, {}, False),

@@ -24,6 +24,7 @@ __all__ = [
     "working_folder",
 ]
 
+_CELLS = ("<ipython-input-", "<command-", "<cell")  # of IPython, of Databricks, of those that number their own
 _DEBUGGER_FOLDERS = ("/debugpy/", "/pydevd", "/_pydevd")
 # Of any Python's standard library: a process that this one looks at may run another.
 _PDB = re.compile(r"/python3[.\w]*/[bp]db\.py$")
@@ -112,7 +113,7 @@ def is_user_file(path: str, modules: Any = None) -> bool:
         modules: the loaded modules; None: `sys.modules`.
     """
     if path.startswith("<"):
-        return path.startswith("<ipython-input-")
+        return path.startswith(_CELLS)
 
     if _is_installed(path) or path.startswith((_STANDARD, *PACKAGE_FOLDERS)):
         return False
