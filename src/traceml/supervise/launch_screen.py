@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from traceml.process_ends import start_without_signals
 from traceml.supervise.supervisor import Screen
 
 __all__ = ["MakeScreen", "Output", "ScreenThread", "terminal_screen"]
@@ -47,7 +48,7 @@ class ScreenThread:
         self._screen, self._waiting = screen, waiting
         self._is_due, self._ends = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="traceml-screen", daemon=True)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def tick(self) -> None:
         """Show the texts, and redraw if it is time; return at once."""

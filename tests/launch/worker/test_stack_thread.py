@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 
@@ -13,10 +14,14 @@ from traceml.launch.worker import stack_thread
 
 
 def test_the_agent_knows_the_thread_before_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function that holds the GIL from its first line keeps the thread from running, and is reported by a signal."""
-    over = threading.Event()
+    """A function that holds the GIL from its first line keeps the thread from running, and is reported by a signal.
+
+    The thread takes none of the signals that the function may wait for in its own threads.
+    """
+    over, blocked = threading.Event(), set[int]()
 
     def without_the_gil(agent: FdSocket) -> None:
+        blocked.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         over.wait()
         agent.close()
 
@@ -34,3 +39,4 @@ def test_the_agent_knows_the_thread_before_it_has_run(monkeypatch: pytest.Monkey
 
     assert thread.name == "traceml-stacks"
     thread.join()
+    assert signal.SIGTERM in blocked

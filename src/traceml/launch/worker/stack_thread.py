@@ -9,6 +9,7 @@ from types import FrameType
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frames
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import StacksRequest, StackThread, ThreadStacks
+from traceml.process_ends import start_without_signals
 
 __all__ = ["serve_stacks"]
 
@@ -23,8 +24,8 @@ def serve_stacks(fd: int) -> None:
     """
     agent = FdSocket.from_fd(fd)
     thread = threading.Thread(target=_serve, args=(agent,), name="traceml-stacks", daemon=True)
-    thread.start()
     with contextlib.suppress(OSError):
+        start_without_signals(thread)
         # Not from the thread: the user's function may hold the GIL before it has run.
         agent.send(StackThread(tid=thread.native_id or 0))
 

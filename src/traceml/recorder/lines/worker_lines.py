@@ -36,6 +36,7 @@ from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
 from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, switch_interval
 from traceml.inspection.thread_frames import thread_stack
+from traceml.process_ends import start_without_signals
 from traceml.recorder.lines.sampled_place import SampledPlace, makes_batch, sampled_place
 from traceml.recorder.user_code import UserCode
 from traceml.trusted_files import GuardedDescriptor
@@ -77,8 +78,8 @@ class WorkerSampling:
             pipe = GuardedDescriptor(os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             run = functools.partial(self._run, pipe, threading.get_ident(), threading.get_native_id())
             try:
-                threading.Thread(target=run, name="traceml-worker-lines", daemon=True).start()
-            except RuntimeError:  # no more threads are allowed
+                start_without_signals(threading.Thread(target=run, name="traceml-worker-lines", daemon=True))
+            except OSError:  # no more threads are allowed
                 pipe.close()
                 raise
 

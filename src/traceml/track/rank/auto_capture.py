@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import MetricKind
 from traceml.fail_open import fail_open
+from traceml.process_ends import start_without_signals
 from traceml.recorder.recorder_facts import wanted_collectors
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import FrameworkPlugin
@@ -164,9 +165,10 @@ class AutoCapture:
             with guard():
                 plugin.cleanup()
 
-        thread = threading.Thread(target=run, name=f"traceml collector {name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        with guard():
+            thread = threading.Thread(target=run, name=f"traceml collector {name}", daemon=True)
+            start_without_signals(thread)
+            self._threads.append(thread)
 
     def _log_row(self, row: dict[str, Any]) -> None:
         if row["kind"] == "collected":

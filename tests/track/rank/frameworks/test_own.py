@@ -10,7 +10,7 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
     """A collector of the script reads there, a framework of the script is patched; an unknown name is only told."""
     found = captured(
         """
-        import json, logging, os, time
+        import json, logging, os, signal, time
         import traceml
         from traceml.track.plugins.interfaces import CollectorInterface, FrameworkInterface
         from traceml.track.plugins.metric import Metric
@@ -55,7 +55,9 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
 
             def collect(self):
                 Depth.readings += 1
-                return [Metric("depth", float(len(said))), {"pid": os.getpid(), "password": "hunter2"}]
+                blocks = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+                facts = {"pid": os.getpid(), "password": "hunter2", "blocks": blocks}
+                return [Metric("depth", float(len(said))), facts]
 
         @traceml.register
         class OwnCollector(CollectorPlugin):
@@ -78,6 +80,6 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
     assert ("engine", 7, 21.5) in found.values(MetricKind.USER)
     assert len([row for row in found.metrics if row.name == "depth"]) >= 2
     facts = next(row["facts"] for row in found.logged["collected"] if row["name"] == "depth")
-    assert facts == {"pid": found.said["pid"], "password": "[masked:secret]"}
+    assert facts == {"pid": found.said["pid"], "password": "[masked:secret]", "blocks": True}
     assert found.said["put_back"]
     assert any("Did you mean 'engine'" in text for text in found.said["said"])

@@ -31,6 +31,7 @@ from traceml.launch.launcher.logs.log_handlers import (
     stream_handler,
 )
 from traceml.launch.shared.log_records import RecordDecoder
+from traceml.process_ends import start_without_signals
 
 __all__ = ["LogRouter", "LogStream", "check_handlers", "make_handlers"]
 
@@ -191,7 +192,7 @@ class LogRouter:
         self._written: dict[LogStream, int] = defaultdict(int)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="traceml-logs", daemon=True)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> LogStream:
         """Open a stream of one source.
