@@ -19,6 +19,7 @@ __all__ = [
     "cache_home",
     "check_trusted_folder",
     "create_trusted",
+    "fill_standard_descriptors",
     "is_file_inside",
     "make_trusted_folder",
     "open_regular",
@@ -67,6 +68,14 @@ class GuardedDescriptor:
 def _file_of(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
+
+
+def fill_standard_descriptors() -> None:
+    """Open the standard descriptors that are closed: a file with such a number receives what is printed there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+
+    os.close(descriptor)
 
 
 def cache_home() -> Path:

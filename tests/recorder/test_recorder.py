@@ -517,6 +517,21 @@ def test_a_script_that_closes_all_descriptors_keeps_those_that_it_opens_then(ser
     assert stored_steps(serving) == list(range(320))
 
 
+def test_no_descriptor_of_ours_has_the_number_of_a_closed_standard_stream(run_script: Run) -> None:
+    """A daemon's may be closed: what a library printed there went into the tables of the recorder."""
+    done = run_script(
+        """
+        import os, traceml
+
+        os.closerange(0, 3)
+        traceml.init()
+        assert [os.path.realpath(f"/proc/self/fd/{number}") for number in range(3)] == 3 * [os.devnull]
+        """
+    )
+
+    assert done.returncode == 0
+
+
 def test_a_script_waits_for_signals_that_it_blocks(run_script: Run) -> None:
     """A thread of ours that did not block them got one, and the script ended by it."""
     done = run_script(

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from traceml.errors import SettingsError, TraceMLError, UsageError
 from traceml.helper_programs import exit_process, importing
+from traceml.trusted_files import fill_standard_descriptors
 
 __all__ = ["COMMANDS", "main", "run_program"]
 
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `traceml`; None: those of the process.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    _open_standard_streams()
+    fill_standard_descriptors()
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the process's life
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     _escape_what_the_locale_lacks()
     try:
         status = _dispatch(args)
@@ -100,16 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_program() -> NoReturn:
     """Run the command of this process, and end with its exit status."""
     exit_process(main())
-
-
-def _open_standard_streams() -> None:
-    """Open closed standard streams: a socket or log file with such a descriptor would receive their output."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the process's life
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _escape_what_the_locale_lacks() -> None:

@@ -18,6 +18,7 @@ from traceml.gc_pause import gc_pause
 from traceml.inspection.loaded_modules import imports_main_again, loaded_module
 from traceml.recorder.current_recorder import notify_change, notify_start, state
 from traceml.settings import level_number
+from traceml.trusted_files import fill_standard_descriptors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,6 +98,7 @@ def start(
             try:
                 if config.enabled and not imports_main_again():
                     with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
+                        fill_standard_descriptors()
                         recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
                         state.instrumentation = recorder.instrumentation
                         _hook_process(watch=not recorder.is_child)
