@@ -569,12 +569,14 @@ import os, sys, torch
 from torch.utils.data import DataLoader
 model = torch.nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-for step, x in enumerate(DataLoader(torch.randn(400, 8), batch_size=8)):
+workers = {"num_workers": 1, "persistent_workers": True} if "keeps" in sys.argv[2] else {}
+loader = DataLoader(torch.randn(400, 8), batch_size=8, **workers)
+for step, x in enumerate(loader):
     optimizer.zero_grad()
     model(x).sum().backward()
     optimizer.step()
     if step == int(sys.argv[1]):
-        if sys.argv[2] == "leaves":
+        if "leaves" in sys.argv[2]:
             break
         os._exit(0)
 os._exit(0)
@@ -582,10 +584,20 @@ os._exit(0)
 
 
 @pytest.mark.parametrize(
-    ("at", "how", "state"), [("30", "exits", "lost"), ("30", "leaves", "finished"), ("999", "-", "finished")]
+    ("at", "how", "state"),
+    [
+        ("30", "exits", "lost"),
+        ("30", "keeps", "lost"),
+        ("30", "leaves", "finished"),
+        ("30", "leaves, keeps", "finished"),
+        ("999", "-", "finished"),
+    ],
 )
 def test_a_process_that_leaves_in_the_middle_has_not_finished(traceml: Traceml, at: str, how: str, state: str) -> None:
-    """`os._exit(0)` inside the loop; after it, also after a loop that was left, the training has ended."""
+    """`os._exit(0)` inside the loop; after it, also after a loop that was left, the training has ended.
+
+    A loader keeps the iterator of a loop that was left, where its workers are persistent.
+    """
     script = traceml.folder / "leaves.py"
     script.write_text(LEAVES)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from copy import copy
 from functools import cache, cached_property
+from sys import getrefcount
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from traceml.clock import monotonic_ns
@@ -99,6 +100,13 @@ class LoaderToken:
         self.read(clock, False)
         given = self._given()
         self._last = -1 if given is None else given
+
+    def note_left(self, clock: StepClock) -> None:
+        """Record that its iterator was left, where only the loader keeps it, for its workers (`persistent_workers`)."""
+        iterator, alike = self._iterator() if self._iterator is not None else None, object()
+        is_kept = getattr(iterator, "_persistent_workers", False)
+        if is_kept and getrefcount(iterator) <= getrefcount(alike) + 1:
+            self.read(clock, False)
 
     def data(self) -> DataProgress:
         """Return how far its data is read, on any thread."""

@@ -79,7 +79,7 @@ class ExitWatch:
     Args:
         report: called with the exception (None for a normal end) and the exit status, while the process still runs.
         on_exec: called before the process becomes another program, and again (`failed`) if it does not.
-        on_leave: called as `report` before the process ends at once by `os._exit`, with another status than 0.
+        on_leave: called as `report` before the process ends at once by `os._exit`; without an exception at status 0.
 
     Attributes:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
@@ -169,11 +169,10 @@ class ExitWatch:
         @wraps(original)
         def leave(status: int) -> NoReturn:
             with suppress(Exception):
-                if status:
-                    leaving = SystemExit(status)
-                    leaving.__context__ = sys.exc_info()[1]
-                    setattr(leaving, _PLACE, _place_of(sys._getframe(1)))
-                    self._on_leave(leaving, status_of(leaving))
+                leaving = SystemExit(status)
+                leaving.__context__ = sys.exc_info()[1]
+                setattr(leaving, _PLACE, _place_of(sys._getframe(1)))
+                self._on_leave(leaving if status else None, status_of(leaving))
 
             original(status)
 

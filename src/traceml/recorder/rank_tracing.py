@@ -146,6 +146,12 @@ class RankTracing:
         """Whether the training loop is over, as far as is known, so that the open step does not count."""
         return self.instrumentation is not None and self.instrumentation.clock.loop_has_ended
 
+    def note_left_loop(self) -> None:
+        """Note, at the end of the process, whether the training loop was left."""
+        clock = None if self.instrumentation is None else self.instrumentation.clock
+        if clock is not None and clock.training_loader is not None:
+            clock.training_loader.note_left(clock)
+
     @property
     def step_is_done(self) -> bool:
         """Whether an optimizer has stepped in the open step, and no part of another step has begun since."""

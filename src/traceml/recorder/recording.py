@@ -255,6 +255,10 @@ class Recording:
 
     def note_os_exit(self, error: BaseException | None, status: int) -> None:
         """Record that the process ends at once by `os._exit`, in what it does: no exit handlers follow."""
+        if not status:  # a good end, where it is in no loop
+            self.tracing.note_left_loop()
+            return
+
         self.note_exit(error, status)
         self.tracing.close_done_step()
         self.flight.open_slots[Slot.EXIT_START] = 0
