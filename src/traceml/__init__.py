@@ -226,9 +226,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
 
     if sys.is_finalizing() and home not in sys.modules:  # in a __del__: nothing is imported any more, nor recorded
-        return lambda *_arguments, **_named: None
+        return _do_nothing
 
-    value = getattr(_imported(home), name)
+    try:
+        value = getattr(_imported(home), name)
+    except (AttributeError, ImportError):
+        if not _is_being_imported():
+            raise
+
+        return _do_nothing  # in a signal handler that has interrupted the import
+
     globals()[name] = value  # the next access does not call this function
     return value
 
@@ -249,6 +256,15 @@ def _imported(module: str) -> ModuleType:
             warn_of_foreign()
             __import__(module)
             return sys.modules[module]
+
+
+def _is_being_imported() -> bool:
+    ours = (module for name, module in [*sys.modules.items()] if name.startswith("traceml."))
+    return any(getattr(module.__spec__, "_initializing", False) for module in ours)
+
+
+def _do_nothing(*_arguments: Any, **_named: Any) -> None:
+    """Stand in for a function that cannot be imported now."""
 
 
 def load_ipython_extension(shell: Any) -> None:

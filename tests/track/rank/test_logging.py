@@ -52,6 +52,26 @@ def test_the_end_of_the_script_is_enough(script: Script, tmp_path: Path) -> None
     assert stored.steps("a") == stored.steps("b") == list(range(1000))
 
 
+def test_a_signal_handler_may_log_while_our_modules_are_imported(script: Script, tmp_path: Path) -> None:
+    """Its value is lost, as they are not there yet; an AttributeError ended the script."""
+    finish(
+        script("""
+        import signal, sys, traceml
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "traceml.track.rank.logger":
+                    signal.raise_signal(signal.SIGUSR1)
+
+        signal.signal(signal.SIGUSR1, lambda *_: traceml.log_metric("x", 0.0))
+        sys.meta_path.insert(0, Interrupting())
+        traceml.log_metric("x", 1.0)
+        """)
+    )
+
+    assert ended_run(tmp_path / "traceml_runs").values("x") == [1.0]
+
+
 def test_what_is_too_large_to_send_stops_nothing_else(script: Script, tmp_path: Path) -> None:
     """It is told in a warning and in the run; the other parameters of the call, and all later values, are stored."""
     process = script("""
