@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from traceml import clock as clock_module
-from traceml.clock import SteadyClock, boot_id, clock_pair, monotonic_ns
+from traceml.clock import SteadyClock, boot_id, clock_pair, monotonic_ns, own_time
 
 
 @pytest.mark.parametrize("is_always_busy", [False, True])
@@ -26,7 +26,7 @@ def test_a_thread_that_loses_its_core_between_two_clocks_reads_again(
         return 10**18 + now_ns[0]
 
     monkeypatch.setattr(clock_module, "monotonic_ns", monotonic)
-    monkeypatch.setattr(time, "time_ns", wall)
+    monkeypatch.setattr(own_time, "time_ns", wall)
     mono_ns, epoch_ns = clock_pair()
 
     assert (epoch_ns - 10**18) - mono_ns == (10**9 if is_always_busy else 0)
@@ -35,10 +35,20 @@ def test_a_thread_that_loses_its_core_between_two_clocks_reads_again(
 def test_a_steady_clock_goes_on_when_the_wall_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SteadyClock.start()
     before = clock.now_s()
-    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(own_time, "time", lambda: 0.0)
 
     assert 0 <= clock.now_s() - before < 60
     assert clock.epoch_s(clock.mono_ns + 5 * 10**9) == pytest.approx(clock.epoch_ns / 1e9 + 5)
+
+
+def test_the_clock_of_the_recorder_is_not_replaced_with_that_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """freezegun replaces each reference to a function of `time`, in all modules: stamps of C and Python differed."""
+    fakes = {id(getattr(time, name)): name for name in ("time", "monotonic", "perf_counter_ns", "time_ns", "sleep")}
+    replaced = [name for name, value in {**vars(clock_module), **vars(own_time)}.items() if id(value) in fakes]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: 0)
+
+    assert replaced == []
+    assert monotonic_ns() > 0
 
 
 def test_after_another_boot_the_wall_clock_goes_on() -> None:

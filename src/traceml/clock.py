@@ -7,10 +7,19 @@ Every duration and every stamp in a row is CLOCK_MONOTONIC in nanoseconds, which
 from __future__ import annotations
 
 import os
-import time
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+if TYPE_CHECKING:
+    import time as own_time
+else:
+    # Another instance of the module: freezegun, gevent and tests replace the functions of `time` in all modules, and
+    # the recorder would then end, or mix their times with those of the hooks in C.
+    from _frozen_importlib import BuiltinImporter, module_from_spec
+
+    own_time = module_from_spec(BuiltinImporter.find_spec("time"))
+    BuiltinImporter.exec_module(own_time)
 
 __all__ = [
     "TICKS_PER_S",
@@ -21,6 +30,7 @@ __all__ = [
     "jittered",
     "machine_name",
     "monotonic_ns",
+    "own_time",
     "pid_namespace",
     "process_start_ticks",
     "random_share",
@@ -30,7 +40,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 """Kernel clock ticks per second: the unit of times in `/proc/PID/stat`."""
 
 # On Linux perf_counter_ns is CLOCK_MONOTONIC too. The hooks use it, and one name keeps stamps comparable.
-monotonic_ns = time.perf_counter_ns
+monotonic_ns = own_time.perf_counter_ns
 
 
 # Two readings of the clocks take less, unless the thread loses its core between them.
@@ -41,7 +51,7 @@ def clock_pair() -> tuple[int, int]:
     """Return (monotonic_ns, epoch_ns), read together: a thread that loses its core in between reads again."""
     best_ns, pair = 1 << 62, (0, 0)
     for _ in range(_MAX_READINGS):
-        before_ns, epoch_ns, after_ns = monotonic_ns(), time.time_ns(), monotonic_ns()
+        before_ns, epoch_ns, after_ns = monotonic_ns(), own_time.time_ns(), monotonic_ns()
         if after_ns - before_ns < best_ns:
             best_ns, pair = after_ns - before_ns, ((before_ns + after_ns) // 2, epoch_ns)
 
@@ -103,7 +113,7 @@ class SteadyClock(NamedTuple):
         if self.boot == boot_id():
             return self.epoch_s(monotonic_ns())
 
-        return max(time.time(), self.epoch_ns / 1e9)
+        return max(own_time.time(), self.epoch_ns / 1e9)
 
 
 def boot_time_s() -> float:

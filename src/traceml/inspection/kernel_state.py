@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # as in `traceml.clock`: this module also runs alone, without the package
+_open = open  # tests of a script replace the built-in one
 _STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 # System calls whose first argument is the descriptor that they wait for, and those that have a list of descriptors.
 _ON_DESCRIPTOR = {
@@ -491,7 +492,7 @@ def _names(folder: str) -> list[str]:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with _open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError:
         return ""

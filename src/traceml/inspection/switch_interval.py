@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from traceml.clock import own_time as time
 from traceml.inspection.process_times import python_threads_ns
 
 __all__ = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.flight.flight import FlightFile
 from traceml.database.info_kinds import InfoSender
 from traceml.database.schema import Slot

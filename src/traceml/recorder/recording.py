@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Slot
 from traceml.samplers.procfs import ProcFile

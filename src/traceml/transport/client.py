@@ -10,10 +10,10 @@ import contextlib
 import logging
 import select
 import socket
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from traceml.clock import clock_pair, jittered, monotonic_ns
+from traceml.clock import own_time as time
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from traceml.clock import own_time as time
 from traceml.errors import AggregatorForeignError, AggregatorRefusedError, ProtocolError
 from traceml.fork_gate import fork_gate
 from traceml.transport import auth

@@ -24,12 +24,12 @@ every other one comes without the second sleep, if the interval was short during
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns, random_share
+from traceml.clock import own_time as time
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
 from traceml.inspection.kernel_state import thread_cpu_ns

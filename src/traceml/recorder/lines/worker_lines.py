@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from time import sleep
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from traceml.clock import monotonic_ns, random_share
+from traceml.clock import own_time as time
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from traceml.clock import boot_id
+from traceml.clock import own_time as time
 from traceml.errors import AggregatorUnavailableError
 from traceml.run_folder import AGGREGATOR_LOG, aggregator_words
 from traceml.settings import Config

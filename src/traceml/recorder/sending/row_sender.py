@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from traceml.clock import jittered, monotonic_ns, random_share
+from traceml.clock import own_time as time
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINES, SAMPLED_TABLES
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError

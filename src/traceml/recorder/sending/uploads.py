@@ -15,7 +15,6 @@ import os
 import queue
 import shutil
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from traceml.clock import own_time as time
 from traceml.database.file_contents import Content, OpenFile, RefusedFileError, copy_content, size_of
 from traceml.database.flight.flight_folders import pending_row_path, spool_folder
 from traceml.database.flight.row_rings import pack_map

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import struct
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from traceml.clock import own_time as time
 from traceml.database.flight.row_rings import MAX_MAP_BYTES, pack_map
 from traceml.database.schema import LOGGED, METRICS, Slot
 from traceml.instrument.dynamo import skip_leaf_code
