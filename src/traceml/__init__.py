@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from types import ModuleType
 
@@ -267,6 +268,14 @@ def _do_nothing(*_arguments: Any, **_named: Any) -> None:
     """Stand in for a function that cannot be imported now."""
 
 
+@atexit.register
+def _end() -> None:
+    """End a recorder that a function of `atexit` has started: none that is registered meanwhile is called."""
+    lifecycle = sys.modules.get("traceml.recorder.lifecycle")
+    if lifecycle is not None:
+        lifecycle.at_exit()
+
+
 def load_ipython_extension(shell: Any) -> None:
     """Add the cell magic `%%traceml`; IPython calls this for `%load_ext traceml`."""
     from traceml.session.notebook_magics import register
@@ -276,7 +285,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 def __dir__() -> list[str]:
     own = (name for name, value in globals().items() if name[:2] == "__" or isinstance(value, ModuleType))
-    return sorted({*own, *__all__} - {"sys"})
+    return sorted({*own, *__all__} - {"atexit", "sys"})
 
 
 class _Package(ModuleType):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from traceml.settings import Config
 
 __all__ = [
+    "at_exit",
     "await_start",
     "in_fixed_folder",
     "note_exit",
@@ -248,14 +249,15 @@ def _hook_process(*, watch: bool) -> None:
     # A process that multiprocessing has forked ends without atexit, but runs these.
     util = loaded_module("multiprocessing.util")
     if util is not None and not util.is_exiting():
-        util.Finalize(None, _at_exit, exitpriority=0)
+        util.Finalize(None, at_exit, exitpriority=0)
 
     if not _hooked:
         _hooked = True
-        atexit.register(_at_exit)
+        atexit.register(at_exit)
 
 
-def _at_exit() -> None:
+def at_exit() -> None:
+    """End the recorder with the process; may be called again, as a later function of `atexit` may start another."""
     _stop_at_exit()
     while _at_end:
         with fail_open(_log, "recorder", "a step at the end of the process failed"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_the_end_of_the_script_is_enough(script: Script, tmp_path: Path) -> None
     stored = ended_run(tmp_path / "traceml_runs")
     assert stored.values("a") == [float(i) for i in range(1000)]
     assert stored.steps("a") == stored.steps("b") == list(range(1000))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="no thread can be started then")
+def test_the_first_value_may_be_logged_at_the_end_of_the_script(script: Script, tmp_path: Path) -> None:
+    """While the functions of `atexit` run, no other is registered: the value stayed in the flight file."""
+    finish(
+        script("""
+        import atexit, traceml
+        atexit.register(lambda: traceml.log_metric("last", 1.0))
+        """)
+    )
+
+    assert ended_run(tmp_path / "traceml_runs").values("last") == [1.0]
 
 
 def test_a_signal_handler_may_log_while_our_modules_are_imported(script: Script, tmp_path: Path) -> None:
