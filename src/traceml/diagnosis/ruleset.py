@@ -317,7 +317,10 @@ def _timing_without_pauses(
 def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:
     """Whether a finding explains the pauses: also the first batches of epochs, which a short run has two of."""
     is_of_epochs = "epochs" in found.evidence
-    return found.kind in _OF_LONG_STEPS or (is_of_epochs and found.cost_share >= _EXPLAINED_SHARE * pauses.share)
+    is_jitter = found.kind is Kind.JITTER and "between_trainings" in pauses.explanation.evidence
+    return (found.kind in _OF_LONG_STEPS and not is_jitter) or (
+        is_of_epochs and found.cost_share >= _EXPLAINED_SHARE * pauses.share
+    )
 
 
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> _Timing:

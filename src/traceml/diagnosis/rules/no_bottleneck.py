@@ -101,7 +101,7 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
     cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(facts, shares, step))
-    summary, action = short or (healthy, pause.action or cheaper)
+    summary, action = (short[0] + pause.text, short[1]) if short else (healthy, pause.action or cheaper)
     return Finding.of(
         Kind.HEALTHY,
         summary=summary + uncovered_time_text(facts),
