@@ -282,9 +282,9 @@ def test_a_file_of_the_script_is_not_written_to(sampling: tuple[int, WorkerSampl
 
 def test_a_worker_goes_on_where_it_cannot_be_sampled(caplog: pytest.LogCaptureFixture) -> None:
     """The rank's descriptors may be out of reach; each worker would warn of it."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
 
     WorkerSampling(os.getpid(), 10_000, (0, 0), 0.001)()
 
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # one of an earlier test may have ended
     assert caplog.text == ""
