@@ -254,7 +254,9 @@ def test_disabled_it_does_nothing(serving: Serving, run_script: Run) -> None:
 def test_disabled_it_is_torchrun(run_script: Run, tmp_path: Path) -> None:
     """torchrun's options start as many ranks as with tracing."""
     script = tmp_path / "ranks.py"
-    script.write_text("import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])")
+    # One write: both ranks write into one pipe, and torchrun has Python pass on each part of a `print`.
+    line = "' '.join([os.environ['RANK'], os.environ['WORLD_SIZE'], f'{sys.argv[1:]}\\n'])"
+    script.write_text(f"import os, sys\nsys.stdout.write({line})")
     words = [sys.executable, "-m", "traceml", "run", "--nproc-per-node", "2", str(script), "--log", "x"]
     done = subprocess.run(
         words, cwd=tmp_path, env=environ(tmp_path, TRACEML_ENABLED="0"), capture_output=True, text=True, check=False
