@@ -283,6 +283,7 @@ def test_a_closed_terminal_ends_the_job_and_is_told_as_that(tmp_path: Path) -> N
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has these tests ignore it
         os.execve(sys.executable, [sys.executable, "-c", IN_TERMINAL], {**os.environ, "TERM": "xterm"})
 
     while not (tmp_path / "ready").exists():
