@@ -78,7 +78,6 @@ def end(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loader_type: type[DataLoader[Any]]) -> None:
@@ -96,7 +95,7 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loade
             lines(False)
             return functions_of(flight)["decode"] >= 60  # the first, dense ones may be of imports by the first batch
 
-        eventually(seen, "samples of the workers", timeout_s=60)
+        eventually(seen, "samples of the workers")
         lines(True)
         end(iterator)
     finally:
@@ -114,7 +113,6 @@ class Requests(Photos):
         return index
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("data", "computes"), [(Photos(), True), (Requests(), False)])
 def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, computes: bool) -> None:
     """Within a second, which a worker of a short epoch lives for; waiting for a busy core counts as computing."""
@@ -128,7 +126,7 @@ def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, com
             lines(False)
             return sum(sums[1] for sums in lines._counts.values())
 
-        eventually(lambda: watched_ns() > 5e8, "half a second of making batches", timeout_s=60)
+        eventually(lambda: watched_ns() > 5e8, "half a second of making batches")
         lines(True)
         end(iterator)
     finally:
@@ -159,7 +157,7 @@ def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeyp
             return 0 < before == functions_of(flight)["decode"]
 
         next(iterator)
-        eventually(has_made_all, "the batches in advance", timeout_s=60)
+        eventually(has_made_all, "the batches in advance")
         before = idle()
         time.sleep(0.7)
         assert idle() == before
@@ -169,7 +167,7 @@ def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeyp
             time.sleep(0.1)
             return idle() > before + 5
 
-        eventually(took, "idle samples", timeout_s=60)
+        eventually(took, "idle samples")
         end(iterator)
     finally:
         hooks.uninstall()
