@@ -100,7 +100,9 @@ def test_a_job_whose_ranks_cannot_print_is_reported_by_the_command(traceml: Trac
     os.killpg(running.process.pid, signal.SIGKILL)  # the rank has no other way to end
     running.end()
 
-    assert told.startswith("traceml: HANG: Rank 0 makes no progress, in mute.py:11; `traceml report ")
+    # It may have no core to answer the signal with its line before the first of them is told.
+    place = r"(mute\.py:11|C code that holds the GIL, waiting for a signal)"
+    assert re.match(f"traceml: HANG: Rank 0 makes no progress, in {place}; `traceml report ", told), told
 
 
 SEEN = re.compile(
