@@ -43,6 +43,7 @@ OPTION = """title => {
 
 def is_drawn(page: Page, title: str) -> None:
     """Wait until a chart has lines or areas of several colors."""
+    is_built(page)  # before, the browser may load the page again, whose charts are others
     page.locator(f'section[aria-label="{title}"]').scroll_into_view_if_needed()
     page.wait_for_function(f"({_PIXELS})({title!r}) > 4")
 
