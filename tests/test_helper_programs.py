@@ -107,8 +107,7 @@ def test_each_is_started_by_the_same_helper():
     started = {
         (path.relative_to(SOURCE).as_posix(), after.value)
         for path in source_files()
-        for node in nodes_of(path)
-        if isinstance(node, ast.List | ast.Tuple | ast.Call)
+        for node in nodes_of(path, ast.List, ast.Tuple, ast.Call)
         for before, after in _neighbors(node)
         if before.value == "-m" and str(after.value).partition(".")[0] == "traceml"
     }

@@ -169,13 +169,13 @@ def _imports(path: Path) -> frozenset[str]:
 
 
 def _import_names(path: Path) -> Iterator[str]:
-    for node in nodes_of(path):
+    for node in nodes_of(path, ast.ImportFrom, ast.Import, ast.Call):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Call) and "import_module" in (
+        elif "import_module" in (
             getattr(node.func, "id", None),
             getattr(node.func, "attr", None),
         ):
@@ -184,8 +184,8 @@ def _import_names(path: Path) -> Iterator[str]:
 
 def _started(path: Path) -> set[str]:
     """Return the modules that a module names in strings: processes started by `python -m`."""
-    values = {node.value for node in nodes_of(path) if isinstance(node, ast.Constant)}
-    return {value for value in values if isinstance(value, str)} & _files().keys()
+    values = {node.value for node in nodes_of(path, ast.Constant) if isinstance(node.value, str)}
+    return values & _files().keys()
 
 
 def _imported_packages(path: Path) -> set[str]:
@@ -317,7 +317,7 @@ def test_a_module_of_the_wire_names_its_processes() -> None:
 
 
 def _docstring(path: Path) -> str:
-    return next(ast.get_docstring(node) or "" for node in nodes_of(path) if isinstance(node, ast.Module))
+    return next(ast.get_docstring(node) or "" for node in nodes_of(path, ast.Module))
 
 
 def _processes(docstring: str) -> str:
@@ -369,9 +369,8 @@ def test_a_class_has_its_name_alone() -> None:
     """A class name occurs once in the package, its leading underscore ignored."""
     homes = defaultdict(set)
     for name, path in _files().items():
-        for node in nodes_of(path):
-            if isinstance(node, ast.ClassDef):
-                homes[node.name.lstrip("_")].add(name)
+        for node in nodes_of(path, ast.ClassDef):
+            homes[node.name.lstrip("_")].add(name)
 
     shared = {name: places for name, places in homes.items() if len(places) > 1}
     assert {name: shared[name] for name in shared.keys() - SHARED_CLASSES} == {}

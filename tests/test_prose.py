@@ -52,12 +52,11 @@ _PRIVATE_WORD = re.compile("|".join(rf"\b{word}\b" for word in _PRIVATE))
 
 def _docstrings() -> Iterator[tuple[str, str]]:
     for path in source_files():
-        for node in nodes_of(path):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text:
-                    line = getattr(node, "lineno", 1)
-                    yield f"{path.relative_to(ROOT)}:{line}", text
+        for node in nodes_of(path, ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                line = getattr(node, "lineno", 1)
+                yield f"{path.relative_to(ROOT)}:{line}", text
 
 
 @cache

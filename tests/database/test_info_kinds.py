@@ -31,7 +31,7 @@ def _sent() -> set[InfoKind]:
     """Return the kinds that are given to a function, or that a row has."""
     found: set[InfoKind] = set()
     for path in source_files():
-        for node in nodes_of(path):
+        for node in nodes_of(path, ast.Call, ast.Dict):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") != "get":
                 found |= {kind for each in node.args if (kind := _kind_of(each)) is not None}
             elif isinstance(node, ast.Dict):
@@ -44,7 +44,7 @@ def _read() -> set[InfoKind]:
     """Return the kinds that are compared, kept in a constant, or have a function by their name."""
     found: set[InfoKind] = set()
     for path in source_files():
-        for node in nodes_of(path):
+        for node in nodes_of(path, ast.Compare, ast.Dict, ast.Assign):
             if isinstance(node, ast.Compare):
                 found |= _kinds_in([node.left, *node.comparators])
             elif isinstance(node, ast.Dict):
@@ -71,8 +71,8 @@ def test_no_kind_is_a_literal() -> None:
         f"{path.relative_to(SOURCE)}:{node.lineno}"
         for path in source_files()
         for names in [("kind", *_OF_ROW) if 'row.get("kind")' in path.read_text(encoding="utf-8") else _OF_ROW]
-        for node in nodes_of(path)
-        if isinstance(node, ast.Compare | ast.Dict) and any(each in set(InfoKind) for each in _literals(node, names))
+        for node in nodes_of(path, ast.Compare, ast.Dict)
+        if any(each in set(InfoKind) for each in _literals(node, names))
     ]
 
     assert wrong == []
@@ -94,8 +94,8 @@ def test_fields_are_those_that_are_sent() -> None:
     sent: dict[InfoKind, set[str]] = defaultdict(set)
     described = set()
     for path in source_files():
-        for node in nodes_of(path):
-            kind = _kind_of(node.args[0]) if isinstance(node, ast.Call) and node.args else None
+        for node in nodes_of(path, ast.Call):
+            kind = _kind_of(node.args[0]) if node.args else None
             if kind is None or getattr(node.func, "attr", getattr(node.func, "id", "")) not in _SENDERS:
                 continue
 

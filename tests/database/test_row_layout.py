@@ -25,13 +25,13 @@ def _is_number(node: ast.expr, numbers: set[int] | None = None) -> bool:
 
 
 def _literals(path: Path) -> Iterator[str]:
-    for node in nodes_of(path):
+    for node in nodes_of(path, ast.BinOp, ast.Subscript):
         if isinstance(node, ast.BinOp):
             shift = isinstance(node.op, ast.LShift | ast.RShift) and _is_number(node.right, _SHIFTS)
             mask = isinstance(node.op, ast.BitAnd) and _is_number(node.right, _MASKS)
             if mask or (shift and not _is_number(node.left)):
                 yield ast.unparse(node)
-        elif isinstance(node, ast.Subscript) and _is_number(node.slice):
+        elif _is_number(node.slice):
             owner = node.value
             name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
             if _SLOTS.search(name):

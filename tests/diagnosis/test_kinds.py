@@ -98,8 +98,8 @@ def test_no_rule_repeats_a_severity():
     constant = [
         f"{path.name}:{node.lineno}"
         for path in source_files()
-        for node in nodes_of(path)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding"
+        for node in nodes_of(path, ast.Call)
+        if getattr(node.func, "id", "") == "Finding"
         for given in node.keywords
         if given.arg == "severity" and ast.unparse(given.value) in _SEVERITIES
     ]
@@ -114,8 +114,8 @@ def test_no_other_module_spells_a_kind():
         f"{path.name}:{node.lineno}: {node.value}"
         for path in source_files()
         if path.name != "kinds.py"
-        for node in nodes_of(path)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in kinds
+        for node in nodes_of(path, ast.Constant)
+        if isinstance(node.value, str) and node.value in kinds
     ]
 
     assert spelled == []
