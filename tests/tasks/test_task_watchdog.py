@@ -9,13 +9,50 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from tests.eventually import eventually
 from tests.tasks.conftest import threads_of_ours
 from traceml import Runtime, TaskTimeoutError
+from traceml.tasks import task_watchdog
 from traceml.tasks.task_watchdog import location_of_thread
+
+
+class Clock:
+    """Time of the watchdogs, which passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def forward(self, rt: Runtime, seconds: float) -> None:
+        """Let time pass, and let the watchdog notice."""
+        self.now_s += seconds
+        with rt._engine.watchdog._changed:
+            rt._engine.watchdog._changed.notify_all()
+
+    def until_checked(self, rt: Runtime, seconds: float) -> None:
+        """Let time pass until the running tasks have been looked at."""
+        before = rt._engine.watchdog._observations
+        eventually(lambda: self.forward(rt, seconds) or rt._engine.watchdog._observations is not before)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all watchdogs."""
+    clock = Clock()
+    monkeypatch.setattr(task_watchdog, "perf_counter", clock)
+    return clock
+
+
+def lingers() -> bool:
+    """Return whether a thread is on the line of `linger` that waits."""
+    places = (location_of_thread(thread.ident or 0) for thread in threading.enumerate())
+    return any(place and (place.function, place.line) == ("linger", LINGERS) for place in places)
 
 
 def _name(function: Callable[..., object]) -> str:
@@ -27,17 +64,35 @@ def linger(release: threading.Event) -> str:
     return "late"
 
 
-def test_a_timeout_counts_from_the_start(single: Runtime) -> None:
+LINGERS = linger.__code__.co_firstlineno + 1
+
+
+def test_a_timeout_counts_from_the_start(clock: Clock, single: Runtime) -> None:
     """Time in the queue does not count."""
-    single.submit(time.sleep, 4.1)
-    assert single.submit(lambda: "in time", timeout=4).get() == "in time"
+    release, begun = threading.Event(), threading.Event()
+
+    async def awaiting() -> None:
+        begun.set()
+        await asyncio.sleep(1e6)
+
+    single.submit(release.wait)
+    queued = single.submit(lambda: "in time", timeout=4)
+    ended = single.submit(awaiting, timeout=4.05)
+    assert begun.wait(60)
+    clock.forward(single, 4.1)
+    with pytest.raises(TaskTimeoutError):  # after that of the queue, if it had one
+        ended.get()
+
+    release.set()
+    assert queued.get() == "in time"
 
 
-def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_beyond_its_time_is_ended(clock: Clock, single: Runtime, caplog: pytest.LogCaptureFixture) -> None:
     release, seen = threading.Event(), []
     single.set_error_callback(lambda handle, error: seen.append(handle.state))
-    # A busy machine may leave the thread without a core before it comes to the line, but hardly for so long.
     handle = single.submit(linger, release, timeout=2.5, name="slow")
+    eventually(lingers)
+    clock.forward(single, 2.5)
     with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer .* 2.5 s, at .*_watchdog.py:\d+ in linger"):
         handle.get()
 
@@ -178,30 +233,34 @@ def test_deadlines_of_ended_tasks_do_not_pile_up() -> None:
         assert len(rt._engine.watchdog._deadlines) <= 1024
 
 
-def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stalled_task_is_named_with_its_line(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     release, held = threading.Event(), threading.Lock()
     held.acquire()
 
     async def awaiting() -> None:
         while not release.is_set():  # noqa: ASYNC110 - the line that it stands on is the point
-            await asyncio.sleep(3)
+            await asyncio.sleep(0.2)
 
     with Runtime(threads=2, stall_after=1) as rt:
         rt.submit(linger, release, name="stuck")
         rt.submit(held.acquire, name="direct")
         rt.submit(awaiting)
-        found = eventually(lambda: found if len(found := rt.get_progress()["stalled"]) == 3 else None)
-        stalled = {one["task"]: one for one in found}  # `awaiting` moves again soon
+        eventually(lingers)
+
+        def all_stalled() -> list[dict[str, Any]] | None:
+            clock.until_checked(rt, 0.25)
+            return found if len(found := rt.get_progress()["stalled"]) == 3 else None
+
+        stalled = {one["task"]: one for one in eventually(all_stalled)}  # `awaiting` moves again soon
         release.set()
         held.release()
 
-    first = linger.__code__.co_firstlineno
-    assert (stalled["stuck"]["file"], stalled["stuck"]["line"]) == (__file__, first + 1)
+    assert (stalled["stuck"]["file"], stalled["stuck"]["line"]) == (__file__, LINGERS)
     assert stalled["stuck"]["function"] == "linger"
     assert stalled["stuck"]["seconds"] >= 0.05
     assert stalled["direct"]["function"] == "direct"
     assert stalled["awaiting"]["function"].endswith("awaiting")
-    assert f"test_task_watchdog.py:{first + 1} in linger" in caplog.text
+    assert f"test_task_watchdog.py:{LINGERS} in linger" in caplog.text
     assert rt.get_progress()["stalled"] == []
 
 
@@ -281,14 +340,22 @@ def test_a_runtime_whose_threads_are_all_stalled_is_not_responsive(caplog: pytes
     assert not rt.is_responsive()
 
 
-def test_a_task_that_reports_is_not_stalled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_that_reports_is_not_stalled(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    turn = threading.Semaphore(0)
+
     def work() -> None:
-        for pct in range(60):
+        for pct in range(20):
             rt.progress(pct)
-            time.sleep(0.1)
+            turn.acquire()
 
     with Runtime(threads=1, stall_after=5) as rt:
-        rt.submit(work).get(timeout=60)
+        handle = rt.submit(work)
+        for pct in range(20):
+            eventually(lambda pct=pct: handle.last_progress == pct)
+            clock.until_checked(rt, 1.25)
+            turn.release()
+
+        handle.get(timeout=60)
 
     assert caplog.text == ""
 
