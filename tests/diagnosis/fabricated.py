@@ -170,6 +170,10 @@ def _waits(job: Job, own: dict[str, np.ndarray[Any, Any]], random: np.random.Gen
     comm = job.comm * random.lognormal(0, max(job.sigma, 0.1), job.steps)
     leave = random.exponential(max(job.leave_ms, 1e-6), before.shape)
     first = leave.min(axis=0)
+    if job.meets_every == 1:  # what was before the last sync point delays all ranks alike
+        since = before + np.pad(leave + after, ((0, 0), (1, 0)))[:, :-1]
+        return np.maximum.reduce(since) - since + comm + leave - first
+
     now = np.zeros(job.ranks)
     wait = np.zeros((job.steps, job.ranks))
     columns = zip(before.T, after.T, comm, leave.T, first, wait, strict=True)
