@@ -21,7 +21,7 @@ def network_filesystem(path: Path, mounts: Path = _MOUNTS) -> str | None:
     Args:
         path: a file or folder; it need not exist yet.
     """
-    place = path.resolve()
+    place = f"{path.resolve()}/"
     found: tuple[int, str] = (-1, "")
     try:
         lines = mounts.read_text(errors="surrogateescape").splitlines()
@@ -34,9 +34,9 @@ def network_filesystem(path: Path, mounts: Path = _MOUNTS) -> str | None:
         if len(fields) < 5 or not kinds[0]:
             continue
 
-        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]))
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]).rstrip("/") + "/"
         # Of mounts on one point the last one is seen.
-        if place.is_relative_to(point) and len(point.parts) >= found[0]:
-            found = (len(point.parts), kinds[0])
+        if place.startswith(point) and len(point) >= found[0]:
+            found = (len(point), kinds[0])
 
     return found[1] if found[1] in _NETWORK else None
