@@ -20,7 +20,7 @@ from traceml.traces.reader.chunk_source import open_source
 from traceml.traces.reader.chunks import TextBuffer
 from traceml.traces.reader.gzip_salvage import MAGIC, new_inflater
 
-EVENTS = make_events(3000, 5, plain=True)
+EVENTS = make_events(1000, 5, plain=True)
 TEXT = FORMS["lines"](EVENTS).encode()
 ONE = gzip.compress(TEXT, mtime=0)
 FAKE = gzip.compress(b'{"ph":"X","name":"not an event, but bytes of a header"}\n' * 20, mtime=0)
