@@ -25,12 +25,18 @@ def runs_dir(tmp_path, monkeypatch):
     return tmp_path / "traceml_runs"
 
 
-@pytest.fixture
-def slow(runs_dir):
+@pytest.fixture(scope="module")
+def slow_run(tmp_path_factory):
     """A finished run with a slow rank, its report written."""
-    folder = store_run(runs_dir / "20260101-000000-train-abcd", Job(), adds("forward", 20.0, (1,)))
-    save_report(folder, build_report(folder))
+    folder = tmp_path_factory.mktemp("written") / "20260101-000000-train-abcd"
+    save_report(store_run(folder, Job(), adds("forward", 20.0, (1,))), build_report(folder))
     return folder
+
+
+@pytest.fixture
+def slow(slow_run, runs_dir):
+    """A copy of this run."""
+    return shutil.copytree(slow_run, runs_dir / slow_run.name)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from contextlib import closing
 from functools import partial
+from shutil import copytree
 
 import pytest
 from rich.console import Console
@@ -24,17 +25,23 @@ from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report
 
 
-@pytest.fixture
-def three(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Three runs; the newest has a report, the oldest failed."""
-    monkeypatch.chdir(tmp_path)
-    made = []
+    folder, made = tmp_path_factory.mktemp("written"), []
     for number, state in enumerate(("failed", "finished", "finished")):
         facts = {"started": STARTED + 100 * number, "ended": STARTED + 100 * number + 42, "state": state}
-        made.append(store_run(tmp_path / "traceml_runs" / f"run-{number}", Job(steps=60), facts=facts))
+        made.append(store_run(folder / f"run-{number}", Job(steps=60), facts=facts))
 
     save_report(made[-1], with_data(build_report(made[-1]), samples=16.0))
-    return made
+    return folder
+
+
+@pytest.fixture
+def three(written, tmp_path, monkeypatch):
+    """Copies of these runs, in order of their age."""
+    monkeypatch.chdir(tmp_path)
+    return sorted(copytree(written, tmp_path / "traceml_runs").iterdir())
 
 
 def test_runs_are_listed_newest_first(three, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 from contextlib import closing, suppress
+from shutil import copytree
 
 import msgpack
 import pytest
@@ -25,15 +26,22 @@ from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import add_tags, change_labels, remove_tags
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Three runs, of which the second is running."""
+    folder = tmp_path_factory.mktemp("written")
     for number, state in enumerate(("finished", "running", "failed")):
         ended = None if state == "running" else STARTED + number + 5
         facts = {"started": STARTED + number, "ended": ended, "state": state}
-        store_run(tmp_path / f"2026010{number}-000000-train-000{number}", Job(steps=30), facts=facts)
+        store_run(folder / f"2026010{number}-000000-train-000{number}", Job(steps=30), facts=facts)
 
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def runs(written, tmp_path):
+    """A copy of these runs."""
+    return copytree(written, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_latest_is_where_the_link_points(runs):

@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.diagnosis.fabricated import Job
 from tests.display.monitoring.running import Clock, running_run, series_of
 from tests.runs.fabricated_store import run_facts, store_run
-from traceml.display.monitoring.active_runs import MAX_RUNS, ActiveRuns
+from traceml.display.monitoring import active_runs
+from traceml.display.monitoring.active_runs import ActiveRuns
 from traceml.display.monitoring.metrics_server import metrics_app
 from traceml.renderers.monitoring_metrics import Instruments
 from traceml.runs.live_run import LiveRun
@@ -79,17 +80,18 @@ def test_a_damaged_store_hides_no_other_run(tmp_path):
     assert not [name for name in found if 'run="bad"' in name]
 
 
-def test_only_the_newest_runs_are_shown(tmp_path):
+def test_only_the_newest_runs_are_shown(tmp_path, monkeypatch):
     """Above the limit the oldest are counted, so that the answer stays small."""
+    monkeypatch.setattr(active_runs, "MAX_RUNS", 4)
     with ExitStack() as stack:
-        for number in range(MAX_RUNS + 2):
+        for number in range(6):
             stack.enter_context(running_run(tmp_path / f"r{number:02}", ranks=1, steps=30, started=1e9 + number))
 
         found = series_of(ask(metrics_app(ActiveRuns(tmp_path), None))[1])
 
     assert found["traceml_runs_hidden"] == 2
     shown = {name for name in found if name.startswith("traceml_world_size")}
-    assert len(shown) == MAX_RUNS
+    assert len(shown) == 4
     assert 'traceml_world_size{run="r01"}' not in shown
 
 

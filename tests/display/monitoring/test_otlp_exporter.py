@@ -16,7 +16,7 @@ from tests.display.monitoring.running import Clock, aggregator_facts, running_ru
 from tests.ports import free_port
 from tests.runs.fabricated_store import run_facts
 from traceml.database.store.store import StoreWriter
-from traceml.display.monitoring.active_runs import MAX_RUNS
+from traceml.display.monitoring import active_runs
 from traceml.display.monitoring.otlp_exporter import OtlpConfig, OtlpExporter
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report, save_report
@@ -83,11 +83,12 @@ def test_runs_of_another_aggregator_are_its_own(tmp_path):
     assert (collector.metrics, collector.traces) == ([], [])
 
 
-def test_newer_runs_of_other_aggregators_hide_none(tmp_path):
+def test_newer_runs_of_other_aggregators_hide_none(tmp_path, monkeypatch):
     """Of a sweep in one folder each job has an aggregator: the limit counts its own runs, and it follows no others."""
+    monkeypatch.setattr(active_runs, "MAX_RUNS", 4)
     with collecting() as collector, ExitStack() as stack:
         stack.enter_context(running_run(tmp_path / "mine", started=1e9))
-        for number in range(MAX_RUNS):
+        for number in range(4):
             other = stack.enter_context(running_run(tmp_path / f"r{number}", ranks=1, steps=30))
             other.put_meta("aggregator", aggregator_facts(os.getppid()))
             other.commit()

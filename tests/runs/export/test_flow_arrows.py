@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from traceml.runs.export.flow_arrows import _MAX_HELD, FlowArrows
+from traceml.runs.export import flow_arrows
+from traceml.runs.export.flow_arrows import FlowArrows
 
 US = 1_000
 
@@ -60,13 +61,15 @@ def test_what_is_left_is_matched_at_the_end():
     assert [len(rest.source) for rest in arrows.rest()] == [1]
 
 
-def test_unfinished_meetings_are_given_up():
+def test_unfinished_meetings_are_given_up(monkeypatch):
     """A rank that is lost does not make the others' meetings pile up; the newest are kept."""
+    most = 1000
+    monkeypatch.setattr(flow_arrows, "_MAX_HELD", most)
     arrows = FlowArrows()
-    steps = np.arange(_MAX_HELD + 10)
+    steps = np.arange(most + 10)
     everything = np.column_stack([steps, steps * 0, steps * 0 + 10 * US, steps * 0 + 20 * US])
     arrows.add_arrivals("wait", 0, everything, 2)
-    arrows.add_arrivals("wait", 1, arrivals((5, 0, 19, 20), (_MAX_HELD, 0, 19, 20)), 2)
+    arrows.add_arrivals("wait", 1, arrivals((5, 0, 19, 20), (most, 0, 19, 20)), 2)
 
-    assert sum(held.count for held in arrows._held.values()) == _MAX_HELD // 2 + 2
+    assert sum(held.count for held in arrows._held.values()) == most // 2 + 2
     assert [len(rest.source) for rest in arrows.rest()] == [1]

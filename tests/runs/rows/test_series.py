@@ -78,20 +78,20 @@ def test_a_thousand_ranks_fit_and_the_slow_one_is_not_averaged_away(tmp_path):
 
 def test_a_live_run_and_the_same_run_read_at_once_agree(tmp_path):
     """A run that is followed while it grows has the same series as one that is read at once."""
-    rows = rows_of(Job(steps=600), adds("forward", 20, (1,)))
+    rows = rows_of(Job(steps=320), adds("forward", 20, (1,)))
     live, late = LiveRun(tmp_path), LiveRun(tmp_path)
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(state="running", ended=None))
         streams = [add_rank(writer, rank, of_rank[:64], state="running") for rank, of_rank in enumerate(rows)]
-        for start in range(64, 600, 8):
+        for start in range(64, 320, 16):
             for stream, of_rank in zip(streams, rows, strict=True):
-                part = of_rank[start : start + 8]
+                part = of_rank[start : start + 16]
                 writer.append(stream, "steps", start, len(part), part.tobytes(), start, start + len(part) - 1)
 
             writer.commit()
             live.refresh()
             live.series()
-            if start > 300:
+            if start > 160:
                 late.refresh()
                 late.series()
 
