@@ -27,7 +27,7 @@ from traceml.errors import StoreError
 
 ENOUGH_S = 1.0
 # Of a run that is thinned.
-RANKS, ROWS, LIMIT_BYTES = 2, 40_000, 2_500_000
+RANKS, ROWS, LIMIT_BYTES = 2, 20_000, 1_250_000
 HOUR_S = 3600.0
 FIRST_ROW = np.zeros(1, STEPS.dtype)
 
@@ -289,7 +289,7 @@ def test_rows_of_an_idle_job_are_read_too(large_store: StoreWriter) -> None:
 
 def test_old_rows_of_very_many_processes_are_thinned(large_store: StoreWriter) -> None:
     """Frames of which nothing is left are gone, and their rows are counted and summed all the same."""
-    rows = random_rows(STEPS, 20_000)
+    rows = random_rows(STEPS, 10_000)
     rows["step"] = np.arange(len(rows))
     with StoreReader(large_store.path) as reader:
         for seq in range(1, len(rows), 20):
@@ -297,21 +297,21 @@ def test_old_rows_of_very_many_processes_are_thinned(large_store: StoreWriter) -
                 append(large_store, stream, "steps", seq, rows[seq : seq + 20])
 
             large_store.commit(float(seq))
-            large_store.maintain(ENOUGH_S, limit_bytes=1_000_000, now_s=float(seq))
+            large_store.maintain(ENOUGH_S, limit_bytes=500_000, now_s=float(seq))
             if seq % 1000 == 1:
                 assert reader.lost("steps") == 0
 
         large_store.commit(2e4, frames_of_all=True)
         assert large_store._maintenance.compaction.is_merging_off
-        assert frame_count(reader, "steps") < 5_000
-        assert (reader.stored("steps"), reader.lost("steps")) == (200_000, 0)
-        assert reader.thinned("steps") == reader.stored("steps") - len(reader.rows("steps")) > 100_000
+        assert frame_count(reader, "steps") < 2_500
+        assert (reader.stored("steps"), reader.lost("steps")) == (100_000, 0)
+        assert reader.thinned("steps") == reader.stored("steps") - len(reader.rows("steps")) > 50_000
         assert_sums(reader, {(stream, "steps"): np.concatenate([FIRST_ROW, rows[1:]]) for stream in range(1, 11)})
 
     kill(large_store)
     with StoreWriter(large_store.path) as second, StoreReader(large_store.path) as reader:
-        assert second.next_seq(1, "steps") == 20_000
-        assert reader.stored("steps") == 200_000
+        assert second.next_seq(1, "steps") == 10_000
+        assert reader.stored("steps") == 100_000
 
 
 def test_damaged_frame_stays_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -421,7 +421,7 @@ class TestThinning:
         for rank, rows in zip((1, 2), left, strict=True):
             whole = thinned[rank, "steps"][rows["step"]]
             assert all((rows[name] == whole[name]).all() for name in STEPS.names)
-            assert rows["step"][-4_000:].tolist() == list(range(ROWS - 4_000, ROWS))
+            assert rows["step"][-2_000:].tolist() == list(range(ROWS - 2_000, ROWS))
             old = rows["step"][rows["step"] < ROWS // 2]
             assert set(np.unique(old // 64, return_counts=True)[1].tolist()) == {64}
             assert np.diff(old).max() < ROWS // 8
@@ -441,7 +441,7 @@ class TestThinning:
 
 def test_rows_of_a_delivery_that_stands_still_stay_for_a_day(tmp_path: Path) -> None:
     """What a tracker has not received is thinned only when it is a day old."""
-    rows = random_rows(STEPS, 12_000)
+    rows = random_rows(STEPS, 6_000)
     path = tmp_path / "store.db"
 
     def left(seconds_per_frame: float) -> int:
@@ -451,10 +451,10 @@ def test_rows_of_a_delivery_that_stands_still_stay_for_a_day(tmp_path: Path) -> 
             for frame, seq in enumerate(range(0, len(rows), 20)):
                 append(writer, stream, "steps", seq, rows[seq : seq + 20])
                 writer.commit(frame * seconds_per_frame)
-                writer.maintain(ENOUGH_S, (0,), 100_000, frame * seconds_per_frame)
+                writer.maintain(ENOUGH_S, (0,), 50_000, frame * seconds_per_frame)
         with StoreReader(path) as reader:
             assert reader.stored("steps") == len(rows)
             return len(reader.rows("steps"))
 
-    assert left(100.0) == len(rows)  # 17 hours
-    assert left(300.0) < len(rows)  # 50 hours
+    assert left(200.0) == len(rows)  # 17 hours
+    assert left(600.0) < len(rows)  # 50 hours

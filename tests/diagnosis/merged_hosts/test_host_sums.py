@@ -41,7 +41,8 @@ def stored(path: Path, rows, ranks) -> StoreReader:
                     int(part["step"][0]),
                     int(part["step"][-1]),
                 )
-                store.commit()
+
+            store.commit()
 
     return StoreReader(path)
 

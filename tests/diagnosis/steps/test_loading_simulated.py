@@ -12,8 +12,8 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import LoadingAdvice, for_input
 from traceml.diagnosis.steps.loading import Pipeline
 
-TICK_MS = 0.5
-STEPS, WARM_UP = 150, 30
+TICK_MS = 1.0
+STEPS, WARM_UP = 100, 30
 PREFETCHED = 2
 """Batches that a worker of a DataLoader has made in advance at most."""
 
