@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "verdicts.md"
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
+@cache
 def _words_of_code() -> set[str]:
     spans = re.findall(r"`([^`\n]+)`", _FENCED.sub("", PAGE.read_text(encoding="utf-8")))
     return {word for span in spans for word in re.findall(r"\w+", span)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -24,12 +25,12 @@ FOLDER = Path(__file__).parents[3] / "docs" / "schemas"
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_published_schema_is_the_type(name):
     """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/cli/assistants/test_json_documents.py`."""
-    path = FOLDER / f"{name}-1.json"
+    path, schema = FOLDER / f"{name}-1.json", document_schema(name)
     if os.environ.get("UPDATE_SNAPSHOTS"):
-        path.write_text(json.dumps(document_schema(name), indent=2) + "\n")
+        path.write_text(json.dumps(schema, indent=2) + "\n")
 
     published = json.loads(path.read_text())
-    assert published == json.loads(json.dumps(document_schema(name)))
+    assert published == json.loads(json.dumps(schema))
     jsonschema.Draft202012Validator.check_schema(published)
 
 
@@ -62,8 +63,13 @@ def printed(runs, capsys):
     return run
 
 
+@cache
+def _validator(name):
+    return jsonschema.Draft202012Validator(document_schema(name))
+
+
 def valid(name, document):
-    jsonschema.Draft202012Validator(document_schema(name)).validate(document)
+    _validator(name).validate(document)
     assert document if isinstance(document, list) else document["schema"] == f"traceml.{name}/1"
 
 
