@@ -63,8 +63,9 @@ _PROCESS_PATHS = (
     "track/test_everywhere.py",
 )
 _ALONE_PATHS = ("end_to_end/test_advice.py", "end_to_end/test_competing_processes.py", "end_to_end/test_verdicts.py")
-# By the value of `-m`, which the Makefile gives.
-_LEFT_OUT = {"not process and not long": _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}
+# Values of `-m`, which the Makefile gives.
+_CHECK = "not process and not long"
+_LEFT_OUT = {_CHECK: _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
 _NEEDS_OF_FIXTURES = {
     "browser": ("chromium",),
@@ -130,8 +131,10 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("busy")  # a machine that does much else makes no example slow
+    examples = 30 if config.option.markexpr == _CHECK else 100  # `make test` draws the others
+    quiet = [HealthCheck.too_slow]  # a machine that does much else makes no example slow
+    settings.register_profile("busy", deadline=None, suppress_health_check=quiet, max_examples=examples)
+    settings.load_profile("busy")
     config.stash[_LACKING] = {part.name: part for part in missing()}
     # Commands find this user's aggregators, pages and joined runs by files in it: not those of another worker's tests.
     config.stash[_RUNTIME_FOLDER] = folder = tempfile.mkdtemp(prefix="traceml-tests-")

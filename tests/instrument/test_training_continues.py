@@ -37,7 +37,6 @@ from traceml.instrument.native.extension import extension
 from traceml.instrument.search import discovery
 
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
-_SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
 _GUARDS = frozenset(
     {
@@ -295,7 +294,7 @@ class FailingSlots:
         self._set(index, value)
 
 
-@pytest.mark.parametrize("seed", range(_SEEDS))
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(12, 24))])
 def test_clocks_slots_and_events_may_raise(
     form: str, cuda: FakeCuda, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -349,7 +349,7 @@ class Mixture:
                 await child
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(15, 40))])
 def test_any_mixture_of_waits_ends(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """Nested waits across Runtimes and loops, with timeouts and cycles, never hang, and the counts add up."""
     mixture = Mixture(seed)

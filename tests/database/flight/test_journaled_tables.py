@@ -53,7 +53,7 @@ def drained(table: JournaledRing | JournaledLog, cursor: int = 0, limit: int = 2
     return firsts, data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.booleans()), max_size=12))
 def test_every_row_is_given_once_whatever_is_acknowledged_when(tmp_path_factory: pytest.TempPathFactory, turns) -> None:
     """Appending, sending and acknowledging in any order: nothing is skipped, nothing comes twice."""

@@ -231,7 +231,7 @@ edge = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.lists(edge, min_size=1, max_size=40), st.booleans())
 def test_pairs(tmp_path, edges, in_order):
