@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import re
@@ -213,6 +214,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
     is_worker = hasattr(session.config, "workerinput")
     assert not is_worker or all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups"
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True  # else pytest gives each of them its handlers, six times for each test
 
 
 def _group(item: pytest.Item) -> str:
