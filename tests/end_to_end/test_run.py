@@ -606,8 +606,9 @@ def test_a_process_that_leaves_in_the_middle_has_not_finished(traceml: Traceml, 
     assert ended.status == 0
     assert ended.report["run"]["state"] == state
     lost = [finding["summary"] for finding in ended.report["findings"] if finding["kind"] == "RANK_LOST"]
-    middle = "Rank 0 ended with exit code 0 in the middle of its script, in step 30, in code outside the known phases."
-    assert lost == ([middle] if state == "lost" else [])
+    assert len(lost) == (state == "lost")
+    middle = "Rank 0 ended with exit code 0 in the middle of its script, in step 30, in code outside the known phases"
+    assert all(summary.startswith(middle) for summary in lost)  # a sampled line may follow
 
 
 GIVES_UP = """
