@@ -264,7 +264,8 @@ def _called_inside(module: Any) -> list[Any]:
     """
     children = {name: part for name, part in vars(module)["_modules"].items() if part is not None}
     parts = [part for part in children.values() if _has_parameters(part)]
-    if getattr(type(module), "forward", None) is torch.nn.Module.forward:
+    # A compiled module has its own, as an attribute; the class of a scripted one raises for it.
+    if "forward" not in vars(module) and getattr(type(module), "forward", None) is torch.nn.Module.forward:
         return [inside for part in parts for inside in (part, *_called_inside(part))]
 
     return parts if children.keys() == {"module"} else []
