@@ -20,6 +20,7 @@ from typing import Any
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.errors import BackendError
+from traceml.fail_open import fail_open
 from traceml.formatting import left_text
 from traceml.privacy import Masker
 from traceml.process_ends import StopRequest
@@ -352,13 +353,13 @@ class DeliveryLoop:
         if not self._fallback:
             return
 
-        target = self._state.target
-        try:
-            with contextlib.closing(self._session_of(self._fallback)) as session:
-                for experiment in self._plan.experiments.values():
-                    session.end(experiment, run_state, run_ended)
-        except Exception:  # noqa: BLE001 - the backend has all rows
-            _log.warning("%s: its experiments have not ended", self._fallback, exc_info=True)
+        target, failed = self._state.target, f"experiments of {self._fallback} have not ended"
+        with (
+            fail_open(_log, "track", failed),  # the backend has all rows
+            contextlib.closing(self._session_of(self._fallback)) as session,
+        ):
+            for experiment in self._plan.experiments.values():
+                session.end(experiment, run_state, run_ended)
 
         self._state.target = target
 
