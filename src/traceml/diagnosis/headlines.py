@@ -312,8 +312,8 @@ def _of_pauses(evidence: Mapping[str, Any]) -> str:
     """Return `One step takes 52 % of all step time`."""
     count = int(evidence["pauses"])
     steps = "One step takes" if count == 1 else f"{count} steps take"
-    steps = "Set-up between trainings takes" if "between_trainings" in evidence else steps
-    return f"{steps} {percent_text(evidence['pause_share'])} of all step time"
+    what = "Set-up between trainings takes" if "between_trainings" in evidence else steps
+    return f"{what} {percent_text(evidence['pause_share'])} of all step time"
 
 
 def _of_own_code(evidence: Mapping[str, Any]) -> str:
