@@ -34,7 +34,7 @@ from traceml.launch.shared.launch_messages import (
 from traceml.launch.shared.payload_buffer import map_private
 from traceml.launch.worker import main_module
 from traceml.launch.worker.finalization import end_process, exit_status
-from traceml.launch.worker.stack_thread import serve_stacks
+from traceml.launch.worker.stack_thread import end_later, serve_stacks
 
 __all__ = ["main"]
 
@@ -93,7 +93,7 @@ def main(request: Fork, fds: list[int]) -> NoReturn:
         traceback.print_exc()
 
     if status:  # nobody else limits the end of a worker that failed
-        faulthandler.dump_traceback_later(request.timeout_s, exit=True)
+        end_later(request.timeout_s)
 
     end_process(status, inherited)
 
