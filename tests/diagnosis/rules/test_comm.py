@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -301,11 +302,18 @@ def test_a_rank_that_is_not_in_the_run_may_be_late(world_size: int, unseen: list
     assert "no rank is late" in next(each for each in diagnose(window, both) if each.kind is Kind.COMM_BOUND).summary
 
 
-def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
-    """Local SGD: what rank 1 is late in eight steps is waited for in one of them, and the network is not slow."""
-    window = window_of(Job(ranks=2, steps=200, comm=0.1, meets_every=8), adds("other", 20.0, (1,)))
+@pytest.mark.parametrize("parallel", [None, "ddp"])
+def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one(parallel: str | None) -> None:
+    """Local SGD: what rank 1 is late in eight steps is waited for in one of them, and the network is not slow.
 
-    kinds = {each.kind for each in diagnose(window, JobFacts(world_size=2))}
+    That of Accelerate wraps the model in DDP, and runs each step under `no_sync()`.
+    """
+    window = window_of(Job(ranks=2, steps=200, comm=0.1, meets_every=8), adds("other", 20.0, (1,)))
+    batches = BatchHistory()
+    batches.model(0, {"parallel": parallel})
+    batches.reduction_facts({"backwards_per_step": 1.0, "reductions_per_step": 0.0})
+
+    kinds = {each.kind for each in diagnose(window, JobFacts(world_size=2, batches=batches))}
 
     assert Kind.STRAGGLER in kinds
     assert Kind.JITTER not in kinds

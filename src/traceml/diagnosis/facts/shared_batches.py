@@ -107,16 +107,21 @@ class BatchHistory:
         return all(each.batch_first for each in self._ranks.values())
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether a model averages its gradients by itself: also DDP does not in local SGD, under `no_sync()`."""
+        is_bypassed = self.reductions is not None and not self.reductions[1]
+        return self.group.is_parallel and not is_bypassed
+
+    @property
     def are_alone(self) -> bool:
         """Whether ranks share a group, but exchange no gradients.
 
         No step had a collective, or all collectives carried a few numbers, as to log a loss. No backward pass of a
         parallel model had one.
         """
-        is_bypassed = self.reductions is not None and not self.reductions[1]
         has_no_gradients = not self.group.communicates or self.only_numbers > 0
-        trains_alone = has_no_gradients and (is_bypassed or not self.group.is_parallel)
-        return self.group.size > 1 and len(self._with_model) > 1 and trains_alone
+        has_several = self.group.size > 1 and len(self._with_model) > 1
+        return has_several and has_no_gradients and not self.averages_gradients
 
     @property
     def only_numbers(self) -> int:

@@ -333,7 +333,7 @@ def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
     in every n-th step only, as in local SGD.
     """
     meets = (window.times["comm"] > 0).all(axis=0)
-    if facts.batches.group.is_parallel or not meets.any():
+    if facts.batches.averages_gradients or not meets.any():
         return np.arange(len(window))
 
     return np.flatnonzero(window.begins | np.roll(meets, 1))
