@@ -636,7 +636,7 @@ def test_other_code_beside_an_update_by_hand_is_named(function, told):
     assert found.speedup_if_fixed == pytest.approx(23 / (23 - 5.6) if told else 1.0, rel=0.05)
 
 
-def test_a_line_that_may_be_the_update_is_not_told_to_leave_the_loop():
+def test_a_line_that_may_be_the_update_leaves_the_loop_only_if_it_is_not():
     """An Adam by hand that takes longer than backward: it is no waste, though an optimizer may be quicker."""
     job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": 30.0})
     lines = (
@@ -650,6 +650,7 @@ def test_a_line_that_may_be_the_update_is_not_told_to_leave_the_loop():
     assert "step (67 %)" in found.summary
     assert "which may be the update" in found.summary
     assert "torch.optim" in found.next
+    assert "Otherwise take it out of the training loop" in found.next
     assert found.speedup_if_fixed == 1.0
     assert "update" not in by_optimizer.summary
     assert by_optimizer.speedup_if_fixed == pytest.approx(46 / 16, rel=0.05)

@@ -363,21 +363,19 @@ def _for_line(
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
+    out = f"out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; metrics and logs can run every n-th step."
     if role := _CHANGES if is_update else _role_in_step(part, line, facts, makes_graph=makes_graph):
         cheaper_too = "backward follows these operations, and gets cheaper with them"
         more = "an optimizer of torch.optim does so" if role == _CHANGES else cheaper_too
         how = f"use fewer operations, on whole tensors in place of loops, or torch.compile: {more}"
-        return (
-            f"Make {line.place} cheaper. If it {role}, {how}. If it only measures or logs, run it every n-th step. "
-            "`traceml report --lines` shows the other lines."
-        )
+        rest = f"Otherwise take it {out}" if is_update else "If it only measures or logs, run it every n-th step."
+        return f"Make {line.place} cheaper. If it {role}, {how}. {rest} `traceml report --lines` shows the other lines."
 
     unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
     calls_torch, is_on_cuda = calls_code(facts.lines, part, line, TORCH), "cuda" in (facts.model.device or "")
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
-        f"Make {line.place} cheaper{loss}, or{unless} take it out of the training loop: "
-        f"{_ELSEWHERE[bool(facts.loader)]}; metrics and logs can run every n-th step. "
+        f"Make {line.place} cheaper{loss}, or{unless} take it {out} "
         f"{_READS if is_on_cuda else ''}`traceml report --lines` shows the other lines."
     )
 
