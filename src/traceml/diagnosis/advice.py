@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     PICKLING,
     TORCH,
     WAITS_FOR_OTHERS,
+    WITHOUT_MODELS,
     BlamedLine,
     awaits_others,
     blamed_line,
@@ -395,7 +396,9 @@ def _role_in_step(part: str, line: BlamedLine, facts: JobFacts, *, makes_graph: 
     if (line.file, line.function) in facts.own_updates:
         return _CHANGES
 
-    return "is a part of the model" * runs_forward(facts.lines, part, line)
+    # What mostly calls a tokenizer, and the model with its result, makes batches.
+    may_compute = not calls_code(facts.lines, part, line, WITHOUT_MODELS)
+    return "is a part of the model" * (may_compute and runs_forward(facts.lines, part, line))
 
 
 _CHANGES = "changes gradients or weights"

@@ -19,6 +19,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, steps=220, grouped=False)
+TOKENIZER = "/lib/transformers/tokenization_utils_fast.py:500 _batch_encode_plus"
 
 
 def line(part: str, function: str, samples: int, rank: int = 0, number: int = 7) -> SampledLine:
@@ -205,23 +206,24 @@ def test_a_function_that_calls_a_loss_is_not_told_to_leave_the_training_loop(sam
 
 
 @pytest.mark.parametrize(
-    ("others", "updates", "role"),
+    ("others", "updates", "called", "role"),
     [
-        (("forward",), (), "is a part of the model"),  # a method of a flow, which calls its networks
-        ((), ("/home/me/train.py", "precondition"), "changes gradients or weights"),
-        (("forward", "backward"), (), ""),  # the training loop
+        (("forward",), (), None, "is a part of the model"),  # a method of a flow, which calls its networks
+        (("forward",), (), TOKENIZER, ""),  # it makes what it calls the model with
+        ((), ("/home/me/train.py", "precondition"), None, "changes gradients or weights"),
+        (("forward", "backward"), (), None, ""),  # the training loop
     ],
 )
 def test_what_a_step_needs_is_not_told_to_leave_the_training_loop(
-    others: Sequence[str], updates: tuple[str, ...], role: str
+    others: Sequence[str], updates: tuple[str, ...], called: str | None, role: str
 ) -> None:
     """It computes by the model's layers, or with the gradients."""
     parts = [line(part, "precondition", 28) for part in others]
     own_updates = frozenset({updates} if updates else ())
 
     finding = found(
-        Kind.RESIDUAL_HEAVY, line("other", "precondition", 43), line("forward", "forward", 57), *parts,
-        own_updates=own_updates,
+        Kind.RESIDUAL_HEAVY, structs.replace(line("other", "precondition", 43), library=called),
+        line("forward", "forward", 57), *parts, own_updates=own_updates,
     )  # fmt: skip
 
     assert f"cheaper. If it {role}," in finding.next if role else "out of the training loop" in finding.next

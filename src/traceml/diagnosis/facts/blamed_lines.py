@@ -44,6 +44,7 @@ __all__ = [
     "PROGRAMS",
     "TORCH",
     "WAITS_FOR_OTHERS",
+    "WITHOUT_MODELS",
     "BlamedLine",
     "awaits_others",
     "blamed_line",
@@ -126,7 +127,10 @@ PICKLING = LibraryCode(
     re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$"), _SEEN_SHARE
 )
 """Collectives of Python objects, which are pickled."""
-_WITHOUT_MODELS = LibraryCode(re.compile(r"(^|/)(numpy|scipy|pandas|PIL|cv2|matplotlib)/"))
+WITHOUT_MODELS = LibraryCode(
+    re.compile(r"(^|/)((numpy|scipy|pandas|PIL|cv2|matplotlib|torchvision/transforms)/|tokenization_\w+\.py:)")
+)
+"""Libraries that do not run the model."""
 
 
 class BlamedLine(msgspec.Struct, frozen=True):
@@ -310,7 +314,7 @@ def calls_code(lines: Sequence[SampledLine], part: str, line: BlamedLine, code: 
 
 def calls_model(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user mostly calls a library that may run the model, as torch or a trainer."""
-    return main_library(lines, part, line) is not None and not calls_code(lines, part, line, _WITHOUT_MODELS)
+    return main_library(lines, part, line) is not None and not calls_code(lines, part, line, WITHOUT_MODELS)
 
 
 def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
