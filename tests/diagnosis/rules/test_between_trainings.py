@@ -22,11 +22,11 @@ LOADS = (
 )
 
 
-def adds_at(at: tuple[int, ...], ms: float = 1200.0) -> Fault:
-    """Return a fault: other code takes longer in some steps."""
+def adds_at(at: tuple[int, ...], ms: float = 1200.0, part: str = "other") -> Fault:
+    """Return a fault: a part of the step, by default other code, takes longer in some steps."""
 
     def longer(own, _random):
-        own["other"][:, list(at)] += ms
+        own[part][:, list(at)] += ms
 
     return longer
 
@@ -84,9 +84,19 @@ def test_one_set_up_passes_outside_of_the_steps(waited: float, forward: float) -
     """A search for the learning rate is a training before the training: with too few cores, nothing was said of it."""
     known = JobFacts(lines=LOADS, trainings_begin=(51,), wait_of_ready_time={0: waited})
     job = Job(ranks=1, steps=200, grouped=False, own={"forward": forward, "backward": forward, "other": 0.1})
-    told = diagnose(window_of(job, adds_at((50,), ms=1500.0), adds_at((80, 120, 121, 170), ms=15.0)), known)[0].summary
+    found = diagnose(window_of(job, adds_at((50,), ms=1500.0), adds_at((80, 120, 121, 170), ms=15.0)), known)[0]
 
-    assert " s passed between two trainings, outside of their steps, mostly in search.py:7 load_data." in told
+    assert " s passed between two trainings, outside of their steps, mostly in search.py:7 load_data." in found.summary
+
+
+@pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.4, False)])
+def test_what_the_first_step_of_a_training_takes_is_no_set_up_outside_of_it(waited: float, told: bool) -> None:
+    """Kernels are chosen for the new model; with too few cores other programs make a step as long."""
+    known = JobFacts(trainings_begin=(51,), wait_of_ready_time={0: waited})
+    found = diagnose(window_of(Job(ranks=1, steps=200, grouped=False), adds_at((51,), 1500.0, "forward")), known)[0]
+
+    assert "between" not in found.summary + found.headline
+    assert ("One step took 1.51 s" in found.summary) is told
 
 
 def test_set_up_once_gives_the_promised_gain():

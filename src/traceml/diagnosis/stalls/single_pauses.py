@@ -59,8 +59,10 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     step = max(float(work.step[usual_steps(work)].mean()), 1.0)
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
     times = np.maximum(work.step, work.longest(work.own))
-    # What comes between two trainings is counted for the step before it, or for the one after it.
-    are_between = np.isin(window.steps, facts.trainings_begin) | np.isin(window.steps + 1, facts.trainings_begin)
+    # What comes between two trainings is counted for the step before it, or for the one after it, as other code.
+    near_begin = np.isin(window.steps, facts.trainings_begin) | np.isin(window.steps + 1, facts.trainings_begin)
+    other = work.parts.get("other", np.zeros_like(work.own)).max(axis=0)
+    are_between = near_begin & (other >= PART_SHARE * times)
     from_ns = np.where(are_between | (not facts.oversubscribed), PAUSE_NS, OVERSUBSCRIBED_PAUSE_NS)
     least = np.maximum(from_ns, max(2 * step, float(times.max()) / 2))  # a mean of long and short tells of neither
     at = np.flatnonzero(times >= least)
