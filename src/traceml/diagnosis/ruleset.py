@@ -316,11 +316,11 @@ def _timing_without_pauses(
 
 def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:
     """Whether a finding explains the pauses: also the first batches of epochs, which a short run has two of."""
-    is_of_epochs = "epochs" in found.evidence
-    is_jitter = found.kind is Kind.JITTER and "between_trainings" in pauses.explanation.evidence
-    return (found.kind in _OF_LONG_STEPS and not is_jitter) or (
-        is_of_epochs and found.cost_share >= _EXPLAINED_SHARE * pauses.share
-    )
+    are_between = "between_trainings" in pauses.explanation.evidence
+    is_of_series = are_between and "trainings" in found.evidence and len(pauses.columns) > 1
+    is_of_epochs = "epochs" in found.evidence and found.cost_share >= _EXPLAINED_SHARE * pauses.share
+    is_kind = found.kind in _OF_LONG_STEPS and not (are_between and found.kind is Kind.JITTER)
+    return is_kind or is_of_epochs or is_of_series
 
 
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> _Timing:

@@ -99,6 +99,13 @@ def test_what_the_first_step_of_a_training_takes_is_no_set_up_outside_of_it(wait
     assert ("One step took 1.51 s" in found.summary) is told
 
 
+def test_set_up_of_three_trainings_is_told_as_that_of_more() -> None:
+    """Two pauses are no pattern, but the trainings are one."""
+    (finding,) = findings((132, 265), (133, 266))
+
+    assert (finding.kind, finding.evidence["trainings"]) == (Kind.RESIDUAL_HEAVY, 3)
+
+
 def test_set_up_once_gives_the_promised_gain():
     """The same trials without loading again."""
     begins = tuple(step + 1 for step in REGULAR)
