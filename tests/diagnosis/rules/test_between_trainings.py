@@ -87,6 +87,7 @@ def test_one_set_up_passes_outside_of_the_steps(waited: float, forward: float) -
     found = diagnose(window_of(job, adds_at((50,), ms=1500.0), adds_at((80, 120, 121, 170), ms=15.0)), known)[0]
 
     assert " s passed between two trainings, outside of their steps, mostly in search.py:7 load_data." in found.summary
+    assert "Find out what search.py:7 load_data did in the set-up" in found.next
 
 
 @pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.4, False)])

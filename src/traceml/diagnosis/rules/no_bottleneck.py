@@ -98,14 +98,13 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     if is_uneven := uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
         where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
 
-    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
     cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(facts, shares, step))
-    summary, action = (short[0] + pause.text, short[1]) if short else (healthy, pause.action or cheaper)
+    summary, cheaper = short or (f"A step takes {ns_text(step)}: {_largest(shares)}.{where}", cheaper)
     return Finding.of(
         Kind.HEALTHY,
-        summary=summary + uncovered_time_text(facts),
-        next=action,
+        summary=summary + pause.text + uncovered_time_text(facts),
+        next=pause.action or cheaper,
         evidence=evidence,
         speedup_if_fixed=own.gain if own and not pause.action else 1.0,
     )
