@@ -380,7 +380,7 @@ def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float) -> str
     """Return further advice where forward takes far longer than backward, as if much of it were not trained."""
     forward, backward = shares.get("forward", 0.0), shares.get("backward", 0.0)
     if facts.collects and forward > max(backward, _MOSTLY_FORWARD):
-        return f" As forward takes longer than backward, much of it is rollouts. {for_rollouts('forward', None, facts)}"
+        return f" Forward is longer than backward: much of it may be rollouts. {for_rollouts('forward', None, facts)}"
 
     if forward < _MOSTLY_FORWARD or not 0 < _UNTRAINED_RATIO * backward <= forward:
         return ""
