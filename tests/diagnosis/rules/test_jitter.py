@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
+from tests.diagnosis.fabricated import MS, Fault, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import IMPORTING
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -179,6 +179,14 @@ def test_steps_of_any_length_are_no_long_code():
     busy = Job(ranks=1, steps=400, grouped=False, own={"forward": 20.0, "backward": 20.0, "other": 5.0}, sigma=1.4)
 
     assert Kind.JITTER not in {each.kind for each in diagnose(window_of(busy), JobFacts(lines=sampled(busy)))}
+
+
+@pytest.mark.parametrize("fault", [at_once("optimizer", 100, 0.03), adds("optimizer", 100, every=30)])
+def test_long_steps_of_all_optimizers_are_none_of_the_network(fault: Fault) -> None:
+    """A preconditioner that is computed anew at times, after the ranks have met: none is late."""
+    (found,) = diagnose(window_of(Job(steps=220), fault), JobFacts(world_size=2))
+
+    assert found.phase == "optimizer"
 
 
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])

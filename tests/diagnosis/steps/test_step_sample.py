@@ -93,10 +93,9 @@ def test_evaluation_before_other_steps_is_left_out():
 
 
 def test_rules_do_not_join_the_ends_of_blocks():
-    """The optimizer's work counts in the next step; where a block begins, that of the step itself stands for it."""
+    """What one optimizer takes longer counts in the next step; where a block begins, that of the step stands for it."""
     rows = rows_of(Job(steps=2000))
-    for of_rank in rows:
-        of_rank["optimizer_ns"] = of_rank["step"]
+    rows[0]["optimizer_ns"], rows[1]["optimizer_ns"] = rows[0]["step"], 0
 
     window = sampled(rows).aligned(last=10_000, skip_first=0)
     optimizer = own_work_of(window, JobFacts(world_size=2, backend="nccl")).parts["optimizer"][0]

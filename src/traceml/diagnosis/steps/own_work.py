@@ -1,8 +1,8 @@
 """Own work between sync points: the work of each rank, and its waiting for the others.
 
 In data-parallel training all ranks leave backward together, so their wall times are equal; their own work between two
-such points is not. Rules compare the sums of own work over a window, part by part. The optimizer's time in a row comes
-after the row's sync point and delays the next one, so it is counted there.
+such points is not. Rules compare the sums of own work over a window, part by part. What an optimizer takes longer than
+that of other ranks comes after the row's sync point and delays the next one, so it is counted there.
 """
 
 from __future__ import annotations
@@ -321,9 +321,13 @@ def _without_waiting(window: AlignedSteps) -> Floats:
 
 
 def _behind_sync(window: AlignedSteps) -> Floats:
-    """Return the optimizer's work in the step after its own; where that is unknown, the step's own."""
+    """Return the optimizer's work: what all ranks have in its step, and in the next one what some have beyond that.
+
+    The others wait for it there. After a step that is not known, it is all in its own.
+    """
     optimizer = window.times["optimizer"]
-    return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
+    of_all = optimizer.min(axis=0)
+    return np.where(window.begins, optimizer, of_all + np.roll(optimizer - of_all, 1, axis=1))
 
 
 def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
