@@ -24,22 +24,9 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats
 
 __all__ = [
-    "COMPUTE",
-    "ITERATOR_SHARE",
-    "LINE_SHARE",
-    "UNNAMED",
-    "UNNAMED_CODE",
-    "LateRanks",
-    "OwnWork",
-    "Rows",
-    "by_pace",
-    "excess_over_others",
-    "have_half",
-    "is_grouped",
-    "iterator_wait",
-    "median_over_ranks",
-    "own_work_of",
-]
+    "COMPUTE", "ITERATOR_SHARE", "LINE_SHARE", "UNNAMED", "UNNAMED_CODE", "LateRanks", "OwnWork", "Rows", "by_pace",
+    "excess_over_others", "have_half", "is_grouped", "iterator_wait", "median_over_ranks", "own_work_of",
+]  # fmt: skip
 
 COMPUTE = ("forward", "backward", "optimizer")
 """The parts that are computation."""

@@ -19,15 +19,9 @@ from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, Rows
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
-    "EVERYWHERE_SHARE",
-    "OtherRanks",
-    "SteadyExcess",
-    "is_significant",
-    "is_slower_overall",
-    "mean_and_error",
-    "persists",
-    "steady_excesses",
-]
+    "EVERYWHERE_SHARE", "OtherRanks", "SteadyExcess", "is_significant", "is_slower_overall", "mean_and_error",
+    "persists", "steady_excesses",
+]  # fmt: skip
 
 EVERYWHERE_SHARE = 0.30
 """A rank that is slower in everything is reported if its excess is at least this share of the step."""
