@@ -30,15 +30,18 @@ class Clock:
         return self.now_s
 
     def forward(self, rt: Runtime, seconds: float) -> None:
-        """Let time pass, and let the watchdog notice."""
+        """Let time pass once the watchdog sleeps, and wake it."""
+        changed: Any = rt._engine.watchdog._changed
+        eventually(lambda: changed._waiters)
         self.now_s += seconds
-        with rt._engine.watchdog._changed:
-            rt._engine.watchdog._changed.notify_all()
+        with changed:
+            changed.notify_all()
 
     def until_checked(self, rt: Runtime, seconds: float) -> None:
-        """Let time pass until the running tasks have been looked at."""
+        """Let the time between two looks at the running tasks pass, and wait until they have been looked at."""
         before = rt._engine.watchdog._observations
-        eventually(lambda: self.forward(rt, seconds) or rt._engine.watchdog._observations is not before)
+        self.forward(rt, seconds)
+        eventually(lambda: rt._engine.watchdog._observations is not before)
 
 
 @pytest.fixture
