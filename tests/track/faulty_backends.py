@@ -18,6 +18,31 @@ from traceml.track.plugins.plugin_metadata import PluginMetadata
 __all__ = ["Bare", "FaultyBackend", "FaultyBackendAnew", "FaultyBackendIdempotent", "FaultyBackendMark", "FaultyPlugin"]
 
 
+def _react(folder: Path, to: str) -> None:
+    try:
+        behaviors = json.loads((folder / "behavior").read_text())
+    except FileNotFoundError:
+        return
+
+    behavior = behaviors.get(to)
+    if behavior == "hang":
+        (folder / "hangs").touch()
+        time.sleep(600)
+    elif behavior == "down":
+        raise ConnectionRefusedError("nobody listens")
+    elif behavior == "down once":
+        (folder / "behavior").unlink()
+        raise ConnectionRefusedError("nobody listens yet")
+    elif behavior == "busy":
+        raise BackendBusyError("come back later", 0.1)
+    elif behavior == "refuses":
+        raise BackendRefusedError("no such project (400)")
+    elif behavior == "exits":
+        raise SystemExit(3)
+    elif behavior == "broken":
+        raise TypeError("log() got an unexpected keyword argument")
+
+
 class FaultyBackend(BackendInterface):
     """Writes lines of JSON unless its file `behavior` says otherwise; cut off at the mark like a real one."""
 
@@ -40,7 +65,7 @@ class FaultyBackend(BackendInterface):
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
-        self._react("start")
+        _react(self._folder, "start")
         self._file = self._path.open("ab")
         self._write({"start": name, "project": project, "keyed": os.environ.get("FAULTY_KEY") == "hush"})
         return str(self._path)
@@ -49,7 +74,7 @@ class FaultyBackend(BackendInterface):
         raise AssertionError("batches only")
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        self._react("metrics")
+        _react(self._folder, "metrics")
         for row in rows:
             if "refused" in row.name:
                 raise BackendRefusedError(f"bad name {row.name!r}")
@@ -60,7 +85,7 @@ class FaultyBackend(BackendInterface):
         self._write({"params": dict(params)})
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        self._react("artifact")
+        _react(self._folder, "artifact")
         self._write({"artifact": artifact_name})
 
     def end_experiment(self) -> None:
@@ -75,30 +100,6 @@ class FaultyBackend(BackendInterface):
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
-
-    def _react(self, to: str) -> None:
-        try:
-            behaviors = json.loads((self._folder / "behavior").read_text())
-        except FileNotFoundError:
-            return
-
-        behavior = behaviors.get(to)
-        if behavior == "hang":
-            (self._folder / "hangs").touch()
-            time.sleep(600)
-        elif behavior == "down":
-            raise ConnectionRefusedError("nobody listens")
-        elif behavior == "down once":
-            (self._folder / "behavior").unlink()
-            raise ConnectionRefusedError("nobody listens yet")
-        elif behavior == "busy":
-            raise BackendBusyError("come back later", 0.1)
-        elif behavior == "refuses":
-            raise BackendRefusedError("no such project (400)")
-        elif behavior == "exits":
-            raise SystemExit(3)
-        elif behavior == "broken":
-            raise TypeError("log() got an unexpected keyword argument")
 
 
 class FaultyBackendIdempotent(FaultyBackend):
@@ -144,6 +145,7 @@ class FaultyPlugin(BackendPlugin):
 
     def cleanup(self) -> None:
         (self._folder / "cleaned").touch()
+        _react(self._folder, "cleanup")
         raise OSError("nothing to release")
 
 

@@ -663,8 +663,10 @@ def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: L
     assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
 
 
-def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_twice(run: LoggedRun) -> None:
-    folder = faulty(run, fallback="jsonl", max_backoff=4.0)
+@pytest.mark.parametrize("first", [FAULTY, f"{FAULTY}Anew"])
+def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_twice(run: LoggedRun, first: str) -> None:
+    """Except where the first has to start over; what the fallback has begun is ended then, too."""
+    folder = faulty(run, first, fallback="jsonl", max_backoff=4.0)
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.metrics({"a": [float(i) for i in range(10)]})
     (folder / "behavior").write_text('{"metrics": "down"}')
@@ -673,18 +675,20 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     def delivered(count: int) -> bool:
         nonlocal process
         if process is None or process.poll() is not None:
-            process = delivering(str(run.path), FAULTY, stderr=subprocess.DEVNULL)
+            process = delivering(str(run.path), first, stderr=subprocess.DEVNULL)
 
-        return state_of(run.path, FAULTY).passed == count
+        return state_of(run.path, first).passed == count
 
     try:
         eventually(lambda: delivered(11))
-        assert state_of(run.path, FAULTY).phase is DeliveryPhase.OPEN
+        assert state_of(run.path, first).phase is DeliveryPhase.OPEN
         (folder / "behavior").unlink()
-        eventually(lambda: delivered(11) and time.time() > state_of(run.path, FAULTY).retry_at)
+        eventually(lambda: delivered(11) and time.time() > state_of(run.path, first).retry_at)
         run.metrics({"a": [10.0, 11.0]}, first_step=10)
         run.end()
-        eventually(lambda: delivered(13) and state_of(run.path, FAULTY).phase is DeliveryPhase.DONE)
+        eventually(lambda: delivered(13) and state_of(run.path, first).phase is DeliveryPhase.DONE)
+        assert process is not None
+        assert process.wait() == EXIT_DONE
     finally:
         if process is not None:
             process.kill()
@@ -692,7 +696,7 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
 
     by_fallback, by_first = values(lines_of(run.path), "a"), values(lines_of(folder, "x.jsonl"), "a")
     assert by_fallback[:10] == [(i, float(i)) for i in range(10)]
-    assert sorted(by_fallback + by_first) == [(i, float(i)) for i in range(12)]
+    assert sorted(by_first if first.endswith("Anew") else by_fallback + by_first) == [(i, float(i)) for i in range(12)]
     assert lines_of(run.path)[-1]["type"] == "end"  # although the first has continued
 
 
@@ -709,6 +713,16 @@ def test_a_fallback_takes_the_rows_although_the_wait_is_over_when_its_process_st
     assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
     assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(10)]
     assert state_of(run.path, FAULTY).fallback_done
+
+
+def test_a_fallback_that_was_not_needed_is_not_asked_to_end_anything(run: LoggedRun, tmp_path: Path) -> None:
+    options = {FAULTY: {"path": str(tmp_path), "fallback": "mlflow"}, "mlflow": {"api_key_file": "/nowhere"}}
+    run.experiment([FAULTY], id="x", sys_path=[ROOT], options=options)
+    run.metrics({"a": [1.0]})
+    run.end()
+    done = deliver(run.path, FAULTY)
+
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
 
 
 @pytest.mark.parametrize("is_fallback", [False, True])
@@ -850,14 +864,17 @@ def test_a_position_that_cannot_be_kept_is_named(run: LoggedRun) -> None:
     assert "FaultyBackendMark.mark() must return what JSON can hold" in state_of(run.path, backend).error
 
 
-def test_a_plugin_releases_what_it_took(run: LoggedRun) -> None:
-    """`cleanup` is called when all is delivered, and its error costs nothing."""
+@pytest.mark.parametrize("cleanup", ["fails", "hang"])
+def test_a_plugin_releases_what_it_took(run: LoggedRun, cleanup: str) -> None:
+    """`cleanup` is called when all is delivered: that it fails, or does not return, costs nothing."""
     plugin = FAULTY.replace("FaultyBackend", "FaultyPlugin")
-    folder = faulty(run, plugin)
+    folder = faulty(run, plugin, timeout_s=5)
+    (folder / "behavior").write_text(json.dumps({"cleanup": cleanup}))
     run.metrics({"a": [1.0, 2.0]})
     run.end()
 
     assert deliver(run.path, plugin).returncode == EXIT_DONE
+    assert state_of(run.path, plugin).phase is DeliveryPhase.DONE
     assert (folder / "cleaned").exists()
 
 

@@ -106,7 +106,7 @@ class DeliveryLoop:
         self._masker = Masker(self._config.mask)
         self._masked_before = self._state.masked
         self._watchdog = CallWatchdog(self._hangs)
-        self._uses_fallback = False
+        self._uses_fallback = self._is_delivered = False
 
     def stop(self, *_: object) -> None:
         """End after the current batch, and at the latest after 10 s."""
@@ -342,15 +342,17 @@ class DeliveryLoop:
             self._save()
             return EXIT_AGAIN
 
-        self._end_at_fallback(*end)
         succeeded(self._state)
         self._state.phase = DeliveryPhase.DONE
+        self._is_delivered = True
         self._save()
+        self._end_at_fallback(*end)
         return EXIT_DONE
 
     def _end_at_fallback(self, run_state: str, run_ended: float | None) -> None:
         """End what the fallback has begun, and the backend itself has continued: else it would run there forever."""
-        if not self._fallback:
+        own, known = f"{self._fallback}:", self._state.experiments.items()
+        if all(stored["ended"] for key, stored in known if key.startswith(own)):
             return
 
         target, failed = self._state.target, f"experiments of {self._fallback} have not ended"
@@ -362,6 +364,7 @@ class DeliveryLoop:
                 session.end(experiment, run_state, run_ended)
 
         self._state.target = target
+        self._save()
 
     def _stopped(self) -> int:
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
@@ -408,6 +411,9 @@ class DeliveryLoop:
     def _hangs(self, call: str, allowed_s: float) -> None:
         """Record that a call did not return; the process ends right after this."""
         _log.error("%s: %s did not return within %.0f s", self._state.backend, call, allowed_s)
+        if self._is_delivered:  # the call was to the fallback, or of a cleanup
+            os._exit(EXIT_DONE)
+
         self._record_failure(
             TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {left_text(allowed_s)}")
         )
@@ -419,14 +425,15 @@ class DeliveryLoop:
         return wait_s
 
     def _rewind(self) -> None:
-        """Start the backend's runs over, except those that have ended, which are complete."""
+        """Start the backend's runs over, except those that have ended, which are complete, and its fallback's."""
         _log.info("%s starts over from the run's first row", self._state.backend)
         state = self._state
-        ended = {key: kept for key, kept in state.experiments.items() if kept.get("ended")}
+        others = () if self._uses_fallback else (f"{self._fallback}:",)
+        kept = {key: each for key, each in state.experiments.items() if each.get("ended") or key.startswith(others)}
         # Rows that it had before are no success: what fails behind them would be tried without an end.
         before = max(state.cursor, state.resume.get("before", {}), key=position)
         resume: ResumeState = {**self._refusals.carried(), "before": before}
-        fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, resume=resume)
+        fresh = TrackerState(state.backend, pid=state.pid, experiments=kept, resume=resume)
         fresh.target, fresh.retries, fresh.reasons = state.target, state.retries, state.reasons
         fresh.masked = state.masked
         fresh.save(self._run_dir)
