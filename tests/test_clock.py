@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import time
 from typing import Any
 
 import pytest
 
+from tests.source_tree import SOURCE, nodes_of, source_files
 from traceml import clock as clock_module
 from traceml.clock import SteadyClock, boot_id, clock_pair, monotonic_ns, own_time
 
@@ -49,6 +51,21 @@ def test_the_clock_of_the_recorder_is_not_replaced_with_that_of_the_script(monke
 
     assert replaced == []
     assert monotonic_ns() > 0
+
+
+def test_no_module_reads_the_scripts_clock_in_the_scripts_process() -> None:
+    """A frozen `time.monotonic` ended no wait for an aggregator; by a wrong `time.time` flight files were removed."""
+    rooms = ("recorder/", "samplers/", "instrument/", "track/rank/", "session/", "launch/worker/", "database/flight/")
+    found = {
+        name
+        for path in source_files()
+        if (name := path.relative_to(SOURCE).as_posix()).startswith(rooms)
+        for node in nodes_of(path, ast.Import, ast.ImportFrom)
+        if "time" in (getattr(node, "module", ""), node.names[0].name)
+    }
+
+    # The ends of torch's compilations are dates of the script's clock; the other one runs in a process of its own.
+    assert found == {"recorder/pauses/pause_recorder.py", "track/rank/collectors/collector_main.py"}
 
 
 def test_after_another_boot_the_wall_clock_goes_on() -> None:

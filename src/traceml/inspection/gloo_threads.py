@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
+from traceml.clock import own_time as time
 from traceml.inspection.kernel_state import process_info, read_status, threads_of
 
 __all__ = ["await_gloo_threads"]

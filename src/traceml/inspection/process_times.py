@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
+from traceml.clock import own_time as time
 from traceml.inspection.kernel_state import thread_cpu_ns
 from traceml.inspection.thread_frames import number_of
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 from traceml.clock import TICKS_PER_S, process_start_ticks
+from traceml.clock import own_time as time
 from traceml.inspection.loaded_modules import multiprocessing_parent
 from traceml.inspection.user_files import is_user_file
 

@@ -14,10 +14,10 @@ import fcntl
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from traceml.clock import own_time as time
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import HALTED_STATES, process_info, read_status, thread_cpu_ns, threads_of
 

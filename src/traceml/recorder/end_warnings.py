@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
+from traceml.clock import own_time as time
 from traceml.database.flight.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
 from traceml.formatting import count_text, plural
 

@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from traceml.clock import own_time as time
 from traceml.errors import AggregatorForeignError, AggregatorUnavailableError, TraceMLError
 from traceml.fork_gate import fork_gate
 from traceml.helper_programs import helper_program
@@ -203,7 +203,9 @@ def _await_own(
         except AggregatorUnavailableError as error:
             missing = error
         except AggregatorForeignError:  # as on a full disk; it is no other user's
-            missing = _without_token(config, log, time.monotonic() - began_s)
+            waited_s = time.monotonic() - began_s
+            reason = f"it cannot write the file of its token: {_last_line(Path(log))}"
+            missing = AggregatorUnavailableError(config.host, config.port, waited_s, reason, refused=True)
 
         waited_s = time.monotonic() - began_s
         if refusals.is_over(missing):
@@ -216,11 +218,6 @@ def _await_own(
         if missing.refused:  # it answered at once
             with fork_gate.opened():
                 time.sleep(_PROBE_S)
-
-
-def _without_token(config: Config, log: str, waited_s: float) -> AggregatorUnavailableError:
-    reason = f"it cannot write the file of its token: {_last_line(Path(log))}"
-    return AggregatorUnavailableError(config.host, config.port, waited_s, reason, refused=True)
 
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.schema import STEPS
 from traceml.errors import TraceMLError

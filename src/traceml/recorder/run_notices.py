@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.clock import own_time as time
 from traceml.fail_open import fail_open, print_notice
 from traceml.formatting import printable
 from traceml.helper_programs import helper_program

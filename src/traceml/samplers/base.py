@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.schema import Table
 
 __all__ = ["SampleRow", "Sampler", "SamplerScheduler", "SamplerStatistics"]

@@ -9,11 +9,11 @@ import _thread
 import math
 import os
 import resource
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from traceml.clock import own_time as time
 from traceml.database.schema import LIMITS, Resource, Table
 from traceml.inspection.cgroups import cgroup_paths, count_kills, oom_counter
 from traceml.samplers import cgroup

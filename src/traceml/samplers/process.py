@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import ClassVar
 
+from traceml.clock import own_time as time
 from traceml.database.schema import PROCESS, Table
 from traceml.inspection.thread_frames import thread_number
 from traceml.samplers.base import Sampler, SampleRow

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 from traceml.clock import TICKS_PER_S
+from traceml.clock import own_time as time
 from traceml.database.schema import LOADER_WORKERS, Table
 from traceml.inspection.kernel_state import core_wait_ns, process_info
 from traceml.samplers.base import Sampler, SampleRow

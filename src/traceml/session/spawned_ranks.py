@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+
+from traceml.clock import own_time as time
 
 __all__ = ["SpawnedRanks"]
 

@@ -118,6 +118,16 @@ def test_rows_of_the_user_stay_for_a_week_also_after_a_reboot(tmp_path: Path) ->
         assert remove_stale(tmp_path) == removed
 
 
+def test_the_scripts_clock_makes_no_file_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank looks for old files when it starts, also where its script has frozen the time: rows were lost."""
+    left_behind(tmp_path)
+    with monkeypatch.context() as script:
+        script.setattr(time, "time", lambda: 1e9)
+        assert remove_stale(tmp_path) == []
+
+    assert remove_stale(tmp_path) == []
+
+
 def test_a_fifo_stops_no_cleanup(tmp_path: Path) -> None:
     """It is neither opened for good nor removed."""
     os.mkfifo(tmp_path / "77-77-0.flight")

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from traceml.clock import boot_time_s, machine_name, process_start_ticks
+from traceml.clock import own_time as time
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, lock_holder, own_mapping
 from traceml.database.flight.postmortem import FlightSnapshot

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from traceml.clock import own_time as time
 
 if TYPE_CHECKING:
     from traceml.database.snapshots.rank_snapshot import GroupSnapshot

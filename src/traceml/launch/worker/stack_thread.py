@@ -10,10 +10,10 @@ import contextlib
 import faulthandler
 import os
 import threading
-import time
 from datetime import timedelta
 from types import FrameType
 
+from traceml.clock import own_time as time
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frames
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import StacksRequest, StackThread, ThreadStacks

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dis
 import gc
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from itertools import islice
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from traceml.clock import own_time as time
 from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only

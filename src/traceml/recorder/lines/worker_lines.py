@@ -26,7 +26,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from select import PIPE_BUF
-from time import sleep
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from traceml.clock import monotonic_ns, random_share
@@ -94,7 +93,7 @@ class WorkerSampling:
         seen = _ThreadTimes.of(native_id)
         for number in count():
             interval_s = self.interval_s / (_DENSER if number < _DENSE else 1)
-            sleep(max(interval_s * (0.5 + random_share()) - MAX_SLEEP_S / 2, 0.0))
+            time.sleep(max(interval_s * (0.5 + random_share()) - MAX_SLEEP_S / 2, 0.0))
             place, before, seen = _armed_place(watched, user), seen, _ThreadTimes.of(native_id)
             if place == _IDLE:
                 idle += 1
@@ -148,7 +147,7 @@ def _quiet() -> fail_open:
 def _armed_place(watched: int, user: UserCode) -> SampledPlace:
     try:
         switch_interval.shorten(LONGEST_S)
-        sleep(MIN_SLEEP_S + (MAX_SLEEP_S - MIN_SLEEP_S) * random_share())
+        time.sleep(MIN_SLEEP_S + (MAX_SLEEP_S - MIN_SLEEP_S) * random_share())
         return _worker_place(watched, user)
     finally:
         switch_interval.restore()

@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from traceml.clock import monotonic_ns
+from traceml.clock import own_time as time
 from traceml.database.snapshots.blocker_snapshot import blocker_of
 from traceml.database.snapshots.external_snapshots import LiveSlots
 from traceml.database.snapshots.rank_snapshot import (

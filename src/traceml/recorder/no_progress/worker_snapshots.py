@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 
+from traceml.clock import own_time as time
 from traceml.database.snapshots.blocker_snapshot import blocker_of
 from traceml.database.snapshots.rank_snapshot import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
 from traceml.inspection.kernel_state import Rate, process_info, wait_state

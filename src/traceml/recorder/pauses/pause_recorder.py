@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import time  # that of the script: torch dates the ends of its compilations by it
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import islice

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from traceml.clock import own_time as time
 
 __all__ = ["Metric"]
 

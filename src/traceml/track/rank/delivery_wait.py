@@ -6,12 +6,12 @@ import logging
 import math
 import os
 import subprocess
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.clock import own_time as time
 from traceml.coerce import path_text, seconds_to_wait
 from traceml.errors import SettingsError, TraceMLError
 from traceml.helper_programs import helper_program

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traceml.clock import own_time as time
 from traceml.coerce import path_text
 from traceml.database.file_contents import OpenFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER

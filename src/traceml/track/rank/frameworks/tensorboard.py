@@ -7,12 +7,12 @@ embeddings, graphs and curves are not.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from traceml.clock import own_time as time
 from traceml.database.schema import MetricKind
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.track.plugins.interfaces import OrchestratorInterface
