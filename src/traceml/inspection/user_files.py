@@ -82,7 +82,7 @@ def display_path(path: str) -> str:
     if "/../" in path:
         return os.path.realpath(path)
 
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", _nothing)()
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is None:
         return path
 
@@ -100,10 +100,6 @@ def working_folder() -> str:
         return str(Path.cwd())
     except OSError:
         return ""
-
-
-def _nothing() -> None:
-    """Return None, as IPython does outside of its shells."""
 
 
 def is_user_file(path: str, modules: Any = None) -> bool:

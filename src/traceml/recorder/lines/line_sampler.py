@@ -285,7 +285,8 @@ class LineSampler:
 
     def _count(self, stack: Sequence[FrameType], phase: int, at_ns: int) -> list[int] | None:
         """Count a sample; return the counts of its line where they are those of the open phase."""
-        if not stack or _is_own_work(stack[0], phase):
+        # Between two phases a hook may run: the line that it interrupted does nothing then.
+        if not stack or (phase == LINE_OTHER and is_instrumentation(stack[0].f_code.co_filename)):
             return None
 
         key = self._key(stack, phase)
@@ -346,11 +347,6 @@ class LineSampler:
     def _id(self, name: str) -> int:
         known = self._name_id(name) if name else None
         return -1 if known is None else known
-
-
-def _is_own_work(frame: FrameType, phase: int) -> bool:
-    """Return whether a hook runs, between two phases: the line that it interrupted does nothing then."""
-    return phase == LINE_OTHER and is_instrumentation(frame.f_code.co_filename)
 
 
 def _reads_gradients(code: CodeType) -> bool:
