@@ -243,6 +243,8 @@ class FrameworkInterface(ABC):
 class CollectorInterface(ABC):
     """Reads facts or values about the run: once, or every `interval` seconds.
 
+    That of a script runs on a thread which takes no signals; a program that it starts takes none either but SIGKILL.
+
     Examples:
         >>> import os
         >>> class LoadAverage(traceml.CollectorInterface):
