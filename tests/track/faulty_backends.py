@@ -165,7 +165,9 @@ class Bare(BackendInterface):
         self._write({"metric": name, "value": value, "step": step})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        if any("refused" in name for name in params):
+        if any(name.startswith("tags/") for name in params):
+            raise NotImplementedError
+        if "refused" in params:
             raise KeyError("refused")
 
         self._write({"params": dict(params)})

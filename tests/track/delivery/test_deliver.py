@@ -554,12 +554,13 @@ def test_no_file_outside_of_the_run_is_sent(run: LoggedRun, tmp_path: Path) -> N
 def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
     """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
     plain = "tests.track.faulty_backends:Bare"
-    folder = faulty(run, plain, tags={"refused": "1"})
+    folder = faulty(run, plain, tags={"team": "red"})
     run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
     run.row("params", params={"lr": 0.1})
     run.row("params", params={"refused": 1})
     run.row("artifact", name="weights", path="store.db", step=0)  # which it does not know at all
     run.row("params", params={"depth": 3})
+    run.writer.event("verdict", {"verdict": {"kind": "INPUT_BOUND", "summary": "It waits."}, "step": 0})
     run.end()
 
     assert deliver(run.path, plain).returncode == 0
@@ -568,7 +569,7 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
     assert values(lines, "b") == [(0, 1.0)]
     assert [line["params"] for line in lines if "params" in line] == [{"lr": 0.1}, {"depth": 3}]
     state = state_of(run.path, plain)
-    assert (state.failed, state.delivered, sum(state.reasons.values())) == (4, 303, 4)
+    assert (state.failed, state.delivered, sum(state.reasons.values())) == (6, 303, 6)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.record_reader import LoggedRecord, MetricRows, RecordBatch
-from traceml.track.delivery.refusals import count_refused
+from traceml.track.delivery.refusals import count_refused, refusal_counted
 from traceml.track.delivery.verdict_sender import VerdictSender
-from traceml.track.plugins.failure_kinds import FailureKind, classify
+from traceml.track.plugins.failure_kinds import classify
 from traceml.track.plugins.metric import Metric
 from traceml.track.tracker_state import ResumeState
 from traceml.trusted_files import is_file_inside
@@ -250,17 +250,11 @@ class BatchSender:
             count_refused(self._state, why)
             return
 
-        try:
+        with refusal_counted(self._state, "a row"):  # only this one: nothing else of its batch is sent again
             for size in call(experiment, row, logged.stream.rank):
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
                 self._audit.record(kind, names, 1, size)
-        except Exception as error:
-            # A backend of a third party may not support artifacts; that must not stop its values.
-            if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
-                raise
 
-            self._refused(error)  # only this row: nothing else of its batch is sent again
-        else:
             self._state.delivered += 1
 
     def _passes(self, row: dict[str, Any], kind: str, rank: int) -> bool:
@@ -328,9 +322,10 @@ class BatchSender:
         for row in {row.get("name"): row for row in collected if row.get("experiment") != experiment.number}.values():
             short, _ = self._facts_of(experiment, row, 0)
             if short:
-                self._session.facts(experiment, short)
-                self._audit.record("collected", short, 1)
-                self._state.derived += 1
+                with refusal_counted(self._state, "facts"):
+                    self._session.facts(experiment, short)
+                    self._audit.record("collected", short, 1)
+                    self._state.derived += 1
 
     def _facts_of(
         self, experiment: PlannedExperiment, row: dict[str, Any], rank: int

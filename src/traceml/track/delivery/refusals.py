@@ -7,16 +7,20 @@ found before. A tracker that refuses everything is broken: the rows that it refu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 
 from traceml.track.delivery.record_reader import RecordBatch, position
+from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.tracker_state import ResumeState, SuspectState, TrackerState
 
-__all__ = ["RefusalOutcome", "RefusalSearch", "count_refused"]
+__all__ = ["RefusalOutcome", "RefusalSearch", "count_refused", "refusal_counted"]
 
 _MAX_CONSECUTIVE = 50
 _REASONS = 20
+_log = logging.getLogger("traceml")
 
 
 class RefusalOutcome(Enum):
@@ -109,6 +113,20 @@ class RefusalSearch:
         search["in_a_row"] = 0
         if not search["found"]:
             del state.resume["suspect"]
+
+
+@contextmanager
+def refusal_counted(state: TrackerState, what: str) -> Iterator[None]:
+    """Count what the block sends where the tracker refuses it, or has no such thing: it costs nothing else."""
+    try:
+        yield
+    except Exception as error:
+        failure = classify(error)  # a backend of a third party may not support artifacts
+        if failure.kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
+            raise
+
+        _log.warning("%s refuses %s: %s", state.backend, what, failure.text)
+        count_refused(state, failure.text)
 
 
 def count_refused(state: TrackerState, why: str) -> None:

@@ -18,9 +18,9 @@ from traceml.privacy import Masker
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.delivery_plan import PlannedExperiment
-from traceml.track.delivery.refusals import count_refused
+from traceml.track.delivery.refusals import refusal_counted
 from traceml.track.filters import DeliveryFilter, backend_options
-from traceml.track.plugins.failure_kinds import FailureKind, StartError, classify
+from traceml.track.plugins.failure_kinds import StartError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
@@ -129,16 +129,8 @@ class TrackerSession:
         if not tags or self.state_of(experiment)["is_tagged"]:
             return
 
-        try:
+        with refusal_counted(self._state, f"the tags of {experiment.name!r}"):
             self.tags(experiment, tags)
-        except Exception as error:
-            failure = classify(error)
-            if failure.kind is not FailureKind.REFUSED:
-                raise
-
-            _log.warning("%s refuses the tags of %r: %s", self.backend, experiment.name, failure.text)
-            count_refused(self._state, failure.text)
-        else:
             self._audit.record("tags", tags, 1)
 
     def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:

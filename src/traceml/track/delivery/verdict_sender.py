@@ -12,6 +12,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.run_folder import REPORT_NAME
 from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
+from traceml.track.delivery.refusals import refusal_counted
 from traceml.trusted_files import read_regular
 
 __all__ = ["VerdictSender", "has_report"]
@@ -35,11 +36,12 @@ class VerdictSender:
             return
 
         self._state.resume["verdict"] = signature
-        self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
         text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
-        self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
-        self._audit.record("tags", ["traceml/verdict"], 1)
-        self._state.derived += 1
+        with refusal_counted(self._state, "a verdict"):
+            self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
+            self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
+            self._audit.record("tags", ["traceml/verdict"], 1)
+            self._state.derived += 1
 
     def send(self, main: PlannedExperiment) -> None:
         """Send the verdict of the whole run from the report, else the last live one."""
@@ -53,11 +55,12 @@ class VerdictSender:
 
         if verdict.get("kind") and not _has_no_step(verdict):
             facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
-            self._session.tags(main, {"traceml/verdict": verdict["kind"]})
-            if facts:
-                self._session.facts(main, facts)
+            with refusal_counted(self._state, "the verdict"):
+                self._session.tags(main, {"traceml/verdict": verdict["kind"]})
+                if facts:
+                    self._session.facts(main, facts)
 
-            self._audit.record("tags", ["traceml/verdict", *facts], 1)
+                self._audit.record("tags", ["traceml/verdict", *facts], 1)
 
 
 def has_report(run_dir: Path, since_s: float) -> bool:
