@@ -137,7 +137,8 @@ def _of_dead(folders: Iterable[Path], run_dir: Path, read: Callable[[FlightSnaps
             with opened_trusted(path) as descriptor:
                 if own_mapping(path) is None and not is_locked(descriptor):
                     snapshot = _header(path, descriptor, run_dir.parent)
-                    if _is_of(snapshot, run_dir):
+                    known = snapshot.identity.get("run_dir")
+                    if known and Path(str(known)).resolve() == run_dir.resolve():
                         yield read(snapshot)
         except (OSError, StoreError) as error:
             _log.debug("flight file %s is not read: %s", path, error)
@@ -156,11 +157,6 @@ def silent_elsewhere(runs_dir: Path) -> list[FlightSnapshot]:
             _log.debug("flight file %s is not looked at: %s", path, error)
 
     return found
-
-
-def _is_of(snapshot: FlightSnapshot, run_dir: Path) -> bool:
-    known = snapshot.identity.get("run_dir")
-    return bool(known) and Path(str(known)).resolve() == run_dir.resolve()
 
 
 def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:

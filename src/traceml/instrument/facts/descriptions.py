@@ -177,7 +177,7 @@ def model_facts(module: Any) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "bound_cores": _bound_cores(),
         "compiled": any(_is_compiled(each) for each in module.modules()),
-        "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
+        "parallel": wrapped or next(("dtensor" for each in parameters if type(each.data).__name__ == "DTensor"), None),
         **_gradient_group(module),
     }
 
@@ -218,10 +218,6 @@ def _dense_embeddings(module: Any) -> int:
             tables[id(weight)] = weight.numel()
 
     return sum(count for weight, count in tables.items() if users[weight] == 1)
-
-
-def _is_distributed(parameter: Any) -> bool:
-    return type(getattr(parameter, "data", parameter)).__name__ == "DTensor"
 
 
 def _gradient_group(module: Any) -> dict[str, Any]:
