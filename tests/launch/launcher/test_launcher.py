@@ -54,6 +54,23 @@ def test_what_each_worker_returned_is_found_by_rank_and_host() -> None:
         assert env["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_a_daemon_launches_with_closed_standard_streams(tmp_path: Path) -> None:
+    """A pipe or socket to the agent could have their numbers, and the agent ended."""
+    done = script(
+        tmp_path,
+        """
+        import os, traceml
+        os.closerange(0, 3)
+        result = traceml.launch(pow, (2, 3), hostnames=["localhost"], workers_per_host=1, backend=None)
+        assert result.rank(0) == 8
+        assert [os.path.realpath(f"/proc/self/fd/{number}") for number in range(3)] == 3 * [os.devnull]
+        """,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+    )
+
+    assert done.returncode == 0
+
+
 def test_a_result_that_is_not_there_is_reported() -> None:
     """Ranks and hosts that the launch did not have are IndexErrors and KeyErrors that say what it had."""
     result = traceml.LaunchResult({"a": [1, 2], "b": [3]})

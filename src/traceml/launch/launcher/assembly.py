@@ -26,6 +26,7 @@ from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, m
 from traceml.launch.shared import payload
 from traceml.launch.shared.payload import SerializedValue
 from traceml.recorder.current_recorder import is_enabled
+from traceml.trusted_files import fill_standard_descriptors
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -35,6 +36,7 @@ __all__ = ["run_function", "run_script", "users_path"]
 
 def run_function(options: LaunchOptions, call: FunctionCall) -> LaunchResult[Any]:
     """Run a function on every worker; see `traceml.launch`."""
+    fill_standard_descriptors()
     _refuse_in_spawned()
     _pickle_main_by_value()
     log_handlers = check_handlers(call.log_handlers)
