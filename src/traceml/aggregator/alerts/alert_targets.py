@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class CommandAlert(msgspec.Struct, frozen=True):
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # its process group can be killed, and a terminal's Ctrl-C does not end it
-            env=_environ(os.environ),
+            env={name: value for name, value in os.environ.items() if name.upper() not in _OWN_SECRETS},
         )
         is_done = False
         try:
@@ -138,10 +138,6 @@ async def _converse(process: asyncio.subprocess.Process, document: bytes) -> byt
 
     _, output = await asyncio.gather(write(), read())
     return output
-
-
-def _environ(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name.upper() not in _OWN_SECRETS}
 
 
 class WebhookAlert(msgspec.Struct, frozen=True):
