@@ -18,7 +18,7 @@ from traceml.integrations.lightning import TraceMLCallback, TraceMLLogger
 from traceml.recorder.current_recorder import is_enabled
 
 package: Any = import_module(sys.argv[2])
-LOSS_S = 0.005
+LOSS_S, SAVE_S = 0.005, 0.2
 
 
 class Data(torch.utils.data.Dataset[Any]):
@@ -161,7 +161,33 @@ def by_init() -> dict[str, Any]:
     traceml.init(local=True, run_name="by-init")
     trainer = fit(SlowLoss(), traced=False, max_epochs=3, ckpt_path="resumed.ckpt")
     traceml.shutdown()
+    by_fabric()
     return {"steps": trainer.global_step}
+
+
+def by_fabric() -> None:
+    """Save once, in the user's own loop."""
+    name = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}[package.__name__]
+
+    class Slow(import_module(f"{name}.plugins.io.torch_io").TorchCheckpointIO):  # type: ignore[misc]
+        """Writes for a while after `torch.save`."""
+
+        def save_checkpoint(self, *args: Any, **more: Any) -> None:
+            super().save_checkpoint(*args, **more)
+            time.sleep(SAVE_S)
+
+    traceml.init(local=True, run_name="by-fabric")
+    fabric = import_module(name).Fabric(accelerator="cpu", devices=1, plugins=[Slow()])
+    net = torch.nn.Linear(8, 1)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    for step in range(4):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(4, 8)).mean())
+        optimizer.step()
+        if step == 1:
+            fabric.save("fabric.ckpt", {"model": model})
+
+    traceml.shutdown()
 
 
 def names() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.integrations.conftest import Job
 
-LOSS_S = 0.005
+LOSS_S, SAVE_S = 0.005, 0.2
 
 
 def test_trainings_of_one_process(job: Job) -> None:
@@ -63,13 +63,18 @@ def test_a_verdict_is_shown(job: Job) -> None:
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_a_resumed_training_without_a_callback(job: Job, package: str) -> None:
-    """A script that traces itself has Lightning's own step numbers, and `training_step` is the forward."""
+    """A script that traces itself has Lightning's own step numbers, and `training_step` is the forward.
+
+    Fabric writes a checkpoint after `torch.save`, which makes it in memory.
+    """
     ended = job("lightning_job.py", "by_init", package)
 
-    steps = ended.run.steps()
+    resumed, saved = ended.runs
+    steps = resumed.steps()
     assert ended.said == {"steps": 33}
     assert steps["step"].tolist() == list(range(22, 33))
     assert (steps["forward_ns"] >= LOSS_S * 1e9).all()
+    assert (saved.steps()["checkpoint_ns"] >= SAVE_S * 1e9).tolist() == [False, False, True, False]  # without a loader
 
 
 def test_ranks_that_lightning_starts(job: Job) -> None:

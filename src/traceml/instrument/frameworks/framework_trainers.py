@@ -39,8 +39,8 @@ def _lightning_strategy(package: str) -> Callable[[FrameworkCalls], None]:
     return install
 
 
-def _lightning_trainer(package: str) -> Callable[[FrameworkCalls], None]:
-    return lambda hooks: hooks.time_saving(sys.modules[f"{package}.trainer.trainer"].Trainer, "save_checkpoint")
+def _saving(module: str, owner: str, name: str) -> Callable[[FrameworkCalls], None]:
+    return lambda hooks: hooks.time_saving(getattr(sys.modules[module], owner), name)
 
 
 def _keras(hooks: FrameworkCalls) -> None:
@@ -51,7 +51,16 @@ TRAINERS: dict[str, Callable[[FrameworkCalls], None]] = {
     "transformers.trainer": _hugging_face,
     "keras.src.optimizers.base_optimizer": _keras,
     **{f"{name}.strategies.strategy": _lightning_strategy(name) for name in ("lightning.pytorch", "pytorch_lightning")},
-    **{f"{name}.trainer.trainer": _lightning_trainer(name) for name in ("lightning.pytorch", "pytorch_lightning")},
+    **{
+        module: _saving(module, owner, name)
+        for module, owner, name in (
+            ("lightning.pytorch.trainer.trainer", "Trainer", "save_checkpoint"),
+            ("pytorch_lightning.trainer.trainer", "Trainer", "save_checkpoint"),
+            ("lightning.fabric.fabric", "Fabric", "save"),
+            ("lightning_fabric.fabric", "Fabric", "save"),
+            ("accelerate.accelerator", "Accelerator", "save_state"),
+        )
+    },
 }
 """Module of a framework -> function that times its calls, once the script has imported it."""
 
