@@ -168,7 +168,7 @@ def test_most_is_said_of_half_of_the_computation(own: dict[str, float], says: st
     assert found.headline == f"The model's own compute limits this run, {headline}"
 
 
-@pytest.mark.parametrize(("backward_ms", "is_told"), [(0.8, True), (4.0, False)])
+@pytest.mark.parametrize(("backward_ms", "is_told"), [(0.8, True), (4.5, True), (7.0, False)])
 def test_a_forward_that_is_hardly_trained_is_told(backward_ms: float, is_told: bool) -> None:
     """The forward of a teacher, or of a frozen part, has no backward."""
     own = {"forward": 16.0, "backward": backward_ms, "optimizer": 0.6}

@@ -54,7 +54,7 @@ _OPTIMIZER_SHARE = 0.4
 _WAITING = "waiting for other ranks"
 _MOSTLY_TABLES = 0.5
 _MOSTLY_FORWARD = 0.5
-_UNTRAINED_RATIO = 6.0
+_UNTRAINED_RATIO = 3.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
 _UNEVEN_SHARE = 0.25
