@@ -221,6 +221,20 @@ def test_no_line_is_named_where_most_of_the_phase_is_in_usual_steps():
     assert "mostly in the forward pass" in found.summary or "mostly in forward" in found.summary
 
 
+@pytest.mark.parametrize(("collects", "forward_ms"), [(True, 300), (True, 20), (False, 300)])
+def test_rare_long_steps_that_call_the_model_may_be_rollouts(collects: bool, forward_ms: float) -> None:
+    """Self-play between the iterations of a short run: too few long steps for a distance."""
+
+    def play(own, random):
+        own["forward"][:, [90, 190, 290]] += forward_ms
+        own["other"][:, [90, 190, 290]] += 400
+
+    found = diagnose(window_of(ALONE, play), JobFacts(collects=collects))
+    long = next(each for each in found if each.kind is Kind.JITTER)
+
+    assert long.next.startswith("Make rollouts cheaper. ") is (collects and forward_ms > 100)
+
+
 def test_two_steps_with_nearly_all_of_it_are_told_alone():
     """One rank pauses between two steps, the other waits in the next one: the mean over ranks has half in each."""
 

@@ -18,7 +18,7 @@ from traceml.diagnosis.steps.speedup import RARE, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["excess_over_usual", "jitter", "late_in_turns", "significant_excess", "usual"]
+__all__ = ["JOINT_SHARE", "excess_over_usual", "jitter", "late_in_turns", "significant_excess", "usual"]
 
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
@@ -50,6 +50,8 @@ CAUSE_SHARE = 0.5
 """What a rank does in a step explains that the next one is long, if it takes this share of what that takes more."""
 ONE_RANK_SHARE = 0.9
 """Long steps are of one rank if it has this share of them."""
+JOINT_SHARE = 0.2
+"""A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 CODE_SHARE = 0.8
 """A step is also long by its code outside the phases, if that is unusually long and has this share of the excess."""
 _ONE_RANK_EVENTS = 6
@@ -236,6 +238,9 @@ def _jitter(
     rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     action = advice.for_jitter(phase, rank, line)
+    if facts.collects and phase in (None, "other", "forward") and sums.get("forward", 0.0) > JOINT_SHARE * sums[part]:
+        action = advice.for_rollouts(phase or part, line, facts)
+
     if is_most and part == _UNKNOWN and line is None:
         where, action, rank = ", mostly in backward or communication", advice.FOR_UNMEASURED_JITTER, None
 

@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others, own_
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess, usual
+from traceml.diagnosis.rules.jitter import JOINT_SHARE, excess_over_usual, significant_excess, usual
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, LINE_SHARE, UNNAMED, OwnWork, have_half
@@ -40,8 +40,6 @@ MAX_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
 HIDDEN_FACTOR, HIDDEN_QUANTILE = 2.0, 0.95
 """A step at that distance from them is one of them from so many times the usual on, and above so many other steps."""
-JOINT_SHARE = 0.2
-"""A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
 MOSTLY_SHARE = 0.8
