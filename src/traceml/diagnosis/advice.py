@@ -21,6 +21,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     calls_code,
     computes_loss,
     is_of_loop,
+    is_of_model,
     is_of_ranks_alone,
     main_library,
     runs_forward,
@@ -388,7 +389,7 @@ def _role_in_step(part: str, line: BlamedLine, facts: JobFacts, *, makes_graph: 
         makes_graph: whether backward follows operations outside of the model.
     """
     if makes_graph or _LOSS in line.function.lower() or computes_loss(facts.lines, part, line):
-        return "computes the loss"
+        return _COMPUTES_LOSS
 
     if is_of_loop(facts.lines, line):
         return ""
@@ -396,11 +397,15 @@ def _role_in_step(part: str, line: BlamedLine, facts: JobFacts, *, makes_graph: 
     if (line.file, line.function) in facts.own_updates:
         return _CHANGES
 
+    if is_of_model(facts.lines, line):
+        return _COMPUTES_LOSS
+
     # What mostly calls a tokenizer, and the model with its result, makes batches.
     may_compute = not calls_code(facts.lines, part, line, WITHOUT_MODELS)
     return "is a part of the model" * (may_compute and runs_forward(facts.lines, part, line))
 
 
+_COMPUTES_LOSS = "computes the loss"
 _CHANGES = "changes gradients or weights"
 _LOSS = "loss"
 _COPIES = 0.5  # of the time in which a line receives: its messages are large

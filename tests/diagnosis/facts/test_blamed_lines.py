@@ -164,6 +164,23 @@ def test_an_iterator_that_calls_the_model_is_not_moved_to_workers(forward, numbe
     assert ("num_workers" in finding.next) is not runs_model
 
 
+def test_a_loop_of_one_line_that_waits_for_a_queue_is_not_told_to_use_processes() -> None:
+    """Its actors are processes already; the line, in which all else runs too, is not named."""
+    receives = "/lib/python3.11/multiprocessing/connection.py:390 Connection._recv"
+    libraries = {
+        "input_wait": receives,
+        "backward": "/torch/autograd/graph.py:9 f",
+        "optimizer": "/torch/optim/adam.py:9 f",
+    }
+    lines = [
+        SampledLine(0, part, "/home/me/train.py", 7, "<module>", library, 43) for part, library in libraries.items()
+    ]
+    finding = found(Kind.INPUT_BOUND, *lines, job=UNFED)
+
+    assert finding.next.startswith("The threads or processes that make the batches do not keep up: ")
+    assert "train.py" not in finding.summary
+
+
 def test_what_the_thread_that_fills_a_queue_does_is_named():
     """The line that waits says nothing about why."""
     library = "/lib/python3.11/threading.py:295 Condition.wait"
@@ -203,6 +220,15 @@ def test_a_function_that_calls_a_loss_is_not_told_to_leave_the_training_loop(sam
 
     assert finding.next.startswith("Make train.py:7 nce cheaper. If it computes the loss, use fewer") is may_be_loss
     assert ("out of the training loop" in finding.next) is not may_be_loss
+
+
+@pytest.mark.parametrize(("forward", "is_of_model"), [("Bayes.forward", True), ("Net.forward", False), ("main", False)])
+def test_a_method_of_a_layer_is_not_told_to_leave_the_training_loop(forward: str, is_of_model: bool) -> None:
+    """The divergence that a layer adds to the loss: its class is a model's, as its `forward` runs."""
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", "Bayes.kl", 43), line("forward", forward, 57))
+
+    assert ("If it computes the loss, use fewer operations" in finding.next) is is_of_model
+    assert ("out of the training loop" in finding.next) is not is_of_model
 
 
 @pytest.mark.parametrize(

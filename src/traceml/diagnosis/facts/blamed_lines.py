@@ -55,6 +55,7 @@ __all__ = [
     "computes_loss",
     "importing_line",
     "is_of_loop",
+    "is_of_model",
     "is_of_ranks_alone",
     "is_waiting",
     "leading_lines",
@@ -325,6 +326,12 @@ def runs_forward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> b
         for of in (part, "forward")
     )
     return calls >= _CALLS_MODEL * (calls + here)
+
+
+def is_of_model(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
+    """Return whether a function is another method of a class whose `forward` is run, as the divergence of a layer."""
+    forward = f"{line.function.rpartition('.')[0]}.forward"
+    return any((each.part, each.file, each.function) == ("forward", line.file, forward) for each in lines)
 
 
 def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

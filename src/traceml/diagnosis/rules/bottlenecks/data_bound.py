@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from traceml.database.schema import Phase
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import main_library, own_line, runs_forward, workers_line
+from traceml.diagnosis.facts.blamed_lines import blamed_line, main_library, own_line, runs_forward, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding, known_facts
@@ -116,7 +116,8 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
     phase_share = share * float(work.parts["other"].mean()) / step_ns
     lines = _as_code(facts.lines)
     line = own_line(lines, "other", phase_share, cost.ranks)
-    called = main_library(lines, "other", line) if line else None
+    seen = line or blamed_line(lines, "other", phase_share, cost.ranks)  # also in a loop of one line, which is not told
+    called = main_library(lines, "other", seen) if seen else None
     is_model = line is not None and runs_forward(lines, "other", line)
     advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called, runs_model=is_model)
     where = (line.of_it if line else "") + _without_all(cost, advised)
