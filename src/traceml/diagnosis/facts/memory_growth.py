@@ -75,6 +75,7 @@ class GrowthEstimate(msgspec.Struct, frozen=True, kw_only=True):
     steady: bool  # whether it also grew all the time; else it may be noise, or copies that come and go
     in_stairs: bool = False  # whether it did not rise from each part of the run to the next one
     samples: int = 0  # number of samples that it was seen in
+    swing_bytes: float = 0.0  # the mean difference from one of them to the next
 
 
 class MemoryCurve:
@@ -210,6 +211,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         steady=bool(is_grown and is_even),
         in_stairs=in_stairs,
         samples=len(points),
+        swing_bytes=float(np.abs(np.diff(points[:, 2])).mean()),
     )
 
 

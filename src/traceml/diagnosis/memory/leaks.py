@@ -27,7 +27,9 @@ MORE_THAN_ONE_PASS = 1.2
 """A data set that was read this many times has filled its caches."""
 _MOST = 0.5
 _UNEXPLAINED_SAMPLES = 16
-"""Samples in which resident memory must have grown where no container explains it."""
+"""Samples in which resident memory must have grown where no container explains it,"""
+_UNEXPLAINED_SWINGS = 3.0
+"""and by this many times what it differs from one sample to the next: large arrays that come and go rise by chance."""
 _LARGER, _LARGER_IN_ALL = 1.02, 1.2
 """Batches grow if each quarter of the steps has so much larger ones than that before, and the last than the first."""
 
@@ -133,7 +135,10 @@ def _finding(
     if cause is None:
         # The history of an optimizer ends when it is full, and an allocator may just have taken some blocks more.
         is_history = growth.grown_bytes <= facts.history_bytes and (is_resident or kind is MemoryKind.DEVICE)
-        if is_history or (is_resident and growth.samples < _UNEXPLAINED_SAMPLES):
+        is_sure = (
+            growth.samples >= _UNEXPLAINED_SAMPLES and growth.grown_bytes >= _UNEXPLAINED_SWINGS * growth.swing_bytes
+        )
+        if is_history or (is_resident and not is_sure):
             return None
 
     follows = growth.now_bytes <= of_batches**2 * (growth.now_bytes - growth.grown_bytes)
