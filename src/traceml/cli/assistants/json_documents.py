@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any, Literal
 
 import msgspec
@@ -179,6 +180,10 @@ def document_schema(name: str) -> dict[str, Any]:
     """Return the JSON Schema of a document; a newer version may add keys, so unknown ones are allowed."""
     document, printed_by = DOCUMENTS[name]
     made = msgspec.json.schema(document, schema_hook=lambda _: {"type": "string"})  # of a path
+    for definition in made["$defs"].values():
+        if "description" in definition:  # from Python 3.13 on docstrings have no indentation
+            definition["description"] = cleandoc(definition["description"])
+
     return {
         "$schema": _DRAFT,
         "$id": f"{_PLACE}/{name}-1.json",
