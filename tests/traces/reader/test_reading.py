@@ -199,7 +199,7 @@ DAMAGED: dict[str, tuple[bytes, Iterable[int], str]] = {
     "binary garbage": (_between(b'\0\xff\xfe"{{[[\n' * 9), (), "not an event"),
     "an object that is no event": (_between(b'{"a":1}\n'), (), "without a phase code"),
     "an endless number": (_between(b'{"ph":"X","ts":' + b"1" * 9999 + b"}\n"), (), "a number too long"),
-    "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), (), "too deeply"),
+    "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 200_000 + b"\n"), (), "too deeply"),
     "a wrong checksum": (bytes(BAD_SUM), (), "wrong checksum"),
     "an object that is not closed": (json.dumps({"traceEvents": PLAIN})[:-1].encode(), (), "not closed"),
     "two objects, joined": (
