@@ -106,13 +106,14 @@ class Masker:
             inner = {each: self.mask_value(str(each), item) for each, item in value.items()}
             return {each: self._hidden("secret", item) for each, item in inner.items()} if kind == "strong" else inner
         if isinstance(value, list | tuple | set | frozenset):
-            return self._sequence(name, value)
+            is_plain = kind not in _OF_NUMBERS and {*map(type, value)} <= {float, int}  # a matrix has a million of them
+            return list(value) if is_plain else self._sequence(name, value)
         if kind == "strong" and _is_worth_masking(value):
             return self._hidden("secret", value)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str):
-            return self._hidden(kind, value) if kind in {"phone", "card"} and type(value) is int else value
+            return self._hidden(kind, value) if kind in _OF_NUMBERS and type(value) is int else value
         if kind in {"likely", "weak"} and looks_random(value, kind) and not is_placeholder(value):
             return self._hidden("secret", value)
         if kind in KINDS and kind not in self._off and not is_placeholder(value) and _fits(kind, value):
@@ -192,10 +193,8 @@ class Masker:
             return {name: self._hidden(kind, item) for name, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self._hidden(kind, item) for item in value]
-        if not _is_worth_masking(value):
-            return value
 
-        return self._mask(kind)
+        return self._mask(kind) if _is_worth_masking(value) else value
 
     def _sequence(self, name: str, values: Iterable[Any]) -> list[Any]:
         """Mask the members; one after an option such as `--api-key` by the name of the option."""
@@ -290,6 +289,7 @@ class Masker:
         return text
 
 
+_OF_NUMBERS = {"strong", "phone", "card"}
 _ALLOWED = "shell patterns, re:EXPRESSION, !NAME, !email, !phone, !card, !user"
 
 
