@@ -87,7 +87,7 @@ def jobs_in(folder: Path, timeout_s: float = 240) -> Iterator[Job]:
         process = forked.Popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(folder, TRACEML_QUIET="", **own), cwd=folder, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, imports=imports, forks=ranks > 1,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, imports=imports, forks=True,
         )  # fmt: skip
         started.append(process)
         stdout, stderr = process.communicate(timeout=timeout_s)
