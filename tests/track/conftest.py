@@ -16,6 +16,7 @@ from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.ports import free_port
 from tests.recorder.conftest import environ
+from tests.track.jobs import UNCOLLECTED
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.record_reader import RecordReader
@@ -65,14 +66,17 @@ def runs_in(folder: Path) -> list[Path]:
 def ended_run(folder: Path) -> Stored:
     """Wait for the one run in a folder to be over; return what it holds."""
 
-    def over() -> Stored | None:
+    def over() -> bool:
         runs = runs_in(folder)
-        stored = Stored(runs[0]) if runs else None
-        return stored if stored is not None and stored.ended else None
+        if not runs:
+            return False
 
-    stored: Stored = eventually(over)
-    assert len(runs_in(folder)) == 1
-    return stored
+        with StoreReader(runs[0] / STORE_NAME) as reader:
+            return reader.meta().get("run", {}).get("ended") is not None
+
+    eventually(over)
+    (run,) = runs_in(folder)
+    return Stored(run)
 
 
 @pytest.fixture
@@ -84,9 +88,9 @@ def script(tmp_path: Path) -> Iterator[Script]:
     def start(code: str, *arguments: object, serving: Serving | None = None, **values: str) -> subprocess.Popen[str]:
         path = tmp_path / f"script{len(started)}.py"
         path.write_text(textwrap.dedent(code))
-        own = {"TRACEML_PORT": str(port)}
+        own = {"TRACEML_PORT": str(port), **UNCOLLECTED}
         if serving is not None:
-            own = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
+            own |= {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
 
         process = forked.Popen(
             [sys.executable, str(path), *map(str, arguments)],

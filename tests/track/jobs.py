@@ -21,7 +21,10 @@ from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.track.tracker_state import TrackerState
 
-__all__ = ["LOGGING", "Job", "Proxy", "children_of", "finish"]
+__all__ = ["LOGGING", "UNCOLLECTED", "Job", "Proxy", "children_of", "finish"]
+
+# No collectors: a process of its own imports, lists all packages and asks git, for longer than a script takes.
+UNCOLLECTED = {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
 
 # Logs until the file `enough` is there; `count` holds how many values it has logged, written after each.
 LOGGING = """
@@ -61,10 +64,9 @@ class Job:
     ) -> None:
         self.folder = folder
         (folder / "script.py").write_text(textwrap.dedent(code))
-        own = {"TRACEML_MAX_RETRIES": "2", "TRACEML_MAX_BACKOFF": "0.5", "TRACEML_COLLECTORS": ""}
+        own = {"TRACEML_MAX_RETRIES": "2", "TRACEML_MAX_BACKOFF": "0.5", "TRACEML_COLLECTORS": "", **UNCOLLECTED}
         own |= {"TRACEML_DELIVERY_NICE": "0"}  # other tests may use every core
         own |= {"TRACEML_QUIET": ""}  # its card tells what was delivered
-        own |= {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
         self.environ = environ(folder, **(own | settings))
         trackers = {*backends} & forked.TRACKERS
         self.process = forked.Popen(

@@ -21,7 +21,8 @@ from traceml.track import wandb_sweep
 def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path) -> None:
     """Module-level calls too; an inner one names its parent; ends are told with how they ended."""
     finish(
-        script("""
+        script(
+            """
         import traceml
         with traceml.Experiment("outer", project="p", backend="jsonl, tensorboard", tags=["a"],
                                 config={"lr": 1}) as outer:
@@ -47,7 +48,9 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
         traceml.log_metric("alone", 1)
         with traceml.Experiment("outer", backend="jsonl") as again:
             assert again.id != outer.id
-        """)
+        """,
+            TRACEML_TRACK_ENV="1",
+        )
     )
 
     stored = ended_run(tmp_path / "traceml_runs")
@@ -268,6 +271,8 @@ def test_the_settings_trackers_get_everything_without_any_init(script: Script, t
                     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         """,
             TRACEML_BACKEND="jsonl",
+            TRACEML_TRACK_ENV="1",
+            TRACEML_TRACK_SYSTEM="1",
         )
     )
 

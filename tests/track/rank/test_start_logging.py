@@ -79,7 +79,8 @@ def test_config_holds_settings(script: Script, tmp_path: Path) -> None:
         traceml.start_logging("captured", config={"backends": ["jsonl"], "experiment_name": "other"})
         writer.add_scalar("seen", 2.0, 2)
         writer.close()
-        """
+        """,
+            TRACEML_TRACK_GIT="1",
         )
     )
 

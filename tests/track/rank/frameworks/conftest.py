@@ -16,6 +16,8 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
+from tests.track.jobs import UNCOLLECTED
+from traceml.aggregator.streams.stream import StreamState
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.record_reader import RecordReader
@@ -47,9 +49,15 @@ class Captured:
         return [(row.name, row.step, row.value) for row in self.metrics if kind is None or row.kind == kind]
 
     def has_ended(self) -> bool:
-        """Whether its run is over: an aggregator that was slow stores what the script has left in memory before."""
+        """Whether its run is over: an aggregator that was slow stores what the script has left in memory before.
+
+        Of a run that waits a minute for ranks that never come, those that have come.
+        """
         with StoreReader(self.run_dir / STORE_NAME) as reader:
-            return reader.meta()["run"]["ended"] is not None
+            run, streams = reader.meta()["run"], reader.streams()
+
+        have_ended = bool(streams) and all(stream.state != StreamState.RUNNING for stream in streams)
+        return run["ended"] is not None or (have_ended and len(streams) < run["world_size"])
 
     def read(self) -> None:
         with StoreReader(self.run_dir / STORE_NAME) as reader:
@@ -81,7 +89,12 @@ def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
         job = "".join(each if each.isalnum() else "-" for each in request.node.name).strip("-")
-        own = {"TRACEML_PORT": str(aggregator.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUN_ID": job} | values
+        own = {
+            "TRACEML_PORT": str(aggregator.port),
+            "TRACEML_TOKEN": TOKEN,
+            "TRACEML_RUN_ID": job,
+            **UNCOLLECTED,
+        } | values
         done = forked.run(
             [sys.executable, "-W", "ignore", str(script), *arguments],
             imports=imports or ("lightning" if "lightning" in code else "torch"),
