@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from tests.track.fabricated import LoggedRun
+from tests.track.jobs import UNCOLLECTED, finish
 from tests.track.readers import jsonl
 from traceml import cli
 from traceml.cli import sync
@@ -101,30 +105,44 @@ def test_what_runs_owe_is_delivered_once(runs_dir, capsys):
     assert values(second.path) == THREE
 
 
-def test_a_tracker_that_has_everything_is_named_with_its_place(runs_dir, capsys):
+def synced(folder: Path, *words: str, **settings: str) -> tuple[int, str, str]:
+    """Run `traceml sync` in a process that has imported MLflow; return its status and what it printed."""
+    done = finish(folder, "sync", *words, TRACEML_DELIVERY_NICE="0", **settings)
+    return done.returncode, done.stdout, done.stderr
+
+
+def losses_in(path: Path) -> list[float]:
+    with closing(sqlite3.connect(path)) as database:
+        return [value for (value,) in database.execute("SELECT value FROM metrics WHERE key = 'loss' ORDER BY step")]
+
+
+def test_a_tracker_that_has_everything_is_named_with_its_place(runs_dir, tmp_path, empty_mlflow):
     """Who names it may mean another place, by the present settings: nothing goes there, and the way is said."""
     run = logged(runs_dir, "a", "mlflow")
-    places = [f"sqlite:///{runs_dir.parent}/{name}.db" for name in "ab"]
+    places = [shutil.copy(empty_mlflow, tmp_path / f"{name}.db") for name in "ab"]
+    ended = []
     for place in places:
-        Path("traceml.toml").write_text(f'[backends.mlflow]\ntracking_uri = "{place}"\n')
-        assert cli.main(["sync", "a", "--backend", "mlflow"]) == 0
+        Path("traceml.toml").write_text(f'[backends.mlflow]\ntracking_uri = "sqlite:///{place}"\n')
+        ended.append(synced(tmp_path, "a", "--backend", "mlflow"))
 
-    out, err = capsys.readouterr()
-    assert out.splitlines() == ["a: mlflow 3 delivered", "Nothing to deliver"]
     state = run.path / "trackers" / "mlflow.state.json"
-    assert err == (
-        f"traceml sync: mlflow has all of a already, at {places[0]}. "
-        f"To deliver it to another place too, remove {state} before\n"
+    assert ended[0] == (0, "a: mlflow 3 delivered\n", "")
+    assert ended[1] == (
+        0,
+        "Nothing to deliver\n",
+        (
+            f"traceml sync: mlflow has all of a already, at sqlite:///{places[0]}. "
+            f"To deliver it to another place too, remove {state} before\n"
+        ),
     )
+    assert losses_in(places[1]) == []
 
     state.unlink()
-    assert cli.main(["sync", "a", "--backend", "mlflow"]) == 0
-    assert capsys.readouterr() == ("a: mlflow 3 delivered\n", "")
-    assert (runs_dir.parent / "b.db").exists()
+    assert synced(tmp_path, "a", "--backend", "mlflow") == (0, "a: mlflow 3 delivered\n", "")
+    assert losses_in(places[1]) == [1.0, 2.0, 3.0]
 
-    assert cli.main(["sync", "--backend", "mlflow"]) == 0
-    assert cli.main(["sync", "a"]) == 0
-    assert capsys.readouterr() == ("Nothing to deliver\n" * 2, "")
+    for words in (["--backend", "mlflow"], ["a"]):
+        assert synced(tmp_path, *words) == (0, "Nothing to deliver\n", "")
 
 
 @pytest.mark.needs("root")
@@ -234,10 +252,9 @@ def test_what_never_reached_an_aggregator_is_found(tmp_path):
                 experiment.log_metric("loss", i / 8, step=i)
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    own = {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = str(nobody.getsockname()[1])
-        environment = environ(tmp_path, TRACEML_PORT=port, **own)
+        environment = environ(tmp_path, TRACEML_PORT=port, **UNCOLLECTED)
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
 
     newer = logged(tmp_path / "traceml_runs", "newer")
@@ -440,17 +457,20 @@ def test_a_tracker_that_the_run_did_not_ask_for_gets_no_more_than_others(runs_di
 
 
 @pytest.mark.parametrize("is_named", [False, True])
-def test_a_run_is_delivered_to_the_place_that_its_script_named(runs_dir, tmp_path, monkeypatch, is_named):
+def test_a_run_is_delivered_to_the_place_that_its_script_named(runs_dir, tmp_path, empty_mlflow, is_named):
     """Not where the environment of `traceml sync` points, unless the tracker is named: then the address was wrong."""
     script, shell = (f"sqlite:///{tmp_path / name}.db" for name in ("script", "shell"))
+    wanted = shutil.copy(empty_mlflow, tmp_path / ("shell.db" if is_named else "script.db"))
     run = LoggedRun(runs_dir / "a")
     run.experiment(["mlflow"], id="a", options={"mlflow": {"tracking_uri": script}})
     run.metrics({"loss": [1.0]})
     run.end()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shell)
 
-    assert cli.main(["sync", "a", *(["--backend", "mlflow"] if is_named else [])]) == 0
-    assert [each.name for each in tmp_path.glob("*.db")] == ["shell.db" if is_named else "script.db"]
+    status, _, _ = synced(tmp_path, "a", *(["--backend", "mlflow"] if is_named else []), MLFLOW_TRACKING_URI=shell)
+
+    assert status == 0
+    assert losses_in(wanted) == [1.0]
+    assert [*tmp_path.glob("*.db")] == [wanted]
 
 
 def test_an_option_that_was_wrong_can_be_mended(runs_dir, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -77,6 +78,25 @@ def ended_run(folder: Path) -> Stored:
     eventually(over)
     (run,) = runs_in(folder)
     return Stored(run)
+
+
+CREATE = """
+import sys
+from pathlib import Path
+from traceml.track.backends.mlflow_database import prepare_database
+prepare_database(Path(sys.argv[1]), is_ours=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without a run, to copy: to make one takes seconds. The workers of pytest-xdist share it."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "empty-mlflow.db"
+    if not path.exists():
+        forked.run([sys.executable, "-c", CREATE, str(path)], imports="mlflow", check=True)
+
+    return path
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,10 +23,14 @@ class MLflowServer:
     Args:
         folder: where everything lies; taken up again by a later start.
         arguments: more of the command line.
+        database: one without a run to begin with; the server takes seconds to make its own.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, database: Path | None = None) -> None:
         self.folder = folder
+        if database is not None:
+            shutil.copy(database, folder / "server.db")
+
         self.arguments = arguments
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

@@ -50,8 +50,8 @@ SCRIPT = """
 
 
 @pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    made = MLflowServer(tmp_path_factory.mktemp("mlflow")).start()
+def server(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iterator[MLflowServer]:
+    made = MLflowServer(tmp_path_factory.mktemp("mlflow"), database=empty_mlflow).start()
     yield made
     made.kill()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,18 +45,18 @@ ABOUT = {"id": "exp-1", "name": "first", "project": "tests", "tags": {}, "parent
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iterator[MLflowServer]:
     """A server for this module."""
-    running = MLflowServer(tmp_path_factory.mktemp("mlflow")).start()
+    running = MLflowServer(tmp_path_factory.mktemp("mlflow"), database=empty_mlflow).start()
     yield running
     running.kill()
 
 
 @pytest.fixture(scope="module", params=["server", "sqlite"])
-def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tracking URI of either kind; making a database takes seconds."""
+def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> str:
+    """A tracking URI of either kind."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/m.db"
+        return f"sqlite:///{shutil.copy(empty_mlflow, tmp_path_factory.mktemp('sqlite') / 'm.db')}"
 
     server: MLflowServer = request.getfixturevalue("server")
     return server.url
@@ -296,7 +297,7 @@ def test_an_image_is_an_artifact(make: Maker, server: MLflowServer, tmp_path: Pa
     assert Path(client.download_artifacts(run_id, f"{folder}/7.png", str(tmp_path))).read_bytes() == image.read_bytes()
 
 
-def test_a_run_whose_folder_was_moved_goes_on_where_it_began(tmp_path: Path) -> None:
+def test_a_run_whose_folder_was_moved_goes_on_where_it_began(tmp_path: Path, empty_mlflow: Path) -> None:
     """The database beside the runs is found again; none is made at the new place."""
     from traceml.track.backends.mlflow import MLflowBackend
 
@@ -304,6 +305,8 @@ def test_a_run_whose_folder_was_moved_goes_on_where_it_began(tmp_path: Path) -> 
         run_dir = str(tmp_path / folder / "r")
         return MLflowBackend({"options": {}, "run_id": "r", "run_dir": run_dir, "experiment": ABOUT, "mark": mark})
 
+    (tmp_path / "one").mkdir()
+    shutil.copy(empty_mlflow, tmp_path / "one" / "mlflow.db")
     first = made("one")
     run = first.start_experiment("first", "tests")
     first.log_metric("loss", 1.0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from tests.track.backends.conftest import Maker
+from tests.track.conftest import CREATE
 from traceml.errors import BackendError
 from traceml.track.backends.mlflow_database import prepare_database
 
@@ -22,27 +25,13 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-CREATE = """
-import sys
-from pathlib import Path
-from traceml.track.backends.mlflow_database import prepare_database
-prepare_database(Path(sys.argv[1]), is_ours=True)
-"""
 # A step was done and not recorded, as after a kill between the two: MLflow's own upgrade fails at it.
 INTERRUPT = "UPDATE alembic_version SET version_num = '7ac759974ad8'"
 
 
-@pytest.fixture(scope="module")
-def created(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete database, to copy."""
-    path = tmp_path_factory.mktemp("created") / "mlflow.db"
-    prepare_database(path, is_ours=True)
-    return path
-
-
-def _copy(created: Path, folder: Path, *statements: str) -> Path:
+def _copy(empty_mlflow: Path, folder: Path, *statements: str) -> Path:
     path = folder / "mlflow.db"
-    path.write_bytes(created.read_bytes())
+    path.write_bytes(empty_mlflow.read_bytes())
     with closing(sqlite3.connect(path)) as database, database:
         for statement in statements:
             database.execute(statement)
@@ -62,7 +51,7 @@ def _add_run(make: Maker, path: Path) -> None:
     backend.end_experiment()
 
 
-def test_a_killed_creation_leaves_no_database(tmp_path: Path, created: Path) -> None:
+def test_a_killed_creation_leaves_no_database(tmp_path: Path, empty_mlflow: Path) -> None:
     """The file appears complete or not at all, also beside what an earlier try left."""
     path, draft = tmp_path / "mlflow.db", tmp_path / ".mlflow.db.new"
 
@@ -72,7 +61,8 @@ def test_a_killed_creation_leaves_no_database(tmp_path: Path, created: Path) -> 
     killed = False
     while not killed:  # it may have ended before
         path.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", CREATE, str(path)], stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", CREATE, str(path)]
+        process = forked.Popen(command, imports="mlflow", stderr=subprocess.DEVNULL)
         eventually(lambda: is_partly_there() or process.poll() is not None)  # noqa: B023
         process.kill()
         killed = process.wait() == -signal.SIGKILL and draft.exists()
@@ -80,24 +70,24 @@ def test_a_killed_creation_leaves_no_database(tmp_path: Path, created: Path) -> 
     assert not path.exists()
 
     prepare_database(path, is_ours=True)
-    assert _version(path) == _version(created)
+    assert _version(path) == _version(empty_mlflow)
     assert not draft.exists()
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_an_interrupted_creation_is_repaired(make: Maker, tmp_path: Path, created: Path, is_ours: bool) -> None:
+def test_an_interrupted_creation_is_repaired(make: Maker, tmp_path: Path, empty_mlflow: Path, is_ours: bool) -> None:
     """What an earlier version of traceml, or MLflow itself, left incomplete holds no run and is created anew."""
-    path = _copy(created, tmp_path, INTERRUPT)
+    path = _copy(empty_mlflow, tmp_path, INTERRUPT)
     prepare_database(path, is_ours=is_ours)
 
-    assert _version(path) == _version(created)
+    assert _version(path) == _version(empty_mlflow)
     assert _version(tmp_path / "mlflow.db.before-1") == "7ac759974ad8"
     _add_run(make, path)
 
 
-def test_a_database_with_runs_is_never_replaced(make: Maker, tmp_path: Path, created: Path) -> None:
+def test_a_database_with_runs_is_never_replaced(make: Maker, tmp_path: Path, empty_mlflow: Path) -> None:
     """Its upgrade fails: the error names the file and what to do, and the file stays."""
-    path = _copy(created, tmp_path)
+    path = _copy(empty_mlflow, tmp_path)
     _add_run(make, path)
     with closing(sqlite3.connect(path)) as database, database:
         database.execute(INTERRUPT)
@@ -112,8 +102,8 @@ def test_a_database_with_runs_is_never_replaced(make: Maker, tmp_path: Path, cre
     assert path.read_bytes() == before
 
 
-def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path, created: Path) -> None:
-    path = _copy(created, tmp_path, "UPDATE alembic_version SET version_num = 'ffffffffffff'")
+def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path, empty_mlflow: Path) -> None:
+    path = _copy(empty_mlflow, tmp_path, "UPDATE alembic_version SET version_num = 'ffffffffffff'")
 
     with pytest.raises(BackendError, match="install the version that wrote it"):
         prepare_database(path, is_ours=True)
@@ -161,9 +151,10 @@ def test_a_database_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert synced == [(path.stat().st_ino, path.stat().st_size, False)]
 
 
-def test_a_relative_path(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> None:
     """It starts at the folder of the script, for the artifacts too."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, "here.db")
     backend = make("mlflow", tracking_uri="sqlite:///here.db")
     backend.start_experiment("first", "tests")
     backend.log_text("note", "hello", 1)

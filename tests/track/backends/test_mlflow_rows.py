@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,13 +49,13 @@ def _contents(uri: str, run_id: str) -> dict[str, list[tuple[Any, ...]]]:
         }
 
 
-def test_what_is_inserted_is_what_mlflow_would_have_stored(tmp_path: Path) -> None:
+def test_what_is_inserted_is_what_mlflow_would_have_stored(tmp_path: Path, empty_mlflow: Path) -> None:
     """Both tables, over several batches, one of which comes a second time, and with a run that has ended."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException
 
-    uri = f"sqlite:///{tmp_path}/m.db"
+    uri = f"sqlite:///{shutil.copy(empty_mlflow, tmp_path / 'm.db')}"
     client = MlflowClient(uri)
     store = client._tracking_client.store
     experiment = client.create_experiment("one")

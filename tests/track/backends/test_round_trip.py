@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,9 @@ def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
     folder = tmp_path_factory.mktemp(backend)
     run = LoggedRun(folder / "runs" / "20260101-000000-round-abcd", ended=None, state="running")
+    if backend == "mlflow":
+        shutil.copy(request.getfixturevalue("empty_mlflow"), run.path.with_name("mlflow.db"))
+
     run.experiment([backend], id="x", metrics_interval=1e6, user="ada", source="train.py", tags={"team": "vision 0"})
     run.row("collected", name="system", facts=SYSTEM)
     run.row("collected", name="git", facts=GIT)

@@ -31,9 +31,9 @@ FAILING = {DeliveryPhase.WAITING, DeliveryPhase.OPEN}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iterator[MLflowServer]:
     """One MLflow server for all; each test leaves it running."""
-    made = MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    made = MLflowServer(tmp_path_factory.mktemp("mlflow"), database=empty_mlflow)
     yield made
     made.kill()
 
