@@ -79,7 +79,6 @@ _NEEDS_OF_FIXTURES = {
 _SHARED_FIXTURES = ("slurm", "hosts")
 # Files that take long start next, so that no worker is left with one of them at the end.
 _LONG_FIRST = (
-    "test_fork_gate.py",  # forks 150 times, which takes ten times as long once this process has imported torch
     "end_to_end/test_run.py",
     "display/web",
     "track/backends",
