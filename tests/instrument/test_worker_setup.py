@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from tests.eventually import eventually
-from tests.instrument.conftest import Traced
+from tests.forked import client as forked
+from tests.instrument.conftest import FEW_ROWS
+from traceml.database.flight.flight import FlightFile
 from traceml.database.snapshots.rank_snapshot import WorkerSnapshot
+from traceml.instrument import install
 from traceml.instrument.workers.loader_workers import follow_iterator
 from traceml.recorder.no_progress.worker_snapshots import WorkerSnapshots
 
@@ -39,14 +42,10 @@ def touch(worker: int) -> None:
     Path("touched").touch()
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_the_line_of_a_worker_that_inherits_nothing(
-    traced: Traced, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It registers by itself; the user's function for workers runs too, and is the loader's again."""
-    set_forkserver_preload(["torch"])  # for both forms of the clock
-    monkeypatch.chdir(tmp_path)
+def look_at_a_worker(method: str) -> None:
+    """See that it registers by itself."""
+    flight = FlightFile.create(Path("flight"), {}, capacities=FEW_ROWS)
+    instrumentation = install(flight)
     loader = DataLoader(Waiting(), num_workers=1, multiprocessing_context=method, worker_init_fn=touch)
     iterator = iter(loader)
     follow_iterator(iterator)
@@ -63,4 +62,21 @@ def test_the_line_of_a_worker_that_inherits_nothing(
     assert (found.waits_for_batch, found.start_method) == (1, method)
     assert Path("touched").exists()
     assert found.frames[-1].function == "_worker_loop"
-    assert traced.instrumentation.clock.errors == 0
+    assert instrumentation.clock.errors == 0
+    instrumentation.uninstall()
+    flight.close(unlink=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an exception
+    iterator._workers[0].kill()
+    iterator._workers[0].join()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_the_line_of_a_worker_that_inherits_nothing(method: str, native: str, tmp_path: Path) -> None:
+    """It registers by itself; the user's function for workers runs too, and is the loader's again."""
+    code = f"import os; os.environ['TRACEML_NATIVE'] = '{native}'; from {__name__} import look_at_a_worker; "
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
+    done = forked.run_code(f"{path}{code}look_at_a_worker({method!r})", cwd=tmp_path, forks=True, text=True)
+
+    assert done.returncode == 0, done.stderr

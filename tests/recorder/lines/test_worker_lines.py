@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINE_WORKERS, LINES
 from traceml.inspection.switch_interval import switch_interval
@@ -30,7 +31,7 @@ from traceml.recorder.lines.worker_lines import WorkerLines, WorkerSampling
 from traceml.trusted_files import GuardedDescriptor
 
 INTERVAL_S = 0.02
-# Those that inherit nothing import torch, which takes longer than all else: one of them shows as much as two.
+# Those that inherit nothing take longer to start than all else: one of them shows as much as two.
 WORKERS = {"fork": 2, "spawn": 1, "forkserver": 1}
 pytestmark = pytest.mark.process
 
@@ -78,10 +79,9 @@ def end(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-@pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loader_type: type[DataLoader[Any]]) -> None:
-    """Nearly all samples are in the function that takes the time; none is of a worker that waits for an order."""
+def see_the_line(folder: str, method: str, loader_type: type[DataLoader[Any]]) -> None:
+    """See that nearly all samples are in `decode`."""
+    flight = FlightFile.create(Path(folder), {"rank": 0})
     set_forkserver_preload(["torch"])
     lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     hooks = install(flight, in_worker=lines.sampling)
@@ -103,6 +103,18 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loade
 
     counts = functions_of(flight)
     assert counts["decode"] > 0.8 * (counts.total() - counts[""])
+    flight.close(unlink=True)
+
+
+@pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_work_of_workers_has_its_line(tmp_path: Path, method: str, loader_type: type[DataLoader[Any]]) -> None:
+    """Nearly all samples are in the function that takes the time; none is of a worker that waits for an order."""
+    name = loader_type.__name__
+    code = f"from {__name__} import {name}, see_the_line; see_the_line({str(tmp_path)!r}, {method!r}, {name})"
+    done = forked.run_code(code, cwd=Path(__file__).parents[3], forks=True, text=True)  # forks what is spawned, too
+
+    assert done.returncode == 0, done.stderr
 
 
 class Requests(Photos):
