@@ -102,8 +102,9 @@ _LONG_FIRST = (
     "database/store",
 )
 
-# Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries.
-_TOGETHER = ("display/web", "track/backends")
+# Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries, an
+# agent whose zygote has imported torch.
+_TOGETHER = ("display/web", "track/backends", "launch/worker")
 # Files that share the syntax trees of all sources.
 _READ_SOURCES = (
     "database/test_info_kinds.py",

@@ -9,9 +9,9 @@ import pytest
 from tests.launch.driver import Driver
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def driver() -> Iterator[Driver]:
-    """An agent that serves all tests of a module, as it serves all launches of a script."""
+    """An agent that serves all tests of workers, as it serves all launches of a script."""
     with Driver() as made:
         made.prepare(need_torch=True)
         yield made
