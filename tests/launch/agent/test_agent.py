@@ -719,7 +719,7 @@ def test_workers_that_finish_at_once_do_not_break_the_group_of_others(driver: Dr
 
 def test_large_values_travel_both_ways(driver: Driver) -> None:
     """Far more than any buffer on the way, and no copy is left in the agent."""
-    driver.prepare(need_torch=True)
+    driver.prepare()
     data = os.urandom(1 << 20) * 20
     found = driver.run(lambda value: value[::-1], data)
 
