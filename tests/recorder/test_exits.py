@@ -435,7 +435,7 @@ def test_an_interrupt_of_the_end_is_recorded(
 
     row = exit_rows(serving)[-1]
     assert done.returncode == 0
-    assert "Exception ignored" in done.stderr
+    assert "KeyboardInterrupt" in done.stderr
     assert (row["exception"], row["code"]) == ("KeyboardInterrupt", 0)
 
 
