@@ -38,6 +38,7 @@ _PLACE = "_traceml_place"  # of a SystemExit: where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
 _EXEC = ("execv", "execve")  # the others of `os.exec*` call these
+_WAITING = threading._shutdown.__code__  # type: ignore[attr-defined]
 _ADDRESS_SPACE = "Max address space"
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)$', re.MULTILINE)
@@ -250,8 +251,13 @@ def _is_prompt() -> bool:
 
 
 def _is_at_end(hook: FrameType) -> bool:
-    """Whether the interpreter itself has called a hook, which is then the main thread's only Python frame."""
-    return hook.f_back is None and threading.current_thread() is threading.main_thread()
+    """Whether the interpreter itself has called a hook, which is then the main thread's only Python frame.
+
+    From Python 3.13 on the function that waits for threads, in C, may call it, too.
+    """
+    caller = hook.f_back
+    is_first = caller is None or (caller.f_back is None and caller.f_code is _WAITING)
+    return is_first and threading.current_thread() is threading.main_thread()
 
 
 def end_by_interrupt() -> None:
