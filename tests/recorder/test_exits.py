@@ -435,7 +435,8 @@ def test_an_interrupt_of_the_end_is_recorded(
 
     row = exit_rows(serving)[-1]
     assert done.returncode == 0
-    assert "KeyboardInterrupt" in done.stderr
+    # From Python 3.13 on its header may be missing.
+    assert ("Exception ignored" if sys.version_info < (3, 13) else "KeyboardInterrupt") in done.stderr
     assert (row["exception"], row["code"]) == ("KeyboardInterrupt", 0)
 
 

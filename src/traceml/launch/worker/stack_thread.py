@@ -46,9 +46,8 @@ def end_later(timeout_s: float) -> None:
 def _end(timeout_s: float) -> None:
     time.sleep(timeout_s)
     text = f"Timeout ({timedelta(seconds=timeout_s)})!\n{_stacks()}".encode()
-    with contextlib.suppress(OSError):
-        while text:
-            text = text[os.write(2, text) :]
+    with contextlib.suppress(OSError), os.fdopen(2, "wb", closefd=False) as stderr:
+        stderr.write(text)
 
     os._exit(1)
 
