@@ -52,6 +52,7 @@ __all__ = [
     "for_comm",
     "for_copies",
     "for_debugging",
+    "for_first_batches",
     "for_jitter",
     "for_long_stage",
     "for_more_work",
@@ -565,6 +566,23 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
     return (
         f"Look{where} for inputs of unusual size or shape in those steps, more calls of the model (evaluation, "
         "sampling), recompilation, and other processes on the host."
+    )
+
+
+def for_first_batches(what: str, facts: JobFacts) -> str:
+    """Return advice on data that is waited for in the first steps alone.
+
+    Args:
+        what: a data set, or the line that reads it.
+    """
+    smaller, other = "its share is smaller in a longer run", "Otherwise look at what it does only then."
+    if facts.loader_workers:
+        return f"If {what} fills a cache then, or the files are in memory afterwards, {smaller}. {other}"
+
+    return (
+        f"If {what} fills a cache then, or the files are in memory afterwards, {smaller}, and loader workers "
+        "(num_workers) would fetch samples while the model computes. Each of them fills a cache of its own, and "
+        f"without persistent_workers=True anew in each epoch. {other}"
     )
 
 

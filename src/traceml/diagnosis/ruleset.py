@@ -48,6 +48,7 @@ from traceml.diagnosis.rules.slowdowns.related_findings import (
     depends_on_model,
     is_continued,
     is_of_the_host,
+    with_part_of_run,
     with_steps_from_history,
     with_steps_from_slowdown,
 )
@@ -492,11 +493,15 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
 
 
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
-    """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
-    if not _late_ranks(found):
+    """Return the findings, with the steps in which ranks are late, or which have nearly all of a cost.
+
+    In the times of whole steps other noise may hide these.
+    """
+    if not found:
         return found
 
     bins, several = StepHistory.of(window, work), _has_several(window, facts)
+    found = [with_part_of_run(each, bins, work, facts) for each in found]
     return [each if several and depends_on_model(each.phase) else with_steps_from_history(each, bins) for each in found]
 
 

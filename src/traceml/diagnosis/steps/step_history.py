@@ -94,6 +94,10 @@ class StepHistory(msgspec.Struct, frozen=True):
         rest = float(np.median(self.step_ns - binned))
         return replace(self, step_ns=rest + binned, single_ns=rest + single)
 
+    def of_part(self, part: str, work: OwnWork) -> StepHistory:
+        """Return the history of a part of the step alone, given the own work that this is the history of."""
+        return replace(self, step_ns=self.parts_ns[part], single_ns=work.parts[part].mean(axis=0, dtype=np.float64))
+
     def edge(self, at: int, before_ns: float, after_ns: float) -> int:
         """Return the first step after a change near the start of a bin: where single steps fit the two levels best.
 

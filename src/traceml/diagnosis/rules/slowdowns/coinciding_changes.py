@@ -7,7 +7,7 @@ from typing import NamedTuple
 from traceml.diagnosis.facts.machine_use import MachineUse
 from traceml.formatting import bytes_text, cores_text, factor_text, percent_text
 
-__all__ = ["CORE_WAITS", "SideChange", "changes", "core_wait", "larger_batches"]
+__all__ = ["CORE_WAITS", "DISK_READS", "SideChange", "changes", "core_wait", "larger_batches"]
 
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change,"""
@@ -25,6 +25,8 @@ MAJOR_FAULTS = 20.0
 """So many pages per second that are read back from a disk are a change."""
 
 
+DISK_READS = "disk_read_bytes_per_s"
+"""Name of the host's reads of disks."""
 CORE_WAITS = ("cpu_wait_share", "workers_wait_share")
 """Names of the shares of time that the training, or its loader workers, waited for a core."""
 
@@ -119,7 +121,7 @@ def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
 
     text = f"the host read {bytes_text(int(now))}/s from its disks (otherwise {bytes_text(int(usual))}/s)"
     advice = "Files were read from disks and no longer from the page cache: smaller files, or more memory."
-    return SideChange("disk_read_bytes_per_s", text, usual, now, advice)
+    return SideChange(DISK_READS, text, usual, now, advice)
 
 
 def _memory(before: MachineUse, then: MachineUse, owner: str) -> SideChange | None:

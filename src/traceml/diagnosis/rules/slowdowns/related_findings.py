@@ -1,23 +1,29 @@
-"""Relations of a finding about slower steps to other findings: late ranks, other trainings, and lost cores."""
+"""Relations of slower steps to other findings: late ranks, costs of all steps, other trainings, and lost cores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
+from traceml.diagnosis.advice import for_first_batches
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.slowdowns.coinciding_changes import CORE_WAITS
 from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES
 from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
 from traceml.diagnosis.steps.change_points import level_change
-from traceml.diagnosis.steps.own_work import COMPUTE
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, ns_text
 
-__all__ = ["depends_on_model", "is_continued", "is_of_the_host", "with_steps_from_history", "with_steps_from_slowdown"]
+__all__ = [
+    "depends_on_model", "is_continued", "is_of_the_host", "with_part_of_run", "with_steps_from_history",
+    "with_steps_from_slowdown",
+]  # fmt: skip
 
 SAME_CHANGE = 0.1
 """Changes whose first steps differ by less than this share of their number are the same."""
@@ -27,6 +33,11 @@ END_SHARE = 0.1
 """Ranks that are not late in a smaller rest of the run did not recover: the last steps are unlike the others."""
 CORES_SHARE = 0.5
 """Waiting for cores costs this share of what the slow steps do if it makes forward and backward slower."""
+HELD_SHARE = 0.8
+"""A part of the run that has this share of a cost is told,"""
+MAX_PART = 0.5
+"""if it has no more than this share of the steps."""
+_COSTS = {Kind.INPUT_BOUND, Kind.H2D_BOUND, Kind.RESIDUAL_HEAVY}
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {*CORE_WAITS, "others_cores", "memory_share"}
 
@@ -52,6 +63,41 @@ def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
     slow = SlowSteps(alone, change)
     mean, lost = slow.mean_and_lost_ns()
     return _timed(late, slow.evidence()) if lost >= MIN_COST_RATIO * late.cost_share * mean else late
+
+
+def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: JobFacts) -> Finding:
+    """Return a finding about a cost of all steps with the part of the run that has nearly all of it; others unchanged.
+
+    The first epoch reads files that are cached afterwards; a second training has a data set of its own.
+    """
+    part = cost.phase
+    if cost.kind not in _COSTS or part is None or not bins.parts_ns.get(part, np.zeros(1)).any():
+        return cost
+
+    alone = bins.of_part(part, work)
+    change = level_change(alone.step_ns)
+    if change is None or change.shape == "growth":
+        return cost
+
+    slow = SlowSteps(alone, change)
+    held, steps = slow.phase_ns(part, slow.slow), int(bins.steps[slow.slow].sum())
+    if held < HELD_SHARE * slow.phase_ns(part) or steps > MAX_PART * bins.steps.sum():
+        return cost
+
+    evidence = slow.evidence()
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    when = {
+        "stays": f"in the steps from {since} on",
+        "first": f"in the steps before {until}",
+        "recovers": f"in the steps from {since} to {until}",
+    }
+    is_first = change.shape == "first" and part == "input_wait"
+    return replace(
+        cost,
+        summary=f"{cost.summary} Nearly all of it is {when[change.shape]}.",
+        next=for_first_batches(cost.evidence.get("dataset", "the data set"), facts) if is_first else cost.next,
+        evidence={**cost.evidence, **evidence},
+    )
 
 
 def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:

@@ -7,15 +7,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_trainer, changed_line, own_line
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    calls_trainer,
+    changed_line,
+    leading_lines,
+    own_line,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import MIN_SAMPLES, of_part
 from traceml.diagnosis.rules.slowdowns.slow_steps import DOMINANT_SHARE, SlowSteps
-from traceml.diagnosis.steps.own_work import COMPUTE
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import phase_words, phases_text
 
-__all__ = ["COMM", "NOT_OF_CORES", "PASSES", "SlowParts", "find_parts", "have_cores", "most_grown", "slow_phases"]
+__all__ = [
+    "COMM", "NOT_OF_CORES", "PASSES", "SlowParts", "computes_longer", "find_parts", "have_cores", "most_grown",
+    "slow_phases",
+]  # fmt: skip
 
 COMM = "comm"
 NOT_OF_CORES = 2.5
@@ -30,6 +39,8 @@ JOINT_SHARE = 0.9
 """If no phase has most of the difference, the fewest phases that have this share of it together are blamed."""
 MIN_REST_SHARE = 0.02
 """The rest of the step is compared if it has at least this share of it: a phase that takes no time is no faster."""
+MUCH_COMPUTATION = 0.25
+"""If forward, backward and optimizer have this share of the difference, disks are not the cause."""
 NEARLY_ALL = 0.9
 """If slow steps have this share of a phase's time, they are taken to have all of its samples."""
 MIN_SLOW_SAMPLES = 5
@@ -48,6 +59,7 @@ class SlowParts(NamedTuple):
     is_loss_of_cores: bool = False  # whether the loss of cores explains it
     line: BlamedLine | None = None  # of the first phase, by which the slow steps are longer
     phase_share: float = 0.0  # that phase's share of them
+    two: tuple[BlamedLine, ...] = ()  # two lines that most of that phase is spent in, where no line alone is known
 
     @property
     def text(self) -> str:
@@ -81,7 +93,9 @@ def find_parts(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> Slo
     if parts[0] == _OTHER and line is None and may_be_cores:
         return SlowParts(is_loss_of_cores=True)
 
-    return SlowParts(parts, line=line, phase_share=phase_share)
+    is_code = line is None and parts[0] in UNNAMED_CODE
+    two = leading_lines(facts.lines, parts[0], steps.phase_share(parts[0])) if is_code else ()
+    return SlowParts(parts, line=line, phase_share=phase_share, two=two)
 
 
 def slow_phases(steps: SlowSteps, facts: JobFacts) -> tuple[str, ...]:
@@ -120,6 +134,13 @@ def most_grown(steps: SlowSteps, facts: JobFacts) -> str | None:
         return None
 
     return part if more / max(rest, 1.0) < similar else None
+
+
+def computes_longer(steps: SlowSteps) -> bool:
+    """Return whether much of what became longer is computation, which waits for no disk."""
+    usual, slow = steps.levels()
+    more = {name: max(slow[name] - usual[name], 0.0) for name in usual}
+    return sum(more.get(name, 0.0) for name in COMPUTE) >= MUCH_COMPUTATION * max(sum(more.values()), 1.0)
 
 
 def _compared(usual: Mapping[str, float], part: str) -> list[str]:

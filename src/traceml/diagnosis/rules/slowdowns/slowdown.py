@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from traceml.diagnosis.advice import WAITED_FOR, flush_denormals
+from traceml.diagnosis.advice import WAITED_FOR, flush_denormals, for_first_batches
 from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, calls_code, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.slowdowns.coinciding_changes import (
     CORE_WAITS,
+    DISK_READS,
     SideChange,
     changes,
     core_wait,
@@ -28,6 +29,7 @@ from traceml.diagnosis.rules.slowdowns.slow_parts import (
     NOT_OF_CORES,
     PASSES,
     SlowParts,
+    computes_longer,
     find_parts,
     have_cores,
     most_grown,
@@ -186,6 +188,9 @@ def _use(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> list[Side
         memory_of="container" if is_limited else "host",
         use_of=ranks_text(ranks) if ranks else "the training",
     )
+    if computes_longer(steps):
+        found = [each for each in found if each.name != DISK_READS]
+
     # Workers that have no core make batches late, while the training has its own.
     is_of_data = most_grown(steps, facts) == "input_wait"
     waits = (facts.workers_waited(*each) if is_of_data else None for each in (usual, slow))
@@ -257,13 +262,7 @@ def _for_shape(shape: str, part: str | None, where: SlowParts, facts: JobFacts) 
         )
 
     if part == "input_wait" and shape == "first":
-        what = "the data set" if where.line is None else where.line.place
-        return (
-            f"If {what} fills a cache then, or the files are in memory afterwards, its share is smaller in a longer "
-            "run, and loader workers (num_workers) would fetch samples while the model computes. Each of them fills a "
-            "cache of its own, and without persistent_workers=True anew in each epoch. Otherwise look at what it does "
-            "only then."
-        )
+        return for_first_batches("the data set" if where.line is None else where.line.place, facts)
 
     if shape != "growth":
         return None
@@ -330,7 +329,8 @@ def _for_part(part: str | None, where: SlowParts, of_ranks: str, meanwhile: str)
             f"holds it.{meanwhile}"
         )
 
-    phases = phases_text(where.parts or where.leading, None)
+    places = " and ".join(each.place for each in where.two)
+    phases = places or phases_text(where.parts or where.leading, None)
     what = "batch size, sequence length, recompilation, a growing list"
     if where.parts:
         return f"Look at what changes in {phases}{of_ranks} then: {what}."

@@ -1,0 +1,52 @@
+"""Findings about costs of all steps that are in a part of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Fault, Job, adds, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+LOADER = LoaderFacts(dataset="Photos", num_workers=0)
+
+
+def adds_in(steps: slice, part: str, ms: float) -> Fault:
+    """Return a fault in some of the steps of all ranks."""
+
+    def fault(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own[part][:, steps] += ms
+
+    return fault
+
+
+@pytest.mark.parametrize("part", ["input_wait", "other"])
+def test_a_cost_of_the_second_training_is_told_with_its_steps(part: str) -> None:
+    """A pretraining computes; the fine-tuning after it reads, or logs, for as long as it computes."""
+    job = Job(ranks=1, steps=400)
+    facts = JobFacts(world_size=1, other_models=(300,), loader=LOADER)
+
+    late, *_ = diagnose(window_of(job, adds_in(slice(300, 400), part, 14.0)), facts)
+    always, *_ = diagnose(window_of(job, adds(part, 3.5)), facts)
+
+    assert late.kind is always.kind is (Kind.INPUT_BOUND if part == "input_wait" else Kind.RESIDUAL_HEAVY)
+    assert "Nearly all of it is in the steps from 30" in late.summary
+    assert late.evidence["since_step"] == pytest.approx(300, abs=2)
+    assert "Nearly all" not in always.summary
+
+
+def test_waits_of_the_first_epoch_alone_are_not_those_of_a_run_without_a_cache() -> None:
+    """The machine takes cores in parts of the run, so that the steps of the first epoch are not the slowest ones."""
+    job = Job(ranks=1, steps=400, wander=0.5, wander_steps=60)
+    facts = JobFacts(world_size=1, loader=LOADER)
+
+    found, *_ = diagnose(window_of(job, adds_in(slice(0, 60), "input_wait", 18.0), seed=3), facts)
+
+    assert found.kind is Kind.INPUT_BOUND
+    assert "Nearly all of it is in the steps before 6" in found.summary
+    assert found.next.startswith("If Photos fills a cache then")
