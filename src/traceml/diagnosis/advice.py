@@ -55,6 +55,7 @@ __all__ = [
     "for_first_batches",
     "for_jitter",
     "for_long_stage",
+    "for_longer_passes",
     "for_more_work",
     "for_own_code",
     "for_rank_without_core",
@@ -658,6 +659,16 @@ def _at(ranks: tuple[int, ...], facts: JobFacts) -> str:
 def _host_of(ranks: tuple[int, ...], facts: JobFacts) -> str | None:
     hosts = {facts.hosts[rank] for rank in ranks if rank in facts.hosts}
     return hosts.pop() if len(hosts) == 1 else None
+
+
+def for_longer_passes(ranks: tuple[int, ...]) -> str:
+    """Return advice on ranks whose forward and backward alone take far longer than those of the others."""
+    has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
+    return (
+        f"See whether {ranks_text(ranks)} {has} more to compute: larger or longer batches, other layers, or what the "
+        f"others send to {it}, such as the tokens of an expert (all_to_all). Otherwise look at {its} number of threads "
+        f"(OMP_NUM_THREADS), and at what shares {its} cores."
+    )
 
 
 def for_more_work(ranks: tuple[int, ...]) -> str:

@@ -170,7 +170,8 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     part: str
     excess_ns: float
     dominance: float
-    everywhere: bool
+    everywhere: bool  # whether they are slower in everything that they compute
+    only_passes: bool = False  # of these, whether in forward and backward alone
     by_part_ns: Mapping[str, float]
     group: RankGroup | None = None  # the host, switch or part of the mesh that they are; None for single ranks
 

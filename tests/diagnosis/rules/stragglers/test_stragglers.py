@@ -531,3 +531,18 @@ def test_a_long_stage_of_a_pipeline_gains_nothing_by_another_host(
     assert (finding.speedup_if_fixed == 1.0) is is_stage
     if is_stage:  # by all parts of the step, though one is named
         assert finding.cost_share == pytest.approx(len(parts) * 20 / finding.evidence["step_ms"], rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer_ms", [0.0, 0.9])
+def test_longer_passes_beside_a_usual_optimizer_are_more_work(optimizer_ms: float) -> None:
+    """An expert that gets most tokens costs 8 of 32 ms: less than is blamed on a slow host, whose optimizer is slow."""
+    own = {"forward": 4.0, "backward": 6.0, "optimizer": 1.0, "other": 0.5}
+    more = [adds(part, 0.8 * own[part], (1,)) for part in ("forward", "backward")]
+    job = Job(ranks=2, steps=300, own=own, comm=12.0)
+
+    found = diagnose(window_of(job, *more, adds("optimizer", optimizer_ms, (1,))), JobFacts(world_size=2))
+
+    assert (found[0].kind is Kind.COMPUTE_STRAGGLER) is (optimizer_ms == 0.0)
+    if optimizer_ms == 0.0:
+        assert "slower in forward and backward" in found[0].summary
+        assert found[0].next.startswith("See whether rank 1 has more to compute")

@@ -20,7 +20,7 @@ from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
     "EVERYWHERE_SHARE", "OtherRanks", "SteadyExcess", "is_significant", "is_slower_overall", "mean_and_error",
-    "persists", "steady_excesses",
+    "only_passes_are_slower", "persists", "steady_excesses",
 ]  # fmt: skip
 
 EVERYWHERE_SHARE = 0.30
@@ -31,6 +31,10 @@ MIN_Z_SCORE_OF_LONG = 1.5
 """With a smaller z-score than that, but not than this, long steps are counted."""
 SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
+MORE_WORK_FACTOR = 1.5
+"""Forward and backward that are slower by this factor, beside an optimizer that is not, have more work."""
+MIN_OPTIMIZER_NS = 1e5
+"""A shorter optimizer step does not tell how fast a rank is."""
 SIDE_Z_SCORE = 2.0
 """The excess of another part counts from so many standard errors above 0 on."""
 STEADY_Z_SCORE = 5.0
@@ -96,6 +100,23 @@ def is_slower_overall(work: OwnWork, rows: Rows, usual: OtherRanks, part: str) -
     )
 
 
+def only_passes_are_slower(work: OwnWork, rows: Rows, others: Rows) -> bool:
+    """Return whether forward and backward are far slower and the optimizer is not: a slow host slows all down.
+
+    A device at a lower clock does not: its optimizer waits for memory.
+    """
+    names = ("forward", "backward", "optimizer")
+    if work.device or any(name not in work.parts for name in names):
+        return False
+
+    mine, usual = ([float(work.parts[name][some].mean()) for name in names] for some in (rows, others))
+    if usual[2] < MIN_OPTIMIZER_NS:
+        return False
+
+    *passes, optimizer = (slow / max(base, 1.0) - 1 for slow, base in zip(mine, usual, strict=True))
+    return min(passes) >= MORE_WORK_FACTOR - 1 and optimizer < SIMILAR_SLOWDOWN_SHARE * min(passes)
+
+
 def is_significant(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
     excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in work.parts.items()}
@@ -109,10 +130,10 @@ def is_significant(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
     )
 
 
-def persists(excess: Floats, work: OwnWork) -> bool:
-    """Return whether ranks are slower in everything in both halves of the window."""
+def persists(excess: Floats, work: OwnWork, share: float) -> bool:
+    """Return whether ranks are slower by this share of the step in both halves of the window."""
     halves = zip(np.array_split(excess, 2), np.array_split(work.step, 2), strict=True)
-    return all(float(half.mean()) >= EVERYWHERE_SHARE * float(step.mean()) for half, step in halves)
+    return all(float(half.mean()) >= share * float(step.mean()) for half, step in halves)
 
 
 class SteadyExcess(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ from traceml.diagnosis.rules.stragglers.excess_tests import (
     SteadyExcess,
     is_significant,
     is_slower_overall,
+    only_passes_are_slower,
     persists,
     steady_excesses,
 )
@@ -199,7 +200,15 @@ def _cause(work: OwnWork, facts: JobFacts, rows: Rows, usual: OtherRanks) -> tup
         return None
 
     part, everywhere = _blamed_part(work, facts, rows, usual, excess)
-    return None if part is None or (everywhere and not persists(over, work)) else (part, everywhere)
+    if part is None or (everywhere and not persists(over, work, _least_share(work, rows, usual, everywhere))):
+        return None
+
+    return part, everywhere
+
+
+def _least_share(work: OwnWork, rows: Rows, usual: OtherRanks, everywhere: bool) -> float:
+    """Return the share of the step from which on an excess is reported: a slow host slows down the optimizer, too."""
+    return EVERYWHERE_SHARE if everywhere and not only_passes_are_slower(work, rows, usual.rows) else EXCESS_SHARE
 
 
 def _blamed_part(
@@ -219,7 +228,8 @@ def _blamed_part(
     alike = _is_slow_host(by_part, part, positive) or is_slower_overall(work, rows, usual, part)
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
-    floor = EVERYWHERE_SHARE if everywhere or seldom or (without_core and not more_ns) else EXCESS_SHARE
+    may_be_host = seldom or (without_core and not more_ns)
+    floor = EVERYWHERE_SHARE if may_be_host else _least_share(work, rows, usual, everywhere)
     chance = everywhere and facts.oversubscribed and not more_ns
     if chance and facts.threads == 1:  # other threads may explain it; torch's, where there are several, do not
         chance = background_threads(facts, work.ranks_of(rows)) is None
@@ -267,6 +277,7 @@ def _late(work: OwnWork, facts: JobFacts, rows: Rows, others: Rows, part: str, e
         excess_ns=float(excess_over_others(work.own, rows, others).mean()) if everywhere else by_part[part],
         dominance=by_part[part] / max(sum(positive.values()), 1.0),
         everywhere=everywhere,
+        only_passes=everywhere and only_passes_are_slower(work, rows, others),
         by_part_ns=positive,
         group=facts.topology.smallest_group(ranks, work.all_ranks),
     )

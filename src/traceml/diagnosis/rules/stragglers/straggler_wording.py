@@ -92,8 +92,9 @@ def late_summary(
     mine, others = float(own[late.rows].mean()), float(own[late.others].mean(axis=0).mean())
     if late.everywhere:
         without = untimed or f"; without it steps would be {gain_text(gain)}"
+        slower = "forward and backward" if late.only_passes else "every part of the step"
         return (
-            f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
+            f"{subject}: slower in {slower}, {ns_text(late.excess_ns)} more own work per step than the "
             f"others (most of it in {phase_words(late.part)}){without}."
         )
 

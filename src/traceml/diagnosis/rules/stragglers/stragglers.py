@@ -219,7 +219,9 @@ def _reason(
     ranks, others = late.ranks, late.other_ranks
     is_loading, why = late.part == "input_wait", ""
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
-    if len(lines) > 1:
+    if late.only_passes:
+        action = advice.for_longer_passes(ranks)
+    elif len(lines) > 1:
         action = advice.for_own_code(ranks, facts, lines)
 
     if late.group is not None and line is None and not is_loading:
