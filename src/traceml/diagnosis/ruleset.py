@@ -493,7 +493,7 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
 
 
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
-    """Return the findings, with the steps in which ranks are late, or which have nearly all of a cost.
+    """Return the findings, with the steps in which ranks are late, or which have most of a cost.
 
     In the times of whole steps other noise may hide these.
     """

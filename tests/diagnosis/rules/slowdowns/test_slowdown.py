@@ -1007,3 +1007,30 @@ def test_data_that_is_slow_in_turns_has_no_step_from_which_on_it_is(length: int,
     found = {each.kind for each in diagnose(window_of(job, slow), JobFacts(state="finished"))}
 
     assert (Kind.SLOWDOWN in found, Kind.INPUT_BOUND in found) == (told, not told)
+
+
+@pytest.mark.parametrize("part", ["other", "backward"])
+def test_reads_of_disks_are_no_cause_of_longer_computation(part: str) -> None:
+    """Another program reads from the disks while a first, larger layer is trained."""
+    samples = MachineSamples()
+    rows = np.zeros(60, HOST.dtype)
+    rows["t_ns"] = AT * 1000 * MS
+    rows["disk_read_bytes"] = np.cumsum(np.where(AT < 20, 6e6, 1e5))
+    samples.add(HOST.name, 0, rows)
+    steps = np.zeros(60, PROCESS.dtype)
+    steps["step"], steps["t_ns"] = AT * WIDTH, AT * 1000 * MS
+    samples.add(PROCESS.name, 0, steps)
+
+    (finding,) = slowdown(history(np.where(AT < 20, 20.0, 0.0), part=part), JobFacts(samples=samples))
+
+    assert finding.evidence["shape"] == "first"
+    assert ("from its disks" in finding.summary) is (part == "other")
+
+
+def test_two_lines_are_named_where_no_line_alone_is_known() -> None:
+    """A search of a growing list holds the GIL: samples see it where the loop lets others run."""
+    lines = [SampledLine(0, "other", "/x/train.py", line, "<module>", None, 40) for line in (10, 11)]
+
+    finding = slowdown(history(AT * 4.0), JobFacts(lines=lines))[0]
+
+    assert finding.next.startswith("Look at what changes in train.py:10 and train.py:11 then")

@@ -18,7 +18,7 @@ from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
 from traceml.diagnosis.steps.change_points import level_change
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.formatting import count_text, ns_text
+from traceml.formatting import count_text, ns_text, percent_text
 
 __all__ = [
     "depends_on_model", "is_continued", "is_of_the_host", "with_part_of_run", "with_steps_from_history",
@@ -33,7 +33,7 @@ END_SHARE = 0.1
 """Ranks that are not late in a smaller rest of the run did not recover: the last steps are unlike the others."""
 CORES_SHARE = 0.5
 """Waiting for cores costs this share of what the slow steps do if it makes forward and backward slower."""
-HELD_SHARE = 0.8
+HELD_SHARE = 0.7
 """A part of the run that has this share of a cost is told,"""
 MAX_PART = 0.5
 """if it has no more than this share of the steps."""
@@ -66,7 +66,7 @@ def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
 
 
 def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: JobFacts) -> Finding:
-    """Return a finding about a cost of all steps with the part of the run that has nearly all of it; others unchanged.
+    """Return a finding about a cost of all steps with the part of the run that has most of it; others unchanged.
 
     The first epoch reads files that are cached afterwards; a second training has a data set of its own.
     """
@@ -80,8 +80,8 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
         return cost
 
     slow = SlowSteps(alone, change)
-    held, steps = slow.phase_ns(part, slow.slow), int(bins.steps[slow.slow].sum())
-    if held < HELD_SHARE * slow.phase_ns(part) or steps > MAX_PART * bins.steps.sum():
+    held, steps = slow.phase_ns(part, slow.slow) / slow.phase_ns(part), int(bins.steps[slow.slow].sum())
+    if held < HELD_SHARE or steps > MAX_PART * bins.steps.sum():
         return cost
 
     evidence = slow.evidence()
@@ -94,7 +94,7 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
     is_first = change.shape == "first" and part == "input_wait"
     return replace(
         cost,
-        summary=f"{cost.summary} Nearly all of it is {when[change.shape]}.",
+        summary=f"{cost.summary} {percent_text(held)} of it is {when[change.shape]}.",
         next=for_first_batches(cost.evidence.get("dataset", "the data set"), facts) if is_first else cost.next,
         evidence={**cost.evidence, **evidence},
     )
