@@ -12,6 +12,7 @@ import pytest
 
 from traceml.transport import server as server_module
 from traceml.transport.client import Connection
+from traceml.transport.framing import encode
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer, RefusedError, Server
 
@@ -43,8 +44,9 @@ class Remembering:
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
         self.messages.append(message)
         if message["t"] == "command":
-            peer.send({"t": "command", "id": 99, "name": "unrelated", "args": {}})
-            peer.send({"t": "reply", "id": message["id"], **message["args"]})
+            before, after = ({"t": "command", "id": 99, "name": name, "args": {}} for name in ("before", "after"))
+            reply = {"t": "reply", "id": message["id"], **message["args"]}
+            peer.write(b"".join(map(encode, (before, reply, after))))
         elif message["t"] == "bye":
             peer.send({"t": "bye"})
             peer.close()

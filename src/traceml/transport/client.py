@@ -262,21 +262,14 @@ class Connection:
             TimeoutError: no reply came in time.
             ConnectionError: the connection is gone.
         """
-        deadline = time.monotonic() + timeout_s
-        kept: list[dict[str, Any]] = []
-        try:
-            while (left_s := deadline - time.monotonic()) > 0:
-                for message in self.receive(left_s):
-                    if message["t"] != "reply" or message.get("id") != number:
-                        kept.append(message)
-                    elif "error" in message:
-                        raise TraceMLError(f"the aggregator answers: {message['error']}")
-                    else:
-                        return message
-        finally:
-            self._inbox[:0] = kept
+        reply = self._await("reply", time.monotonic() + timeout_s, id=number)
+        if reply is None:
+            raise TimeoutError(f"the aggregator did not answer {name!r} within {duration_text(timeout_s)}")
 
-        raise TimeoutError(f"the aggregator did not answer {name!r} within {duration_text(timeout_s)}")
+        if "error" in reply:
+            raise TraceMLError(f"the aggregator answers: {reply['error']}")
+
+        return reply
 
     def measure_clock(self, *, timeout_s: float = 0.5, is_sent: bool = True) -> ClockOffset | None:
         """Read the aggregator's clock a few times, and send it the fastest result; None without any answer.
@@ -286,19 +279,17 @@ class Connection:
         """
         best: ClockOffset | None = None
         deadline = time.monotonic() + timeout_s
-        kept: list[dict[str, Any]] = []
         for _ in range(_CLOCK_READINGS):
             sent_ns = monotonic_ns()
             self.send({"t": "ping", "ns": sent_ns})
-            answer = self._await_pong(sent_ns, deadline, kept)
+            answer = self._await("pong", deadline, ns=sent_ns)
             if answer is None:
                 break
 
             rtt_ns = monotonic_ns() - sent_ns
             if best is None or rtt_ns < best.rtt_ns:
-                best = ClockOffset(answer - sent_ns - rtt_ns // 2, rtt_ns)
+                best = ClockOffset(answer["epoch_ns"] - sent_ns - rtt_ns // 2, rtt_ns)
 
-        self._inbox[:0] = kept
         if best is None:
             return None
 
@@ -322,15 +313,11 @@ class Connection:
         deadline = time.monotonic() + timeout_s
         try:
             self._send_bye(reason)
-            while (left_s := deadline - time.monotonic()) > 0:
-                if any(message["t"] == "bye" for message in self.receive(left_s)):
-                    return True
-        except ConnectionError:
-            pass  # closed before its bye: the last acks are in `acked`
+            return self._await("bye", deadline) is not None
+        except ConnectionError:  # closed before its bye: the last acks are in `acked`
+            return False
         finally:
             self._close_socket()
-
-        return False
 
     def _check(self) -> None:
         try:
@@ -347,17 +334,18 @@ class Connection:
         handled = failures()
         self.send({"t": "bye", "reason": reason} | ({"failures": handled} if handled else {}))
 
-    def _await_pong(self, sent_ns: int, deadline: float, kept: list[dict[str, Any]]) -> int | None:
-        while (left_s := deadline - time.monotonic()) > 0:
-            answer: int | None = None
-            for message in self.receive(left_s):
-                if message["t"] != "pong":
-                    kept.append(message)
-                elif message.get("ns") == sent_ns:
-                    answer = message.get("epoch_ns")
-
-            if answer is not None:
-                return answer
+    def _await(self, kind: str, deadline: float, **facts: int) -> dict[str, Any] | None:
+        """Return the first message of a kind with these values, None if it is late; others are kept for `receive`."""
+        kept: list[dict[str, Any]] = []
+        try:
+            while (left_s := deadline - time.monotonic()) > 0:
+                messages = self.receive(left_s)
+                found = next((each for each in messages if each["t"] == kind and facts.items() <= each.items()), None)
+                kept += [each for each in messages if each is not found]
+                if found is not None:
+                    return found
+        finally:
+            self._inbox[:0] = kept
 
         return None
 
