@@ -9,7 +9,7 @@ from types import TracebackType
 
 from traceml.errors import TraceMLError
 
-__all__ = ["fail_open", "failures", "print_notice"]
+__all__ = ["fail_open", "failures", "print_notice", "warn_once"]
 
 _MAX_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
@@ -94,6 +94,12 @@ def _is_repeat(package: str, what: str) -> bool:
 
     _logged.add((package, what))
     return False
+
+
+def warn_once(key: str, text: str, *args: object) -> None:
+    """Log a warning, unless this process has logged one with this key before."""
+    if not _is_repeat("", key):
+        _log.warning(text, *args)
 
 
 def print_notice(line: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.clock import boot_id, process_start_ticks
+from traceml.fail_open import warn_once
 from traceml.trusted_files import cache_home, check_trusted_folder, make_trusted_folder, open_trusted, replace_file
 
 __all__ = [
@@ -36,7 +37,6 @@ JOINED = "joined"  # the aggregator of another node, to which ranks of this host
 _KEPT_S = 24 * 3600.0
 
 _log = logging.getLogger("traceml")
-_warned: set[str] = set()
 
 
 def new_token() -> str:
@@ -263,8 +263,5 @@ def _read(path: Path) -> PublishedServer | None:
 def _refuse(folder: Path, error: OSError) -> str:
     """Return why a folder is not used, and warn the user once."""
     why = f"{folder} cannot keep an aggregator's token: {error.strerror or error}"
-    if why not in _warned:
-        _warned.add(why)
-        _log.warning("%s. The next folder is used", why)
-
+    warn_once(why, "%s. The next folder is used", why)
     return why

@@ -7,7 +7,6 @@ Functions import the registry of plugins when they need it: a script that only l
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.errors import PluginError, UsageError
+from traceml.fail_open import warn_once
 from traceml.inspection.user_files import working_folder
 from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
@@ -39,9 +39,6 @@ __all__ = [
     "refuse_secrets",
     "storable_trackers",
 ]
-
-_log = logging.getLogger("traceml")
-_warned: set[str] = set()
 
 PER_EXPERIMENT = frozenset({
     "backend", "backend_options", "backoff_factor", "collectors", "exclude", "frameworks", "include", "local_only",
@@ -94,10 +91,9 @@ def announcement(
 def _warn_of_unsigned(registered: Mapping[str, str]) -> None:
     from traceml.track.plugins.plugin_registry import is_sent
 
-    sent = [name for name, path in registered.items() if is_sent(path) and f"unsigned {name}" not in _warned]
-    for name in sent:
-        _warned.add(f"unsigned {name}")
-        _log.warning(
+    for name in (name for name, path in registered.items() if is_sent(path)):
+        warn_once(
+            f"unsigned {name}",
             "nothing is delivered to %s: its class is defined in the script, and no key that proves whose it is can be "
             "kept in %s. Set XDG_CACHE_HOME to a folder of yours, or move the class into a module", name, cache_home(),
         )  # fmt: skip
@@ -123,9 +119,9 @@ class ChosenTrackers:
 
     def say(self) -> None:
         """Log once where values go, if nobody named a tracker."""
-        if self.where and "backend" not in _warned:
-            _warned.add("backend")
-            _log.warning(
+        if self.where:
+            warn_once(
+                "no backend",
                 'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND; '
                 "backend=[] means no tracker.", self.where,
             )  # fmt: skip
@@ -185,9 +181,9 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
 
     for backend in backends:
         metadata = check_backend(backend, options.get(backend, {}), source=source)
-        if metadata is not None and backend not in _warned and metadata.missing():
-            _warned.add(backend)
-            _log.warning(
+        if metadata is not None and metadata.missing():
+            warn_once(
+                f"missing {backend}",
                 "%s is not installed here: %s. What is logged is kept: install it, then run `traceml sync`.",
                 backend, unsupported(backend) or install_command(backend),
             )  # fmt: skip
@@ -238,9 +234,7 @@ def _warn_of_unknown(backend: str) -> None:
     try:
         check_name(PluginType.BACKEND, backend)
     except PluginError as error:
-        if f"options {backend}" not in _warned:
-            _warned.add(f"options {backend}")
-            _log.warning("the options of %r are not used: %s", backend, error)
+        warn_once(f"options {backend}", "the options of %r are not used: %s", backend, error)
 
 
 def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -273,7 +267,11 @@ def storable_trackers(config: settings.Config) -> ChosenTrackers:
         try:
             refuse_secrets({backend: values})
         except UsageError as error:
-            _warn_of_refused(backend, error)
+            warn_once(
+                f"secret {backend}",
+                "nothing is delivered to %s: %s. What is logged is kept: after that, `traceml sync RUN --backend %s` "
+                "delivers it", backend, error, backend,
+            )  # fmt: skip
         else:
             storable[backend] = dict(values)
 
@@ -283,15 +281,6 @@ def storable_trackers(config: settings.Config) -> ChosenTrackers:
             del values["fallback"]
 
     return ChosenTrackers(tuple(name for name in config.backend if name not in refused), storable)
-
-
-def _warn_of_refused(backend: str, error: UsageError) -> None:
-    if f"secret {backend}" not in _warned:
-        _warned.add(f"secret {backend}")
-        _log.warning(
-            "nothing is delivered to %s: %s. What is logged is kept: after that, `traceml sync RUN --backend %s` "
-            "delivers it", backend, error, backend,
-        )  # fmt: skip
 
 
 def _fallbacks(options: Mapping[str, Mapping[str, Any]], backends: Sequence[str]) -> set[str]:

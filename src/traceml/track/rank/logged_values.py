@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import sys
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from traceml.errors import ArgumentTypeError, UsageError
+from traceml.fail_open import warn_once
 
 __all__ = [
     "DeferredValue",
@@ -23,13 +23,11 @@ __all__ = [
     "whole_of",
 ]
 
-_log = logging.getLogger("traceml")
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
 _SMALL_ARRAY = 1001
 _DEPTH = 8
 _INT64 = 2**63
-_warned: set[str] = set()
 
 
 class PlainList(list[Any]):
@@ -103,7 +101,11 @@ def _of_tensor(tensor: Any, device: str) -> Any:
 
     whole = whole_of(tensor)
     if whole is None:
-        _warn_of_part(tensor)
+        warn_once(
+            "part of a tensor",
+            "a %s of which each rank has a part is logged as text: log its value.full_tensor(), which all ranks must "
+            "call", type(tensor).__name__,
+        )  # fmt: skip
         return tensor
 
     return float(whole.item()) if device == "cpu" else DeferredValue(whole)
@@ -119,15 +121,6 @@ def whole_of(tensor: Any) -> Any:
         return tensor
 
     return tensor.to_local() if all(each.is_replicate() for each in placements) else None
-
-
-def _warn_of_part(tensor: Any) -> None:
-    if "part" not in _warned:
-        _warned.add("part")
-        _log.warning(
-            "a %s of which each rank has a part is logged as text: log its value.full_tensor(), which all ranks must "
-            "call", type(tensor).__name__,
-        )  # fmt: skip
 
 
 def checked_name(name: Any) -> str:
@@ -201,9 +194,9 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def _warn_of_cut(value: Sized, limit: int, kind: str, unit: str) -> None:
-    if len(value) > limit and kind not in _warned:
-        _warned.add(kind)
-        _log.warning(
+    if len(value) > limit:
+        warn_once(
+            f"cut {kind}",
             "a logged %s of %s %s is cut after %s; log_artifact takes it whole, as a file",
             kind, f"{len(value):,}", unit, f"{limit:,}",
         )  # fmt: skip

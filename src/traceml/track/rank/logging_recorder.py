@@ -10,6 +10,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import TraceMLError
+from traceml.fail_open import warn_once
 from traceml.inspection.loaded_modules import imports_main_again
 from traceml.recorder import lifecycle
 from traceml.recorder.current_recorder import state
@@ -20,7 +21,6 @@ from traceml.recorder.run_notices import announce
 __all__ = ["recorder_for_logging"]
 
 _log = logging.getLogger("traceml")
-_has_warned = False
 
 
 def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | None = None) -> Recorder | None:
@@ -75,11 +75,9 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
 
 def _warn_of_end(*, has_run: bool) -> None:
     """Log once that a value is lost: a script may log in an `atexit` function, of which ours may come first."""
-    global _has_warned
-    if not _has_warned:
-        _has_warned = True
-        why = "the run has ended, by traceml.shutdown() or with the script"
-        _log.warning(
-            "what is logged from now on is not recorded: %s. A new Experiment begins another run",
-            why if has_run else "tracing could not be started, the error of traceml.init() says why",
-        )
+    why = "the run has ended, by traceml.shutdown() or with the script"
+    warn_once(
+        "end of logging",
+        "what is logged from now on is not recorded: %s. A new Experiment begins another run",
+        why if has_run else "tracing could not be started, the error of traceml.init() says why",
+    )
