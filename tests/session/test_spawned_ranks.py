@@ -8,7 +8,7 @@ import os
 import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from traceml.session.spawned_ranks import SpawnedRanks
+from traceml.session.script import SpawnedRanks
 
 
 def reported(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from traceml.transport.read_batches import MANY_CONNECTIONS, BatchSelector
+from traceml.transport.server import MANY_CONNECTIONS, BatchSelector
 
 
 @pytest.fixture

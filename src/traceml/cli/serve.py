@@ -40,8 +40,7 @@ from traceml.supervise.report_process import BESIDE_RUNS, ReportProcess
 from traceml.track.tracker_state import states_of
 from traceml.transport import auth
 from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock, address_of, folder_id, reachable
-from traceml.transport.read_batches import BatchSelector
-from traceml.transport.server import BACKLOG
+from traceml.transport.server import BACKLOG, BatchSelector
 from traceml.transport.tls import make_identity
 
 __all__ = ["main", "make_parser"]

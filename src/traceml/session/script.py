@@ -20,12 +20,12 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NamedTuple, NoReturn
 
+from traceml.clock import own_time as time
 from traceml.helper_programs import importing
 from traceml.process_ends import die_with_parent
-from traceml.session.spawned_ranks import SpawnedRanks
 from traceml.session.startup import start_for_script
 
-__all__ = ["main"]
+__all__ = ["SpawnedRanks", "main"]
 
 _OWN_FOLDER = Path(__file__).parent  # tracebacks leave out its files
 
@@ -132,7 +132,7 @@ def _find_script(name: str) -> _Program:
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
-        _quit(f"{_python()}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
+        _quit(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
 
     if path.endswith(".pyc"):
         spec = importlib.util.spec_from_file_location("__main__", path)
@@ -161,7 +161,7 @@ def _find_in_folder_or_zip(name: str, path: str) -> _Program:
     sys.path.insert(0, path)
     spec = PathFinder.find_spec("__main__", [path])
     if spec is None or spec.loader is None:
-        _quit(f"{_python()}: can't find '__main__' module in {path!r}", 1)
+        _quit(f"can't find '__main__' module in {path!r}", 1)
 
     return _program_of(spec, name)
 
@@ -176,18 +176,14 @@ def _find_module(name: str) -> _Program:
             inner = importlib.util.find_spec(name)
             if inner is None:
                 package = name.removesuffix(".__main__")
-                _quit(
-                    f"{_python()}: No module named {name}; {package!r} is a package and cannot be directly executed", 1
-                )
+                _quit(f"No module named {name}; {package!r} is a package and cannot be directly executed", 1)
 
             spec = inner
     except (ImportError, ValueError) as error:
-        _quit(
-            f"{_python()}: Error while finding module specification for {name!r} ({type(error).__name__}: {error})", 1
-        )
+        _quit(f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})", 1)
 
     if spec is None or spec.loader is None:
-        _quit(f"{_python()}: No module named {name}", 1)
+        _quit(f"No module named {name}", 1)
 
     return _program_of(spec, spec.origin or name)
 
@@ -196,7 +192,7 @@ def _program_of(spec: ModuleSpec, argv0: str) -> _Program:
     loader: Any = spec.loader
     code = loader.get_code(spec.name)
     if code is None:
-        _quit(f"{_python()}: No code object available for {spec.name}", 1)
+        _quit(f"No code object available for {spec.name}", 1)
 
     return _Program(code, spec.origin or "", argv0, loader, spec)
 
@@ -222,12 +218,9 @@ def _prepend(folder: str) -> None:
         sys.path.insert(0, folder)
 
 
-def _python() -> str:
-    return sys.executable
-
-
-def _quit(text: str, status: int) -> NoReturn:
-    sys.stderr.write(text + "\n")
+def _quit(why: str, status: int) -> NoReturn:
+    """End with the interpreter's own words for a program that it cannot run."""
+    sys.stderr.write(f"{sys.executable}: {why}\n")
     raise SystemExit(status)
 
 
@@ -240,6 +233,32 @@ def _note_exit(leaving: SystemExit) -> None:
     from traceml.recorder.lifecycle import note_exit
 
     note_exit(leaving, status_of(leaving))
+
+
+class SpawnedRanks:
+    """Ranks that the script starts by `torch.multiprocessing.spawn`: reports the process that failed first.
+
+    torch ends the others by a signal when one has failed, and raises an exception that names that one. To the
+    aggregator all of them look alike: gone without a word. `traceml run` has given this process a descriptor for it.
+    """
+
+    def __init__(self) -> None:
+        fd = os.environ.pop("TRACEML_FAILURES_FD", "")
+        self._fd = int(fd) if fd else None
+        if self._fd is not None:
+            os.set_inheritable(self._fd, False)
+
+    def report(self, error: BaseException) -> None:
+        """Report the process that an exception of the script names, if it names one."""
+        # What the process raised itself, it has reported: that exception has no exit code.
+        kind = getattr(sys.modules.get("torch.multiprocessing.spawn"), "ProcessExitedException", None)
+        if self._fd is None or kind is None or not isinstance(error, kind):
+            return
+
+        from traceml.transport.exit_report import ExitReport, write_line
+
+        ended = ExitReport(pid=error.error_pid, exitcode=error.exit_code, time=time.time())
+        write_line(self._fd, ended.to_message())
 
 
 def _show(error: BaseException) -> None:

@@ -113,7 +113,7 @@ def _reporter(fd_text: str | None) -> Any:
     os.set_inheritable(fd, False)
 
     def report(failures: Iterable[tuple[int, Any]], running: Collection[int] = ()) -> None:
-        from traceml.transport.exit_report import ExitReport, write_report  # the script of `traceml run` waits for it
+        from traceml.transport.exit_report import ExitReport, write_line  # the script of `traceml run` waits for it
 
         for rank, failure in failures:
             ended = ExitReport(
@@ -124,7 +124,7 @@ def _reporter(fd_text: str | None) -> Any:
                 time=failure.timestamp,
                 stopped=failure.local_rank in running and failure.exitcode in _CLOSING,
             )
-            write_report(fd, ended)
+            write_line(fd, ended.to_message())
 
     return report
 

@@ -12,7 +12,7 @@ import msgspec
 
 from traceml.inspection.cgroups import OomPlace
 
-__all__ = ["ExitReport", "write_line", "write_report"]
+__all__ = ["ExitReport", "write_line"]
 
 _log = logging.getLogger("traceml")
 
@@ -48,12 +48,7 @@ class ExitReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return None
 
 
-def write_report(fd: int, report: ExitReport) -> None:
-    """Write a report to the descriptor that `traceml run` reads."""
-    write_line(fd, report.to_message())
-
-
 def write_line(fd: int, message: dict[str, Any]) -> None:
-    """Write a message as a line of JSON to that descriptor."""
+    """Write a message, such as that of a report, as a line of JSON to the descriptor that `traceml run` reads."""
     with contextlib.suppress(BrokenPipeError):  # it was killed: nobody reads it
         os.write(fd, json.dumps(message).encode() + b"\n")

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import logging
 import resource
+import selectors
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,11 +28,19 @@ from traceml.transport.handshakes import TLS_STATE_BYTES, OpenHandshakes, Refusa
 from traceml.transport.hello import Hello, schemas
 from traceml.transport.tls import ServerIdentity, TlsLayer
 
-__all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
+__all__ = [
+    "BACKLOG", "BatchSelector", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics",
+    "raise_descriptor_limit",
+]  # fmt: skip
 
 # With asyncio's 100, a tenth of 10,000 ranks that connect at once would wait a second for a SYN retransmission.
 BACKLOG = 4096
 HANDSHAKE_S = 5.0
+MANY_CONNECTIONS = 256
+"""With fewer connections, `BatchSelector` pauses for none."""
+# Ten thousand ranks that send once a second would wake the process ten thousand times a second: iterations of the loop
+# and switches of the process were a third of the CPU time. An ack waits for a tick of 100 ms anyway.
+_PAUSE_S = 0.01
 # Time for a refused peer to read the reason before its connection is cut.
 _LINGER_S = 2.0
 # Left for stores, reports and deliveries; of few descriptors half.
@@ -155,7 +165,7 @@ class Peer(asyncio.BufferedProtocol):
             self.refuse(str(error), retry=getattr(error, "retry", False))
         except Exception:  # noqa: BLE001 - only this connection ends
             # A bug of ours or unexpected bytes.
-            self._server.count_handler_error()
+            self._server.handler_errors += 1
             _log.exception("an error of the aggregator with %r; that connection is closed", self)
             self.refuse("internal error of the aggregator; see its log")
 
@@ -294,7 +304,8 @@ class Server:
         self.read_buffer = memoryview(bytearray(_READ_BYTES))
         self.handshakes = OpenHandshakes(tls=tls is not None)
         self.refusals = RefusalLog()
-        self._accepted = self._refused = self._handler_errors = 0
+        self.handler_errors = 0
+        self._accepted = self._refused = 0
         self._limit = raise_descriptor_limit()
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -321,7 +332,7 @@ class Server:
     def statistics(self) -> ServerStatistics:
         """Return the counters."""
         return ServerStatistics(
-            len(self.peers), len(self.handshakes), self._accepted, self._refused, self._handler_errors
+            len(self.peers), len(self.handshakes), self._accepted, self._refused, self.handler_errors
         )
 
     def admit(self, peer: Peer) -> None:
@@ -369,10 +380,6 @@ class Server:
         self._refused += 1
         self.handshakes.add(peer, _LINGER_S)
 
-    def count_handler_error(self) -> None:
-        """Count an error of ours."""
-        self._handler_errors += 1
-
     def _sweep(self) -> None:
         """Close connections without a hello, and refused ones after their time."""
         for peer in self.handshakes.overdue():
@@ -384,6 +391,23 @@ class Server:
         self.handshakes.release_memory()
         self.refusals.flush()
         self._sweeper = asyncio.get_running_loop().call_later(0.5, self._sweep)
+
+
+class BatchSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type, unused-ignore]
+    """The default selector, with a pause between the first ready connection and the answer where there are many."""
+
+    def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        super().__init__()
+        self._sleep = sleep
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return what is ready; see `selectors.BaseSelector.select`."""
+        ready: list[tuple[selectors.SelectorKey, int]] = super().select(timeout)
+        if not ready or len(self.get_map()) < MANY_CONNECTIONS or (timeout is not None and timeout <= 0):
+            return ready
+
+        self._sleep(_PAUSE_S)
+        return super().select(0)
 
 
 def raise_descriptor_limit() -> int:
