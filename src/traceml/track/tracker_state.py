@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypedDict
@@ -63,6 +63,7 @@ FAILING_PHASES = frozenset(
 )
 _GOING_ON = frozenset({DeliveryPhase.STARTING, DeliveryPhase.DELIVERING})
 _STORED_AS = {"resume": "memory"}  # names in the file that differ from those of the fields
+_FIELD_OF = {stored: name for name, stored in _STORED_AS.items()}
 _PROGRAM = b"traceml.track.delivery"  # in the command line of a delivery process
 
 
@@ -137,7 +138,7 @@ class TrackerState:
     backend: str
     phase: DeliveryPhase = DeliveryPhase.STARTING
     # Position in the store after which the next rows are read; see `record_reader`.
-    cursor: dict[str, Any] = field(default_factory=dict)
+    cursor: dict[str, int] = field(default_factory=dict)
     passed: int = 0  # logged rows before the cursor
     # Per stream and table, the number of its rows before the cursor, lost ones included.
     reached: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -252,35 +253,10 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
 
 
 def _read(path: Path) -> TrackerState | None:
+    import msgspec  # a rank reads no state at its start
+
     try:
         stored = json.loads(read_regular(path))
-        known = {_STORED_AS.get(each.name, each.name): each.name for each in fields(TrackerState)}
-        state = TrackerState(**{known[name]: value for name, value in stored.items() if name in known})
-        state.phase = DeliveryPhase(state.phase)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None  # no file, or of another version: the delivery starts over
-
-    return state if _has_types(state) else None
-
-
-def _has_types(state: TrackerState) -> bool:
-    """Whether the values have the types of a new state's: those of a damaged file have any."""
-    new = TrackerState("")
-    nested = (*state.reached.values(), *state.experiments.values()) if _is_map(state.reached, state.experiments) else ()
-    are_maps = _is_map(state.cursor, state.reached, state.experiments, *nested)
-    return (
-        are_maps
-        and all(type(each) is int for each in state.cursor.values())
-        and all(_is_like(getattr(new, each.name), getattr(state, each.name)) for each in fields(TrackerState))
-    )
-
-
-def _is_map(*values: object) -> bool:
-    return all(isinstance(value, dict) for value in values)
-
-
-def _is_like(default: object, value: object) -> bool:
-    if default is None:
-        return value is None or type(value) in (int, float)
-
-    return type(value) in (int, float) if type(default) is float else type(value) is type(default)
+        return msgspec.convert({_FIELD_OF.get(name, name): value for name, value in stored.items()}, TrackerState)
+    except (OSError, ValueError, AttributeError, RecursionError, msgspec.ValidationError):
+        return None  # no file, damaged, or of another version: the delivery starts over
