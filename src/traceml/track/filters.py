@@ -6,10 +6,9 @@ Pure functions of the rows and of the open windows, so that a batch that is read
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ __all__ = [
     "backend_options",
     "check_delivery_options",
     "delivery_settings",
+    "matches",
     "timeout_of",
     "variables_of",
 ]
@@ -159,19 +159,13 @@ class DeliveryFilter:
         return [_closed(window) for window in stored.pop(experiment, {}).values()]
 
     def _passes_name(self, name: str) -> bool:
-        if any(_matches(pattern, name) for pattern in self.exclude):
-            return False
-
-        return not self.include or any(_matches(pattern, name) for pattern in self.include)
+        return not matches(self.exclude, name) and (not self.include or matches(self.include, name))
 
     def _passes_route(self, name: str, rank: int) -> bool:
         if not self.routes:
             return True
 
-        return any(
-            (not ranks or rank in ranks) and (not names or any(_matches(pattern, name) for pattern in names))
-            for names, ranks in self.routes
-        )
+        return any((not ranks or rank in ranks) and (not names or matches(names, name)) for names, ranks in self.routes)
 
     def _aggregated(self, rows: Iterable[Metric], stored: dict[str, Any], experiment: str) -> Iterator[Metric]:
         assert self.aggregation is not None
@@ -213,13 +207,9 @@ def _closed(window: dict[str, Any]) -> Metric:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(1024)
-def _expression(pattern: str) -> re.Pattern[str]:
-    return re.compile(translate(pattern))
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return _expression(pattern).match(name) is not None
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Return whether a name matches one of these patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _invalid(key: str, value: Any, allowed: str) -> PluginError:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
 from traceml.privacy import is_secret_name, secrets_only
-from traceml.track.filters import variables_of
+from traceml.track.filters import matches, variables_of
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import backend_metadata, known_backends, load
 
@@ -29,33 +28,31 @@ _SECRET_WORD = re.compile(
 
 
 def environment_for(
-    backend: str, options: Mapping[str, Any], environ: Mapping[str, str] | None = None
+    backend: str, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """Return the environment of a delivery process.
 
     Args:
         options: of the backend; `env` names further variables (patterns) that it needs, and the variables of its
             `fallback` are included.
-        environ: the environment to choose from; by default this process's.
+        environ: the environment to choose from.
 
     Raises:
         PluginError: the option `env` is invalid.
     """
-    environ = os.environ if environ is None else environ
     own = _own_patterns(backend, options)
     others = {pattern for metadata in known_backends().values() for pattern in metadata.environment or ()} - set(own)
     return {
         name: value
         for name, value in environ.items()
-        if _matches(own, name) or not (_matches(others, name) or _is_secret(name) or _holds_secret(name, value))
+        if matches(own, name) or not (matches(others, name) or _is_secret(name) or _holds_secret(name, value))
     }
 
 
-def key_variables(backend: str, options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> list[str]:
+def key_variables(backend: str, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the names of the set variables from which a backend takes credentials."""
-    environ = os.environ if environ is None else environ
     own = _own_patterns(backend, options)
-    return sorted(name for name, value in environ.items() if value and _matches(own, name) and _is_secret(name))
+    return sorted(name for name, value in environ.items() if value and matches(own, name) and _is_secret(name))
 
 
 def read_key_file(backend: str, path: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -107,10 +104,6 @@ def _patterns_of(backend: str) -> tuple[str, ...]:
 
     word = re.sub(r"[^A-Z0-9]+", "_", backend.upper())
     return (f"{word}_*",) if backend and ":" not in backend else ()
-
-
-def _matches(patterns: Iterable[str], name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_secret(name: str) -> bool:
