@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ _FORWARDED = (
 _log = logging.getLogger("traceml")
 
 
-def variables(environ: dict[str, str] | None = None) -> dict[str, str]:
+def variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that name the W&B run of this process; never a key."""
-    environ = dict(os.environ) if environ is None else environ
     given = {name: environ[name] for name in _FORWARDED if environ.get(name)}
     return {name: value for name, value in given.items() if secrets_only().mask_text(value) == value}
 
 
-def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
+def parameters(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return the parameters that the sweep chose; empty without one, or if its file cannot be read."""
-    environ = dict(os.environ) if environ is None else environ
     path = environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not environ.get("WANDB_SWEEP_ID"):
         return {}

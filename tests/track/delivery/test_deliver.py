@@ -815,7 +815,7 @@ def test_an_audit_log_that_cannot_be_written_is_no_failure_of_the_tracker(run: L
     assert done.stderr.count(f"{path} cannot be written, delivery to {FAULTY} goes on") == 1
 
     path.rmdir()
-    AuditLog(run.path, state).write("there", {}, force=True)
+    AuditLog(run.path, state).write({}, force=True)
     assert lines_of(run.path, "trackers/audit.jsonl")[0]["sent"] == {"metrics": 2, "params": 1}
 
 

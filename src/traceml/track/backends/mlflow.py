@@ -319,6 +319,8 @@ class MLflowBackend(BatchBackend):
 
     def _send(self, rows: Sequence[MetricRow]) -> None:
         """Send rows by the fastest way: insert into a database file, post to a server, or call the store."""
+        from mlflow.entities import Metric as MLflowMetric
+
         store = self._client._tracking_client.store
         if is_insertable(store):
             insert(store, str(self._run_id), rows)
@@ -328,14 +330,8 @@ class MLflowBackend(BatchBackend):
             part = rows[first : first + _BATCH]
             if self._uri.startswith("http"):
                 self._post(part)
-            else:
-                self._log_batch(store, part)
-
-    def _log_batch(self, store: Any, rows: Sequence[MetricRow]) -> None:
-        from mlflow.entities import Metric as MLflowMetric
-
-        # The store itself: the client's log_batch creates every row again.
-        store.log_batch(self._run_id, [MLflowMetric(*row) for row in rows], [], [])
+            else:  # the store itself: the client's log_batch creates every row again
+                store.log_batch(self._run_id, [MLflowMetric(*row) for row in part], [], [])
 
     def _post(self, rows: Sequence[MetricRow]) -> None:
         """Post rows to a server as the JSON that the client would send."""

@@ -59,14 +59,13 @@ class AuditLog:
                 self._seen.add(name)
                 self._new.append(name)
 
-    def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> bool:
+    def write(self, masked: dict[str, int], *, force: bool = False) -> bool:
         """Write a line for everything since the last one, if a line is due; return whether one was written.
 
         Where it cannot be written, the next one counts for it: the tracker has accepted the rows, which must not be
         sent again.
 
         Args:
-            target: address or path of the tracker.
             masked: number of masked values of each kind since the process began.
         """
         counts = self._sent.get("counts", {})
@@ -75,7 +74,7 @@ class AuditLog:
             return False
 
         line = {
-            "time": time.time(), "backend": self._state.backend, "target": target, "sent": counts,
+            "time": time.time(), "backend": self._state.backend, "target": self._state.target, "sent": counts,
             "bytes": self._sent.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
             "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
         }  # fmt: skip

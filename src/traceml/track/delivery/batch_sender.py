@@ -14,11 +14,11 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.errors import BackendRefusedError
 from traceml.formatting import json_text, name_at_rank
-from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.record_reader import LoggedRecord, MetricRows, RecordBatch
 from traceml.track.delivery.refusals import count_refused, refusal_counted
+from traceml.track.delivery.tracker_session import Delivery
 from traceml.track.delivery.verdict_sender import VerdictSender
 from traceml.track.plugins.failure_kinds import classify
 from traceml.track.plugins.metric import Metric

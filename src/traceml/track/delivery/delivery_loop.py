@@ -30,13 +30,12 @@ from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.batch_sender import BatchSender
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
-from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.derived import INPUT_TABLES
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
-from traceml.track.delivery.tracker_session import RewindError, TrackerSession
+from traceml.track.delivery.tracker_session import Delivery, RewindError, TrackerSession
 from traceml.track.delivery.verdict_sender import has_report
 from traceml.track.filters import DeliveryFilter, check_delivery_options, timeout_of
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
@@ -283,7 +282,7 @@ class DeliveryLoop:
         if is_ending:
             self._end_finished()
 
-        has_written = self._audit.write(self._state.target, dict(self._masker.counts))
+        has_written = self._audit.write(dict(self._masker.counts))
         if is_ending or has_written:
             self._save()
 
@@ -336,7 +335,7 @@ class DeliveryLoop:
         except Exception as error:  # noqa: BLE001 - see run()
             return self._failed(error)
 
-        self._audit.write(self._state.target, dict(self._masker.counts), force=True)
+        self._audit.write(dict(self._masker.counts), force=True)
         if self._uses_fallback:
             self._state.fallback_done = True
             self._save()
@@ -367,7 +366,7 @@ class DeliveryLoop:
         self._save()
 
     def _stopped(self) -> int:
-        self._audit.write(self._state.target, dict(self._masker.counts), force=True)
+        self._audit.write(dict(self._masker.counts), force=True)
         if self._state.phase in {DeliveryPhase.DELIVERING, DeliveryPhase.STARTING}:
             self._state.phase = DeliveryPhase.STOPPED
 

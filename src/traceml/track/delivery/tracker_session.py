@@ -1,4 +1,4 @@
-"""Connections of one delivery: a backend object per experiment, started, continued after a death, and ended."""
+"""One delivery, and its connections: a backend object per experiment, started, continued after a death, and ended."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
 from traceml.formatting import json_text, name_at_rank
 from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
+from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.call_watchdog import CallWatchdog
-from traceml.track.delivery.delivery_plan import PlannedExperiment
+from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
+from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.delivery.refusals import refusal_counted
 from traceml.track.filters import DeliveryFilter, backend_options
 from traceml.track.plugins.failure_kinds import StartError
@@ -26,7 +29,7 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
 from traceml.track.tracker_state import TrackerState, states_of
 
-__all__ = ["RewindError", "TrackerSession"]
+__all__ = ["Delivery", "RewindError", "TrackerSession"]
 
 # Extra time to start or end a run at a tracker: some wait for their threads, some upload then.
 _SLOW_S = 30.0
@@ -345,6 +348,21 @@ class TrackerSession:
             )  # fmt: skip
 
         return continued
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """Parts of one delivery: a run, a backend, and what the run's settings select for it."""
+
+    run_dir: Path
+    reader: StoreReader
+    records: RecordReader
+    plan: DeliveryPlan
+    config: Config
+    filters: DeliveryFilter
+    session: TrackerSession
+    state: TrackerState
+    audit: AuditLog
 
 
 def _mark_of(backend: BackendInterface) -> Any:

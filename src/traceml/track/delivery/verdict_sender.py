@@ -10,9 +10,9 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.kinds import Kind
 from traceml.run_folder import REPORT_NAME
-from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.refusals import refusal_counted
+from traceml.track.delivery.tracker_session import Delivery
 from traceml.trusted_files import read_regular
 
 __all__ = ["VerdictSender", "has_report"]

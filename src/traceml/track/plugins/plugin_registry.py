@@ -196,7 +196,10 @@ def _pickled(name: str, backend: type) -> str:
         cloudpickle.dump(backend, data)
     except Exception as error:  # what the script holds may raise anything
         why = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-        raise PluginError(_unsendable(name, why)) from error
+        raise PluginError(
+            f"backend {name!r} is defined in the script and cannot be sent to the process in which it runs: "
+            f"{why:.300}. Move the class into a module"
+        ) from error
 
     return f"{_SENT}{_python_version()}:{base64.b64encode(data.getvalue()).decode()}"
 
@@ -209,13 +212,6 @@ class _BoundedBytes(io.BytesIO):
             raise PluginError(f"what it uses of the script has more than {_MOST_SENT_BYTES >> 20} MiB")
 
         return super().write(data)
-
-
-def _unsendable(name: str, why: str) -> str:
-    return (
-        f"backend {name!r} is defined in the script and cannot be sent to the process in which it runs: {why:.300}. "
-        "Move the class into a module"
-    )
 
 
 def _python_version() -> str:

@@ -38,7 +38,13 @@ _FIRST_READING_S = 2.0
 def main() -> None:
     """Run the collectors that standard input names, until it ends."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started it may block all
-    request = json.loads(_first_line())
+    with open(0, "rb", closefd=False) as parent_pipe:
+        line = parent_pipe.readline()  # all that comes, until the pipe is closed
+
+    if not line.endswith(b"\n"):  # the parent has ended
+        os._exit(0)
+
+    request = json.loads(line)
     own = sys.path[len(sys.argv) - 1 :]  # those of the command line have served to import this module
     sys.path[:] = own + [folder for folder in request["path"] if folder not in own]  # last: the user's collectors
     # Output of a collector must not mix with the rows.
@@ -55,18 +61,6 @@ def main() -> None:
 
     collectors.stop()
     os._exit(0)  # without waiting for a collector that hangs
-
-
-def _first_line() -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        data = os.read(0, 1 << 16)
-        if not data:
-            os._exit(0)
-
-        line += data
-
-    return line
 
 
 class _CollectorThreads:
