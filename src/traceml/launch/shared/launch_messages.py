@@ -22,10 +22,10 @@ from traceml.inspection.cgroups import OomPlace
 
 __all__ = [
     "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "AskWorkers", "ChildEnded", "CollectStacks", "Done", "Exited",
-    "FailedToFork", "Fork", "Forked", "GroupReady", "Idle", "M", "Message", "PackageRequest", "Ping", "Pong",
-    "Prepare", "Prepared", "Probe", "Probed", "Raised", "Release", "Reserve", "Reserved", "Snapshot", "StackThread",
-    "Stacks", "StacksRequest", "Start", "Started", "StopWorkers", "StreamOpened", "ThreadStacks", "TracedRun",
-    "Tunnel", "TunnelReady", "WorkerDone", "WorkerMayEnd", "WorkerPayload", "WorkerRaised", "WorkerReady",
+    "FailedToFork", "Fork", "Forked", "GroupReady", "Idle", "JobMessage", "M", "Message", "PackageRequest", "Ping",
+    "Pong", "Prepare", "Prepared", "Probe", "Probed", "Raised", "Release", "Reserve", "Reserved", "Snapshot",
+    "StackThread", "Stacks", "StacksRequest", "Start", "Started", "StopWorkers", "StreamOpened", "ThreadStacks",
+    "TracedRun", "Tunnel", "TunnelReady", "WorkerDone", "WorkerMayEnd", "WorkerPayload", "WorkerRaised", "WorkerReady",
     "WorkerStack", "ZygoteFailed", "ZygoteReady", "ZygoteSettings", "ZygoteUp", "decode",
 ]  # fmt: skip
 
@@ -35,11 +35,13 @@ class Message:
     """A message: a map of its fields, and its name `t`. Subclasses declare the fields, as a dataclass does."""
 
     t: ClassVar[str]
-    required: ClassVar[frozenset[str]]
+    known: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, *, t: str) -> None:
         cls.t = t
-        cls.required = frozenset(name for name in cls.__annotations__ if name not in vars(cls))
+        cls.known = cls.known.union(cls.__annotations__)
+        cls.required = cls.required.union(name for name in cls.__annotations__ if name not in vars(cls))
 
     def __init__(self, **fields: Any) -> None:
         vars(self).update(fields)
@@ -58,7 +60,13 @@ class Message:
         if missing := cls.required - fields.keys():
             raise ProtocolError(f"a message {cls.t!r} without {', '.join(sorted(missing))}")
 
-        return cls(**{name: fields[name] for name in cls.__annotations__ if name in fields})
+        return cls(**{name: value for name, value in fields.items() if name in cls.known})
+
+
+class JobMessage(Message, t=""):
+    """A message about one job, between the launcher and an agent."""
+
+    job: str
 
 
 M = TypeVar("M", bound=Message)
@@ -106,10 +114,9 @@ class StreamOpened(Message, t="stream"):
 # --- channel: launcher to agent ---------------------------------------------------------------------------------------
 
 
-class Prepare(Message, t="prepare"):
+class Prepare(JobMessage, t="prepare"):
     """Request for a zygote that can make a job's workers, answered by `Prepared`."""
 
-    job: str
     env: dict[str, str]  # variables, over the agent's own
     is_whole: bool = False  # whether they are all that workers have, without the agent's
     env_file: str | None = None  # a file that bash sources first
@@ -119,23 +126,19 @@ class Prepare(Message, t="prepare"):
     main: dict[str, str | None] = {}  # noqa: RUF012 - not changed. Of the launcher's `__main__`, see `main_module`
 
 
-class Tunnel(Message, t="tunnel"):
+class Tunnel(JobMessage, t="tunnel"):
     """Request of a port for ranks that leads to the aggregator, answered by `TunnelReady`."""
 
-    job: str
 
-
-class Reserve(Message, t="reserve"):
+class Reserve(JobMessage, t="reserve"):
     """Request to the host of rank 0 for a port at which ranks meet, answered by `Reserved`."""
 
-    job: str
     address: str  # IP address of that host
 
 
-class Probe(Message, t="probe"):
+class Probe(JobMessage, t="probe"):
     """Request to connect to the port at which ranks meet, answered by `Probed`."""
 
-    job: str
     address: str
     port: int
 
@@ -148,10 +151,9 @@ class TracedRun(TypedDict):
     flights: bool  # whether the agent looks for flight files, as the aggregator is on another host
 
 
-class Start(Message, t="start"):
+class Start(JobMessage, t="start"):
     """Request to start a job's workers here. For each: `Started`, `GroupReady`, `Done` or `Raised`, `Exited`."""
 
-    job: str
     payload: int | None = None  # id of the stream with the function and its arguments
     shares_memory: bool = False  # whether launcher and agent can open each other's memory files
     script: Mapping[str, Any] | None = None  # instead of a function: `path` or `module`, and `argv`
@@ -165,31 +167,24 @@ class Start(Message, t="start"):
     env: dict[str, str] = {}  # noqa: RUF012 - not changed. Variables of tracing
     trace: TracedRun | None = None
     cpu_affinity: bool = True  # whether workers share out the cores
-    log_level: int | None = None  # of the root logger; None: that of the zygote
+    log_level: int  # of the root logger
 
 
-class Release(Message, t="release"):
+class Release(JobMessage, t="release"):
     """Permission for the workers to end: all ranks of the job have returned."""
 
-    job: str
 
-
-class CollectStacks(Message, t="stacks"):
+class CollectStacks(JobMessage, t="stacks"):
     """Request of the workers' stacks, answered by `Stacks`."""
 
-    job: str
 
-
-class AskWorkers(Message, t="ask"):
+class AskWorkers(JobMessage, t="ask"):
     """Request to have the workers end by themselves, by SIGTERM; `StopWorkers` follows."""
 
-    job: str
 
-
-class StopWorkers(Message, t="stop"):
+class StopWorkers(JobMessage, t="stop"):
     """Request to end the workers and all that they have started, answered by `Idle`."""
 
-    job: str
     grace_s: float  # between SIGTERM and SIGKILL
     exit_s: float  # for exit handlers of workers that have returned or raised
 
@@ -218,65 +213,57 @@ class AgentHello(Message, t="hello"):
     can_reach_launcher: bool  # whether it can open files of the parent of its reaper: of a launcher on this host
 
 
-class Prepared(Message, t="prepared"):
+class Prepared(JobMessage, t="prepared"):
     """Answer to `Prepare`: the zygote is ready, or `error`."""
 
-    job: str
     gpus: int  # that the job's workers see
     error: dict[str, str] | None = None  # `kind`, see `failures.preparation_failed`, and `text`
     env_file_log: str = ""  # output of the zygote and of env_file
 
 
-class TunnelReady(Message, t="tunnel_ready"):
+class TunnelReady(JobMessage, t="tunnel_ready"):
     """Answer to `Tunnel`."""
 
-    job: str
     port: int  # 0: there is none, see `error`
     error: str = ""
 
 
-class Reserved(Message, t="reserved"):
+class Reserved(JobMessage, t="reserved"):
     """Answer to `Reserve`: address and port, or `error`."""
 
-    job: str
     address: str = ""
     port: int = 0
     error: str = ""
 
 
-class Probed(Message, t="probed"):
+class Probed(JobMessage, t="probed"):
     """Answer to `Probe`."""
 
-    job: str
     error: str  # empty if the port can be reached
 
 
-class Started(Message, t="started"):
+class Started(JobMessage, t="started"):
     """A worker was forked."""
 
-    job: str
     rank: int
     pid: int
 
 
-class GroupReady(Message, t="group_ready"):
+class GroupReady(JobMessage, t="group_ready"):
     """A worker is in the process group, or runs where there is none."""
 
-    job: str
     rank: int
 
 
-class Done(Message, t="done"):
+class Done(JobMessage, t="done"):
     """A worker has returned, and its result has been sent. It runs until `Release`."""
 
-    job: str
     rank: int
 
 
-class Raised(Message, t="raised"):
+class Raised(JobMessage, t="raised"):
     """A worker has raised an exception, which has been sent if it can be pickled. It runs until `StopWorkers`."""
 
-    job: str
     rank: int
     tail: Sequence[str]  # last lines of the worker's output
     type: str
@@ -286,10 +273,9 @@ class Raised(Message, t="raised"):
     bases: Sequence[str]  # names of its class and of all bases
 
 
-class Exited(Message, t="exited"):
+class Exited(JobMessage, t="exited"):
     """The process of a worker has ended."""
 
-    job: str
     rank: int
     local_rank: int
     pid: int | None  # None: it was never forked
@@ -308,27 +294,23 @@ class WorkerStack(TypedDict):
     wchan: str
 
 
-class Stacks(Message, t="stacks"):
+class Stacks(JobMessage, t="stacks"):
     """Answer to `CollectStacks`."""
 
-    job: str
     ranks: dict[int, WorkerStack]
 
 
-class Snapshot(Message, t="snapshot"):
+class Snapshot(JobMessage, t="snapshot"):
     """Snapshot of a traced worker whose recorder does not run."""
 
-    job: str
     rank: int
     pid: int
     snapshot: dict[str, Any]  # see `database.snapshots.rank_snapshot`
     traced: dict[str, Any]  # what its flight file says of the job: see `database.snapshots.silent_workers`
 
 
-class Idle(Message, t="idle"):
+class Idle(JobMessage, t="idle"):
     """Nothing of the job is left on the host."""
-
-    job: str
 
 
 # --- sockets on one host: agent and zygote ----------------------------------------------------------------------------
@@ -356,7 +338,7 @@ class Fork(Message, t="fork"):
     backend: str | None
     timeout_s: float
     script: Mapping[str, Any] | None
-    log_level: int | None
+    log_level: int
     is_traced: bool
     cores: Sequence[int]  # to run on; empty: all
     threads: int | None  # of torch; None: its own choice
