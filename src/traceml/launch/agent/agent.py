@@ -91,7 +91,6 @@ class Agent:
         self._spares, self._parent = in_slurm_job(), os.getppid()
         self._has_spared = False
         self._busy_s = time.monotonic()
-        self._watches_write = False
 
     def run(self) -> str:
         """Serve until the launcher is gone or ends the agent; end everything and return the reason."""
@@ -117,7 +116,8 @@ class Agent:
 
     def _iterate(self) -> None:
         wait_s = 1.0 if self._group is None else self._group.tick()
-        self._flush()
+        self._channel.flush()
+        self._channel.watch_write(self._selector)
         registered = self._selector.get_map()
         for key, events in self._selector.select(wait_s):
             if registered.get(key.fd) is key:  # an earlier callback may have closed it
@@ -139,18 +139,6 @@ class Agent:
         self._channel.forget_silence()
         if now_s - self._busy_s > _IDLE_S:
             raise _EndAgent("nothing to do")
-
-    def _flush(self) -> None:
-        if self._channel.wants_write:
-            self._channel.flush()
-
-        if self._channel.wants_write != self._watches_write:
-            self._watches_write = not self._watches_write
-            fd = self._channel.write_fd
-            if self._watches_write:
-                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each iteration flushes
-            else:
-                self._selector.unregister(fd)
 
     def _handle_signals(self) -> None:
         if not self._signals:

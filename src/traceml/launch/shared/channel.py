@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import selectors
 import time
 from collections import deque
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class Channel:
         self._checked_s = time.monotonic()
         self._quiet_s = self._asked_s = 0.0
         # outgoing
+        self._watched_by: selectors.BaseSelector | None = None
         self._opening: Callable[[], bytes] | None = None
         self._urgent: deque[bytes | memoryview] = deque()
         self._leaving: deque[bytes | memoryview] = deque()
@@ -118,6 +120,18 @@ class Channel:
     def wants_write(self) -> bool:
         """Whether `flush` has something to do once `write_fd` is writable."""
         return bool(self._opening or self._urgent or self._leaving or self._ready)
+
+    def watch_write(self, selector: selectors.BaseSelector) -> None:
+        """Have `selector` wake the loop once `write_fd` is writable, as long as `flush` has something to do then."""
+        if self.wants_write == (self._watched_by is selector):
+            return
+
+        if self.wants_write:
+            self._watched_by = selector
+            selector.register(self.write_fd, selectors.EVENT_WRITE, lambda _: None)  # each iteration flushes
+        else:
+            self._watched_by = None
+            selector.unregister(self.write_fd)
 
     def send(self, message: Message) -> None:
         """Queue a message; it goes before all streams.

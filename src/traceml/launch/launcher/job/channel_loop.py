@@ -134,8 +134,7 @@ class ChannelLoop:
 
                 continue
 
-            if channel.wants_write != host.watches_write:
-                self._watch_write(host, channel.wants_write)
+            channel.watch_write(self.selector)
 
     def _drain(self, host: JobHost) -> bool:
         """Read what an agent that no longer listens has sent; return whether its end was reached and handled."""
@@ -192,21 +191,9 @@ class ChannelLoop:
         connection = host.connection
         self.selector.register(connection.channel.read_fd, selectors.EVENT_READ, lambda _: self._receive(host))
         self.selector.register(connection.errors_fd, selectors.EVENT_READ, lambda _: self._read_errors(host))
-        host.watches_write = False
 
     def _unregister(self, host: JobHost) -> None:
-        self._watch_write(host, False)
-        for fd in (host.connection.channel.read_fd, host.connection.errors_fd):
-            with contextlib.suppress(KeyError):
+        channel = host.connection.channel
+        for fd in (channel.read_fd, channel.write_fd, host.connection.errors_fd):
+            with contextlib.suppress(KeyError):  # it is not watched
                 self.selector.unregister(fd)
-
-    def _watch_write(self, host: JobHost, wanted: bool) -> None:
-        if wanted == host.watches_write:
-            return
-
-        host.watches_write = wanted
-        fd = host.connection.channel.write_fd
-        if wanted:
-            self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each iteration flushes
-        else:
-            self.selector.unregister(fd)

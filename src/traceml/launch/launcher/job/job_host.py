@@ -45,7 +45,6 @@ class JobHost:
     started: bool = False  # whether it was asked to start workers
     idle: bool = False  # whether nothing of the job is left there
     lost: bool = False  # whether its agent is out of reach
-    watches_write: bool = False  # whether the loop waits until its channel can be written
 
     @property
     def name(self) -> str:
