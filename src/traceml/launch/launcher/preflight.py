@@ -9,6 +9,7 @@ Process: launcher; `probe_host` and `probe_links` run in workers on the hosts, l
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -182,7 +183,7 @@ def probe_host() -> dict[str, Any]:
         "cores": cores,
         "load": os.getloadavg()[0],
         "memory_free_bytes": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "shm_free_bytes": _free_bytes(Path("/dev/shm")),  # noqa: S108 - only looked at
+        "shm_free_bytes": _free_bytes("/dev/shm"),  # noqa: S108 - only looked at
         "cpu_gflops": statistics.median(rates),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "gpu_tflops": [_device_tflops(index) for index in range(torch.cuda.device_count())],
@@ -305,10 +306,8 @@ def _answer(peer: int) -> None:
         distributed.send(small, peer)
 
 
-def _free_bytes(folder: Path) -> int:
+def _free_bytes(folder: str) -> int:
     try:
-        status = os.statvfs(folder)
+        return shutil.disk_usage(folder).free
     except OSError:
         return 0
-
-    return status.f_bavail * status.f_frsize

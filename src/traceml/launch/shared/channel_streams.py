@@ -51,8 +51,8 @@ class OutgoingStream:
         """The bytes that the other side allows now, beyond those queued."""
         return max(0, self._credit_bytes - self.queued_bytes)
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Queue `data` by reference: it must not change until it is sent. Return `writable_bytes`."""
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Queue `data` by reference: it must not change until it is sent."""
         if self._end is not None:
             raise ValueError(f"stream {self.id} has ended")
 
@@ -61,8 +61,6 @@ class OutgoingStream:
             self._chunks.append(view.cast("B"))
             self.queued_bytes += view.nbytes
             self._wake(self)
-
-        return self.writable_bytes
 
     def end(self, error: dict[str, Any] | None = None) -> None:
         """End the stream after the written bytes; `error` reports to the other side why they are incomplete."""

@@ -62,7 +62,7 @@ class FdSocket:
 
         memory = os.memfd_create("traceml-message")
         try:
-            with os.fdopen(os.dup(memory), "wb") as file:
+            with open(memory, "wb", closefd=False) as file:
                 file.write(body)
 
             self._send(_BIG, [memory, *fds])

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import faulthandler
 import io
-import logging
 import os
 import random  # noqa: TID251 - to seed it
 import signal
@@ -77,7 +76,8 @@ def main(request: Fork, fds: list[int]) -> NoReturn:
         if request.script:  # as under `python`: the script configures logging itself
             os.close(records_fd)
         else:
-            _send_records(records_fd, request.log_level)
+            os.set_inheritable(records_fd, False)
+            log_records.install(records_fd, request.log_level)
 
         if request.is_traced and not request.script:
             from traceml.session.startup import start_for_script
@@ -243,12 +243,6 @@ def _set_cores(request: Fork) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
-
-
-def _send_records(fd: int, level: int | None) -> None:
-    """Send records of `logging` to the agent."""
-    os.set_inheritable(fd, False)
-    log_records.install(fd, logging.getLogger().level if level is None else level)
 
 
 # --- the process group -----------------------------------------------------------------------------------------------
@@ -439,9 +433,7 @@ def _shortened(text: str) -> str:
 def _in_memory(chunks: Any) -> int:
     """Write chunks to a new memory file; return its descriptor."""
     memory = os.memfd_create("traceml-result")
-    for chunk in chunks:
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(memory, view) :]
+    with open(memory, "wb", closefd=False) as file:
+        file.writelines(chunks)
 
     return memory

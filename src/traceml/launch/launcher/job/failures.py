@@ -79,11 +79,7 @@ class JobFailure:
 def first_cause(failures: Iterable[JobFailure]) -> BaseException:
     """Return the error of the first failure that is not the consequence of another."""
     found = list(failures)
-    for failure in found:
-        if not failure.secondary:
-            return failure.error
-
-    return found[0].error
+    return next((failure for failure in found if not failure.secondary), found[0]).error
 
 
 def worker_raised(worker: Worker, message: Raised, received: PayloadBuffer | None) -> JobFailure:
@@ -98,9 +94,7 @@ def worker_raised(worker: Worker, message: Raised, received: PayloadBuffer | Non
     def error() -> BaseException:
         if not _NOT_RAISED.isdisjoint(bases):
             how = f"raised {kind}" + (f": {text}" if text else "")
-            found: BaseException = WorkerFailedError(
-                worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_shown(message.tail)
-            )
+            found: BaseException = _failed(worker, how=how, exit_code=1, log_tail=_shown(message.tail))
         else:
             found = _loaded(received) or _substitute_exception(kind, text, bases, message.notes)
 
@@ -114,15 +108,7 @@ def worker_raised(worker: Worker, message: Raised, received: PayloadBuffer | Non
 def worker_died(worker: Worker, message: Exited) -> JobFailure:
     """Return the failure for a worker that ended without a result."""
     tail = _shown(message.tail)
-    error = WorkerFailedError(
-        worker.host.name,
-        worker.rank,
-        worker.local_rank,
-        exit_code=message.code,
-        signal=message.signal,
-        log_tail=tail,
-        oom=bool(message.oom),
-    )
+    error = _failed(worker, exit_code=message.code, signal=message.signal, log_tail=tail, oom=bool(message.oom))
     # a script's exception is in its last lines of output
     secondary = not message.signal and bool(_SECONDARY.search("\n".join(tail[-_LAST_LINES:])))
     return JobFailure(error, secondary, worker.rank)
@@ -131,9 +117,11 @@ def worker_died(worker: Worker, message: Exited) -> JobFailure:
 def worker_hung(worker: Worker) -> JobFailure:
     """Return the failure for the first worker of a job that hangs and cannot end itself."""
     how = "has not ended: the job hangs, and on_hang is abort"
-    return JobFailure(
-        WorkerFailedError(worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1), rank=worker.rank
-    )
+    return JobFailure(_failed(worker, how=how, exit_code=1), rank=worker.rank)
+
+
+def _failed(worker: Worker, **facts: Any) -> WorkerFailedError:
+    return WorkerFailedError(worker.host.name, worker.rank, worker.local_rank, **facts)
 
 
 def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:

@@ -75,13 +75,8 @@ def make_handlers(
     if log_handlers is None:
         return []
 
-    if isinstance(log_handlers, logging.Handler):
-        return [log_handlers]
-
-    if not isinstance(log_handlers, str):
+    if log_handlers != "auto":
         return _checked(log_handlers() if callable(log_handlers) else log_handlers)
-
-    check_handlers(log_handlers)
 
     first = next(iter(hosts))
     made: list[logging.Handler] = [
@@ -108,14 +103,14 @@ def check_handlers(log_handlers: Any) -> Handlers:
     if log_handlers is None or log_handlers == "auto" or callable(log_handlers):
         return log_handlers  # type: ignore[no-any-return]
 
-    if isinstance(log_handlers, str):
-        raise UsageError(f"log_handlers must be 'auto', a list of logging.Handler, or None, got {log_handlers!r}")
-
-    return _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
+    return _checked(log_handlers)
 
 
 def _checked(handlers: Any) -> list[logging.Handler]:
-    if not isinstance(handlers, Iterable):
+    if isinstance(handlers, logging.Handler):
+        return [handlers]
+
+    if isinstance(handlers, str) or not isinstance(handlers, Iterable):
         raise UsageError(f"log_handlers must be 'auto', a list of logging.Handler, or None, got {handlers!r}")
 
     found = list(handlers)

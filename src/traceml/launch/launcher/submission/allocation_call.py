@@ -79,16 +79,14 @@ class AllocationCall:
             return run_function(self.options, self.call)
 
         assert self.script is not None
-        run_script(self.options, self.script, tracing=self._make_tracing())
+        tracing = None
+        if self.tracing is not None:
+            from traceml.launch.launcher.job.tracing import Tracing
+
+            tracing = Tracing(**self.tracing)
+
+        run_script(self.options, self.script, tracing=tracing)
         return None
-
-    def _make_tracing(self) -> Any:
-        if self.tracing is None:
-            return None
-
-        from traceml.launch.launcher.job.tracing import Tracing
-
-        return Tracing(**self.tracing)
 
     def _requeue(self) -> None:
         """Queue the job again if Slurm has ended it, and has not done so itself.

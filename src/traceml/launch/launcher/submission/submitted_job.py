@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import time
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from traceml.errors import SlurmError, WaitTimeoutError
 from traceml.launch.launcher.submission.allocation_call import AllocationOutcome
@@ -132,17 +132,11 @@ class SubmittedJob(Generic[R_co]):
 
             time.sleep(_POLL_S)
 
-        word, value = _load(self._outcome_file)
+        with self._outcome_file.open("rb") as file:  # `success` with the value, or `error` with a traceback
+            word, value = pickle.load(file)  # noqa: S301 - written by the user's own job, through submitit
+
         if word == "success":
             return AllocationOutcome(value.result, value.error)
 
         last = str(value).strip().splitlines()[-1]
         return AllocationOutcome(error=SlurmError(f"job {self.job_id} failed: {last}. Its output: {self.output}"))
-
-
-def _load(path: Path) -> tuple[str, Any]:
-    """Return what submitit has stored: `success` with the value, or `error` with a traceback."""
-    with path.open("rb") as file:
-        word, value = pickle.load(file)  # noqa: S301 - written by the user's own job
-
-    return word, value
