@@ -47,7 +47,7 @@ from traceml.launch.shared.launch_messages import (
     ZygoteReady,
 )
 from traceml.launch.shared.payload_buffer import PayloadBuffer
-from traceml.launch.shared.process_cleanup import find_leftovers, in_slurm_job, terminate_all
+from traceml.launch.shared.process_cleanup import ended_children, find_leftovers, in_slurm_job, terminate_all
 from traceml.launch.shared.tunnel import TunnelListener
 from traceml.process_ends import end_of_status
 
@@ -152,12 +152,11 @@ class Agent:
         if signals & {signal.SIGTERM, signal.SIGHUP}:
             raise _EndAgent(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
 
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if self._zygote is not None and ended[0] == self._zygote.pid:
-                    self._zygote_ended(ended[1])
-                elif self._group is not None:
-                    self._group.ended(*ended)
+        for pid, status in ended_children():
+            if self._zygote is not None and pid == self._zygote.pid:
+                self._zygote_ended(status)
+            elif self._group is not None:
+                self._group.ended(pid, status)
 
     def _end(self) -> None:
         """End all workers, the processes that they have started, and the zygote."""

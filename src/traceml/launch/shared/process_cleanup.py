@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from traceml.inspection.kernel_state import ProcessInfo, is_running, process_info
 
@@ -19,6 +19,7 @@ __all__ = [
     "ProcessTermination",
     "become_subreaper",
     "end_job",
+    "ended_children",
     "find_leftovers",
     "in_slurm_job",
     "terminate_all",
@@ -128,7 +129,15 @@ def terminate_all(find: Callable[[], set[int]], *, grace_s: float, asks: Callabl
     ending = ProcessTermination(find, grace_s=grace_s, asks=asks)
     while not ending.step():
         time.sleep(ending.pause_s)
-        _reap()
+        for _ in ended_children():  # orphans that became ours
+            pass
+
+
+def ended_children() -> Iterator[tuple[int, int]]:
+    """Reap the children that have ended; yield the process id and the status, as `waitpid` returns it, of each."""
+    with contextlib.suppress(ChildProcessError):  # there are none
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended
 
 
 def end_job(mark: str, agent: int) -> None:
@@ -159,15 +168,6 @@ def _signal(pids: Iterable[int], how: signal.Signals) -> None:
             os.kill(pid, signal.SIGCONT)  # a stopped process does not handle SIGTERM
         except (ProcessLookupError, PermissionError):
             continue
-
-
-def _reap() -> None:
-    """Reap orphans that became our children."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
 
 
 def _has_variable(pid: int, word: bytes) -> bool:

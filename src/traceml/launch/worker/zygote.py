@@ -32,7 +32,13 @@ from traceml.launch.shared.launch_messages import (
     ZygoteSettings,
     ZygoteUp,
 )
-from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_job, terminate_all
+from traceml.launch.shared.process_cleanup import (
+    become_subreaper,
+    ended_children,
+    find_leftovers,
+    in_slurm_job,
+    terminate_all,
+)
 from traceml.process_ends import die_with_parent
 
 __all__ = ["main"]
@@ -138,21 +144,15 @@ def _serve(agent: FdSocket, mark: str) -> tuple[Fork, list[int]] | None:
                 os.read(read_end, 4096)
 
             try:
-                _report_ended(agent)
+                for pid, status in ended_children():
+                    agent.send(ChildEnded(pid=pid, status=status))
+
                 while (request := agent.receive(Fork, wait=False)) is not None:
                     if _fork(agent, *request):
                         return _close_in_worker(selector, agent, (read_end, write_end), request)
             except (EOFError, OSError):
                 terminate_all(lambda: find_leftovers([os.getpid()], mark=mark), grace_s=0)  # the agent is gone
                 return None
-
-
-def _report_ended(agent: FdSocket) -> None:
-    try:
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            agent.send(ChildEnded(pid=ended[0], status=ended[1]))
-    except ChildProcessError:
-        return
 
 
 def _fork(agent: FdSocket, request: Fork, fds: list[int]) -> bool:
