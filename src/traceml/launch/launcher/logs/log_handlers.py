@@ -94,11 +94,8 @@ def add_filter_to_handler(
 
 def new_log_folder(environ: Mapping[str, str]) -> Path | None:
     """Return a new folder name for the files of one launch; None if files are turned off."""
-    for name in ("TRACEML_LOG_DIR", "TORCHRUNX_LOG_DIR"):
-        if name in environ:
-            base = environ[name]
-            break
-    else:
+    base = environ.get("TRACEML_LOG_DIR", environ.get("TORCHRUNX_LOG_DIR"))
+    if base is None:
         base = str(load().log_dir)
 
     if not base:
