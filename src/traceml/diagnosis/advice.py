@@ -34,41 +34,13 @@ from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import bytes_text, capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
-    "AS_MUCH_IN_EACH_STEP",
-    "EVENT_LOOP",
-    "EVEN_BATCHES",
-    "EVEN_OR_TOGETHER",
-    "EXPLICIT_EXIT",
-    "FOR_UNMEASURED_JITTER",
-    "IN_SAME_STEPS",
-    "SAME_COLLECTIVES",
-    "STOP_TOGETHER",
-    "STORE_OF_ITS_OWN",
-    "WAITED_FOR",
-    "WITHOUT_ANOMALIES",
-    "WITHOUT_ANSWERS",
-    "WITHOUT_PROFILER",
-    "flush_denormals",
-    "for_comm",
-    "for_copies",
-    "for_debugging",
-    "for_first_batches",
-    "for_jitter",
-    "for_long_stage",
-    "for_longer_passes",
-    "for_more_work",
-    "for_own_code",
-    "for_rank_without_core",
-    "for_reading_ranks",
-    "for_residual",
-    "for_rollouts",
-    "for_saving",
-    "for_slow_group",
-    "for_straggler",
-    "in_threads",
-    "longer_limit",
-    "waiting_text",
-]
+    "AS_MUCH_IN_EACH_STEP", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT", "FOR_UNMEASURED_JITTER",
+    "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR", "WITHOUT_ANOMALIES",
+    "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
+    "for_first_batches", "for_jitter", "for_long_stage", "for_longer_passes", "for_more_work", "for_own_code",
+    "for_rank_without_core", "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group",
+    "for_straggler", "in_threads", "longer_limit", "waiting_text",
+]  # fmt: skip
 
 
 MIN_PLAYED = 0.3

@@ -25,36 +25,11 @@ from traceml.formatting import (
 from traceml.process_ends import exit_text, signal_name
 
 __all__ = [
-    "FindingFacts",
-    "communication",
-    "compute",
-    "core_wait",
-    "device_fault",
-    "devices_text",
-    "duplicates",
-    "evaluation",
-    "hang",
-    "healthy",
-    "input_wait",
-    "insufficient_data",
-    "leak",
-    "lost_ranks",
-    "lost_worker",
-    "near_limit",
-    "not_finite",
-    "pauses_text",
-    "pressure",
-    "recompiles",
-    "share_text",
-    "skipped",
-    "slow_ranks",
-    "slowdown",
-    "startup",
-    "stopped",
-    "uneven_memory",
-    "unknown",
-    "user_code",
-]
+    "FindingFacts", "communication", "compute", "core_wait", "device_fault", "devices_text", "duplicates", "evaluation",
+    "hang", "healthy", "input_wait", "insufficient_data", "leak", "lost_ranks", "lost_worker", "near_limit",
+    "not_finite", "pauses_text", "pressure", "recompiles", "share_text", "skipped", "slow_ranks", "slowdown", "startup",
+    "stopped", "uneven_memory", "unknown", "user_code",
+]  # fmt: skip
 
 _WAITS_FOR = {
     "messages": "The ranks wait for messages of each other",

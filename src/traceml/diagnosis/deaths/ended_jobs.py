@@ -15,13 +15,8 @@ from traceml.formatting import capitalized, count_text, duration_text, left_text
 from traceml.process_ends import signal_name
 
 __all__ = [
-    "end_by_scheduler",
-    "ended_by_scheduler",
-    "ended_from_outside",
-    "ended_with_job",
-    "lost_steps",
-    "lost_steps_text",
-]
+    "end_by_scheduler", "ended_by_scheduler", "ended_from_outside", "ended_with_job", "lost_steps", "lost_steps_text",
+]  # fmt: skip
 
 # A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {

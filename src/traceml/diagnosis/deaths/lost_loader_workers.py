@@ -14,16 +14,9 @@ from traceml.formatting import bytes_text, capitalized, count_text, percent_text
 from traceml.process_ends import CRASHES, exit_text
 
 __all__ = [
-    "BUS_ERROR",
-    "KILL",
-    "death_words",
-    "for_mapped_file",
-    "for_shared_memory",
-    "for_worker",
-    "worker_causing_end",
-    "worker_evidence",
-    "worker_lost",
-]
+    "BUS_ERROR", "KILL", "death_words", "for_mapped_file", "for_shared_memory", "for_worker", "worker_causing_end",
+    "worker_evidence", "worker_lost",
+]  # fmt: skip
 
 # What reading a batch of a worker that is gone raises, where torch does not notice its end first.
 _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")

@@ -18,14 +18,9 @@ from numpy.typing import NDArray
 from traceml.inspection.busy_processes import MIN_CORES
 
 __all__ = [
-    "COMPETING_PROCESSES",
-    "CompetingProcessHistory",
-    "CoreWaits",
-    "TimeSums",
-    "added_up",
-    "medians_of_others",
+    "COMPETING_PROCESSES", "CompetingProcessHistory", "CoreWaits", "TimeSums", "added_up", "medians_of_others",
     "ranks_without_core",
-]
+]  # fmt: skip
 
 COMPETING_PROCESSES = "competing_processes"
 """Kind of the event with cores by name of process: `{"cores": {"ffmpeg": 0.8}, "started": {"python augment.py": 0.9}}`.

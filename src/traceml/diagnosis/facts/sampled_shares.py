@@ -17,36 +17,12 @@ from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.formatting import percent_text
 
 __all__ = [
-    "MIN_SAMPLES",
-    "MIN_SHARE_SAMPLES",
-    "NAMED_SHARE",
-    "SampledShare",
-    "broadcasts_buffers",
-    "busy_share",
-    "child_wait_share",
-    "clearing_share",
-    "counted_lines",
-    "dataset_share",
-    "environment_share",
-    "fusable_share",
-    "handover_share",
-    "import_share",
-    "is_import",
-    "is_loss",
-    "is_passing",
-    "iterator_share",
-    "least_share",
-    "library_share",
-    "loss_share",
-    "of_part",
-    "ordering_share",
-    "place_share",
-    "receives",
-    "thread_wait_share",
-    "used_cores",
-    "worker_wait_share",
-    "workers_at_work",
-]
+    "MIN_SAMPLES", "MIN_SHARE_SAMPLES", "NAMED_SHARE", "SampledShare", "broadcasts_buffers", "busy_share",
+    "child_wait_share", "clearing_share", "counted_lines", "dataset_share", "environment_share", "fusable_share",
+    "handover_share", "import_share", "is_import", "is_loss", "is_passing", "iterator_share", "least_share",
+    "library_share", "loss_share", "of_part", "ordering_share", "place_share", "receives", "thread_wait_share",
+    "used_cores", "worker_wait_share", "workers_at_work",
+]  # fmt: skip
 
 MIN_SHARE_SAMPLES = 35
 """Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""

@@ -19,23 +19,10 @@ from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
-    "COMPUTING",
-    "FOR_JOIN",
-    "REMOTE_CALLS",
-    "WAITS_FOR_THREAD",
-    "awaited_thread",
-    "blocked_worker",
-    "collective_wait",
-    "device_wait",
-    "doing",
-    "gil_holder",
-    "is_blocked_by_full_pipe",
-    "is_busy",
-    "is_expected_wait",
-    "is_in_join",
-    "is_in_long_call",
-    "is_spawned",
-]
+    "COMPUTING", "FOR_JOIN", "REMOTE_CALLS", "WAITS_FOR_THREAD", "awaited_thread", "blocked_worker", "collective_wait",
+    "device_wait", "doing", "gil_holder", "is_blocked_by_full_pipe", "is_busy", "is_expected_wait", "is_in_join",
+    "is_in_long_call", "is_spawned",
+]  # fmt: skip
 
 _DISTRIBUTED = "/torch/distributed/"
 # Its modules whose own functions wait for other ranks. Others load a checkpoint, or run the forward of a model.

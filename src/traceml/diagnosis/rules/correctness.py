@@ -13,14 +13,9 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
 __all__ = [
-    "duplicate_data",
-    "loss_not_finite",
-    "never_synchronized",
-    "repeated_by_workers",
-    "same_order",
-    "steps_skipped",
+    "duplicate_data", "loss_not_finite", "never_synchronized", "repeated_by_workers", "same_order", "steps_skipped",
     "trainings_not_finite",
-]
+]  # fmt: skip
 
 MIN_LOST_STEPS = 3
 """A loss that is not finite in fewer steps than this may be one that GradScaler skips."""

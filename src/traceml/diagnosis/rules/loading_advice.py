@@ -34,14 +34,9 @@ from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = [
-    "LoadingAdvice",
-    "for_evaluation",
-    "for_input",
-    "for_iterator",
-    "of_new_iterators",
-    "of_sampler",
+    "LoadingAdvice", "for_evaluation", "for_input", "for_iterator", "of_new_iterators", "of_sampler",
     "with_waited_loader",
-]
+]  # fmt: skip
 
 CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""

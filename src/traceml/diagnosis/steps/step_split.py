@@ -24,18 +24,9 @@ from numpy.typing import NDArray
 from traceml.database.schema import DEVICE_PHASES, PHASE_LABELS
 
 __all__ = [
-    "DEVICE_LABELS",
-    "PHASES",
-    "Floats",
-    "leave_out_waiting",
-    "mean_own",
-    "named_times",
-    "own_backward",
-    "put_device_times",
-    "split_backward",
-    "spread_device_times",
-    "step_times_on_device",
-]
+    "DEVICE_LABELS", "PHASES", "Floats", "leave_out_waiting", "mean_own", "named_times", "own_backward",
+    "put_device_times", "split_backward", "spread_device_times", "step_times_on_device",
+]  # fmt: skip
 
 Floats = NDArray[np.floating[Any]]
 

@@ -11,14 +11,9 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, Rows
 
 __all__ = [
-    "FAR_MORE_WORK",
-    "due_to_code_ns",
-    "is_without_core",
-    "may_be_without_core",
-    "more_work_ns",
-    "own_line_ns",
+    "FAR_MORE_WORK", "due_to_code_ns", "is_without_core", "may_be_without_core", "more_work_ns", "own_line_ns",
     "without_core_ns",
-]
+]  # fmt: skip
 
 OWN_LINE_SHARE = 1 / 3
 """A line that only the late ranks run, and that has this share of their excess, shows that it is not for lack of cores.

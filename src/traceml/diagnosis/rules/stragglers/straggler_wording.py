@@ -14,14 +14,8 @@ from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, plural, ranks_text
 
 __all__ = [
-    "fewer_workers",
-    "is_hidden",
-    "late_evidence",
-    "late_summary",
-    "share_late",
-    "stage_summary",
-    "waited_for_core",
-]
+    "fewer_workers", "is_hidden", "late_evidence", "late_summary", "share_late", "stage_summary", "waited_for_core",
+]  # fmt: skip
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
