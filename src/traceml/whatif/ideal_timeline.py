@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from traceml.whatif.operations import COMPUTE, TRANSFERS, JobTrace
+from traceml.whatif.operations import COMPUTE, TRANSFERS, JobTrace, Times
 from traceml.whatif.simulation import Simulator
 
 __all__ = ["write_timeline"]
@@ -20,8 +19,6 @@ _STEPS = 10
 _GAP = 1.1  # steps of the ideal job begin this much later than the longest one lasts
 _LANES = ("compute", "pipeline", "collectives")
 _OTHER_COMPUTE = ("gc", "optimizer")
-
-Times = NDArray[np.float64]
 
 
 def write_timeline(simulator: Simulator, path: Path) -> int:

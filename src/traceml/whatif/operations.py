@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BACKWARD", "COLLECTIVES", "COMPUTE", "FORWARD", "KINDS", "MEDIAN_KINDS", "TRANSFERS", "JobTrace", "Layout",
-    "Operation", "reported_kind",
+    "Operation", "Times", "reported_kind",
 ]  # fmt: skip
 
 FORWARD, BACKWARD = "forward-compute", "backward-compute"

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.whatif.dependencies import Dependencies, dependencies_of
-from traceml.whatif.operations import MEDIAN_KINDS, JobTrace
+from traceml.whatif.operations import MEDIAN_KINDS, JobTrace, Times
 
-__all__ = ["Simulator"]
+__all__ = ["Choice", "Simulator"]
 
 _BATCH_BYTES = 64 << 20
 
-Times = NDArray[np.float64]
 Choice = NDArray[np.bool_]
 
 

@@ -7,12 +7,11 @@ from typing import TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from traceml.errors import TraceEmptyError
 from traceml.whatif.causes import cause_of
 from traceml.whatif.operations import JobTrace, Layout, reported_kind
-from traceml.whatif.simulation import Simulator
+from traceml.whatif.simulation import Choice, Simulator
 
 __all__ = ["SCHEMA", "WhatIf", "explain_job"]
 
@@ -21,7 +20,6 @@ _WORST_PERCENT = 3  # of the workers, at least one
 _ALIKE = 0.5  # of the excess of the slowest worker: others of the 3 % are not to blame
 _NOTHING_LOST = 1e-6  # of the ideal step: rounding
 
-Choice = NDArray[np.bool_]
 Key = TypeVar("Key")
 
 
