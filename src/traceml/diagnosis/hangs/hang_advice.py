@@ -28,7 +28,7 @@ __all__ = ["hang_advice"]
 def hang_advice(found: DetectedHang) -> str:
     """Return one sentence about what to do next."""
     cause, snapshots = found.blame.cause, found.snapshots
-    first = next((snapshots[rank] for rank in (found.blame.ranks or sorted(snapshots)) if rank in snapshots), None)
+    first = next(iter(found.stuck), None)
     what = _ADVICE.get(cause)
     handling = handling_rank(found)
     if handling is not None and handling.rank in found.blame.waits:

@@ -51,6 +51,12 @@ class DetectedHang(msgspec.Struct, frozen=True):
     is_over: bool = False
     timed_out: tuple[int, ...] = ()  # ranks whose wait the time limit of a collective has ended
 
+    @property
+    def stuck(self) -> list[RankSnapshot]:
+        """Snapshots of the ranks that block the others; of all, where none is named."""
+        named = self.blame.ranks or sorted(self.snapshots)
+        return [self.snapshots[rank] for rank in named if rank in self.snapshots]
+
 
 def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
     """Return the hang of a job; None while it makes progress, and where it may be normal.

@@ -89,9 +89,7 @@ def _failed_thread_text(found: DetectedHang) -> str:
 
 def failed_thread(found: DetectedHang) -> tuple[int, ThreadSnapshot] | None:
     """Return a rank that blocks the others, or is stuck, and its newest thread that an exception has ended."""
-    stuck = found.blame.ranks or sorted(found.snapshots)
-    threads = ((rank, each) for rank in stuck if rank in found.snapshots for each in found.snapshots[rank].threads)
-    return next(((rank, each) for rank, each in threads if each.exception), None)
+    return next(((stuck.rank, each) for stuck in found.stuck for each in stuck.threads if each.exception), None)
 
 
 def _handled_text(found: DetectedHang) -> str:
@@ -107,9 +105,7 @@ def _handled_text(found: DetectedHang) -> str:
 
 def handling_rank(found: DetectedHang) -> RankSnapshot | None:
     """Return a rank that blocks the others, or is stuck, while it handles an exception; None without one."""
-    ranks = found.blame.ranks or sorted(found.snapshots)
-    stuck = (found.snapshots[rank] for rank in ranks if rank in found.snapshots)
-    return next((each for each in stuck if each.handled), None)
+    return next((each for each in found.stuck if each.handled), None)
 
 
 def _late_text(found: DetectedHang) -> str:
