@@ -11,6 +11,7 @@ from msgspec.structs import asdict
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.ends import LostWorker, RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.formatting import bytes_text
 
 __all__ = ["MemoryEnd", "is_out_of_memory", "memory_end", "memory_end_of_worker"]
@@ -111,7 +112,7 @@ def memory_end(ended: RankExit, facts: JobFacts) -> MemoryEnd | None:
 
 def memory_end_of_worker(worker: LostWorker, rank: int, facts: JobFacts) -> MemoryEnd | None:
     """Return the facts of a loader worker's end for lack of memory; None for any other end."""
-    last = facts.memory.workers_at_end(rank)
+    last = facts.memory.at_end(rank, MemoryKind.WORKERS)
     if worker.signal != signal.SIGKILL or not worker.oom_kills or last is None:
         return None
 

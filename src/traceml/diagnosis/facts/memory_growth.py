@@ -7,6 +7,7 @@ checkpoint or an evaluation do not count.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
@@ -401,14 +402,13 @@ class MemoryHistory:
         self._curves: dict[tuple[int, MemoryKind, int], MemoryCurve] = {}
         self._hosts: dict[int, NDArray[np.void]] = {}
         self._host_memory: dict[int, HostMemory] = {}
-        self._tails: dict[int, MemoryTail] = {}
-        self._worker_tails: dict[int, MemoryTail] = {}
+        self._tails: defaultdict[tuple[int, MemoryKind], MemoryTail] = defaultdict(MemoryTail)
         self._devices: dict[tuple[int, int], DeviceMemory] = {}
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         self.curve(rank, MemoryKind.RESIDENT).add(rows["step"], rows["t_ns"], rows["rss_bytes"])
-        self._tails.setdefault(rank, MemoryTail()).add(rows["t_ns"], rows["rss_bytes"], rows["step"] >= 0)
+        self._tails[rank, MemoryKind.RESIDENT].add(rows["t_ns"], rows["rss_bytes"], rows["step"] >= 0)
 
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, in order, of the rank that samples its host."""
@@ -436,7 +436,7 @@ class MemoryHistory:
         for loader in np.unique(known["loader"]).tolist():
             own = known[known["loader"] == loader]
             self.curve(rank, MemoryKind.WORKERS, loader).add(own["step"], own["t_ns"], own["private_bytes"])
-            self._worker_tails.setdefault(rank, MemoryTail()).add(own["t_ns"], own["private_bytes"], own["step"] >= 0)
+            self._tails[rank, MemoryKind.WORKERS].add(own["t_ns"], own["private_bytes"], own["step"] >= 0)
 
     def curve(self, rank: int, kind: MemoryKind, device: int = 0) -> MemoryCurve:
         """Return the curve of a memory; an empty one where there are no samples yet."""
@@ -447,15 +447,9 @@ class MemoryHistory:
         found = {rank: curve.newest() for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
         return {rank: size for rank, size in sorted(found.items()) if size is not None}
 
-    def at_end(self, rank: int, *, trained: bool = False) -> EndMemory | None:
-        """Return the resident memory of a rank in its last sample; None without any."""
-        tail = self._tails.get(rank)
-        return None if tail is None else tail.at_end(trained=trained)
-
-    def workers_at_end(self, rank: int) -> EndMemory | None:
-        """Return the private memory of all workers of a rank's loader in the last sample; None without any."""
-        tail = self._worker_tails.get(rank)
-        return None if tail is None else tail.at_end()
+    def at_end(self, rank: int, kind: MemoryKind = MemoryKind.RESIDENT, *, trained: bool = False) -> EndMemory | None:
+        """Return the memory of a rank, or of all workers of its loader, in the last sample; None without any."""
+        return self._tails[rank, kind].at_end(trained=trained)
 
     def hosts(self) -> dict[int, HostMemory]:
         """Return the memory of each host, by the rank that samples it."""
