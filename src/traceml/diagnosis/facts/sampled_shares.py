@@ -122,7 +122,7 @@ def _share(
 
 def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
-    return _share(lines, part, lambda each: _ENVIRONMENTS.search(each.library or ""))
+    return library_share(of_part(lines, part), _ENVIRONMENTS)
 
 
 def fusable_share(lines: Sequence[SampledLine]) -> float | None:
@@ -186,19 +186,19 @@ def is_loss(line: SampledLine) -> bool:
     return _LOSSES.search(line.library or "") is not None
 
 
-def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
-    """Return the share of a part's samples in some functions, by file and name; None if there are few samples."""
-    return _share(lines, part, lambda each: (each.file, each.function) in places)
+def place_share(lines: Sequence[SampledLine], places: Collection[tuple[str, str]]) -> float | None:
+    """Return the share of `other` in some functions, by file and name; None if there are few samples."""
+    return _share(lines, "other", lambda each: (each.file, each.function) in places)
 
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or "")) or 0.0
+    return library_share(of_part(lines, Phase.INPUT_WAIT.label), _ORDERS) or 0.0
 
 
 def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:
     """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, part, lambda each: receives(each, part)) or 0.0
+    return library_share(of_part(lines, part), _RECEIVES) or 0.0
 
 
 def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
@@ -231,9 +231,9 @@ def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
     return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
 
 
-def receives(line: SampledLine, part: str = Phase.INPUT_WAIT.label) -> bool:
+def receives(line: SampledLine) -> bool:
     """Return whether a batch of a loader worker is received, or waited for: the work is in the worker's process."""
-    return line.part == part and _RECEIVES.search(line.library or "") is not None
+    return line.part == Phase.INPUT_WAIT.label and _RECEIVES.search(line.library or "") is not None
 
 
 def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:

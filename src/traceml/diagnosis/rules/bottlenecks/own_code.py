@@ -153,7 +153,7 @@ def _own_update(work: OwnWork, facts: JobFacts) -> tuple[float, JobFacts]:
     if not facts.own_updates or not _is_unseen(work, "optimizer") or "other" not in work.parts:
         return 0.0, facts
 
-    share = place_share(facts.lines, "other", facts.own_updates)
+    share = place_share(facts.lines, facts.own_updates)
     if share is None or share > _unseen_share(work, "optimizer"):
         return 0.0, facts
 
