@@ -58,11 +58,12 @@ _ONE_RANK_EVENTS = 6
 _PER_EVALUATION = 2  # long steps around one evaluation of some ranks, for which the others wait
 _CHANCE_ERRORS = 3.0  # of the number of a rank's late steps
 _MAX_CELLS = 100_000
+_SIGMAS = 4.0  # beyond the usual value, of the spread of logarithms
 _MAX_EXPONENT = 20.0  # of the limit of a part that many steps do not have: no time in nanoseconds overflows
 _UNKNOWN = "unknown"
 
 
-def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
+def usual(values: Floats) -> tuple[float, float]:
     """Return (the usual value, the limit above which a value is unusual).
 
     Both are computed from the lower half, which rare long values do not change: the spread of its logarithms, as one
@@ -71,7 +72,7 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
     flat = values.ravel()
     low, lower, middle = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.16, 0.5))
     spread = max(np.log(max(middle, 1) / max(lower, 1)), np.log(max(middle, 1) / max(low, 1)) / 1.645)
-    return float(middle), float(middle * max(2.0, np.exp(min(sigmas * spread, _MAX_EXPONENT))))
+    return float(middle), float(middle * max(2.0, np.exp(min(_SIGMAS * spread, _MAX_EXPONENT))))
 
 
 class _LongSteps(msgspec.Struct, frozen=True):
@@ -237,17 +238,16 @@ def _jitter(
     line = _line_of_pause(steps, work, facts, events, phase) or line
     rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
-    action = advice.for_jitter(phase, rank, line)
-    if facts.collects and phase in (None, "other", "forward") and sums.get("forward", 0.0) > JOINT_SHARE * sums[part]:
-        action = advice.for_rollouts(phase or part, line, facts)
-
-    if is_most and part == _UNKNOWN and line is None:
-        where, action, rank = ", mostly in backward or communication", advice.FOR_UNMEASURED_JITTER, None
-
     without = f"; without {them} steps would be {gain_text(gain)}"
     if line is None and phase and (imports := imports_in(work, facts, phase, events.columns, cost * len(work.step))):
         where, action, _ = imports
         without, gain = "", 1.0  # they take as long elsewhere
+    elif is_most and part == _UNKNOWN:
+        where, action, rank = ", mostly in backward or communication", advice.FOR_UNMEASURED_JITTER, None
+    elif facts.collects and phase in (None, "other", "forward") and sums.get("forward", 0.0) > JOINT_SHARE * sums[part]:
+        action = advice.for_rollouts(phase or part, line, facts)
+    else:
+        action = advice.for_jitter(phase, rank, line)
 
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding.of(
