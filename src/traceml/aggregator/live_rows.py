@@ -134,7 +134,7 @@ class LiveRows:
         """
         self.facts_builder.state = state
         window, facts = self.intake.snapshot(_HUNG_STEPS)
-        return bool(hang(window, facts))
+        return hang(window, facts) is not None
 
     def final_findings(self, state: str) -> list[Finding]:
         """Return the findings of a run that ended in this state.

@@ -19,7 +19,7 @@ from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_ranks, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.leaks import memory_leaks
-from traceml.diagnosis.memory.pressure import allocator_churn, memory_imbalance, memory_pressure
+from traceml.diagnosis.memory.pressure import allocator_churn, full_devices, full_hosts, memory_imbalance
 from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks.data_bound import input_bound, transfers
 from traceml.diagnosis.rules.bottlenecks.own_code import residual
@@ -137,20 +137,17 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     main, remarks = [*main, *timing], [*remarks, *of_timing]
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]
     nothing = _of_seen_ranks(_of_slowest_ranks(nothing, judged, faster), judged, facts)
-    if waits := cpu_contention(facts):
-        contention = waits[0]
-        code = [each for each in nothing if _is_code_that_costs_more(each, contention)]
-        told = contention
-        if not (main or code):
-            told = _with_pauses(with_own_code(contention, work, facts), single_pauses(judged, work, facts))
+    contention = cpu_contention(facts)
+    if contention is None:
+        return [*in_order(main, in_steps), *nothing, *remarks]
 
-        several = _has_several(judged, facts)
-        return [
-            *code,
-            *_with_contention(_with_other_advice(told, facts), main, timing, remarks, facts, several=several),
-        ]
+    code = [each for each in nothing if _is_code_that_costs_more(each, contention)]
+    told = contention
+    if not (main or code):
+        told = _with_pauses(with_own_code(contention, work, facts), single_pauses(judged, work, facts))
 
-    return [*in_order(main, in_steps), *nothing, *remarks]
+    told, several = _with_other_advice(told, facts), _has_several(judged, facts)
+    return [*code, *_with_contention(told, main, timing, remarks, facts, several=several)]
 
 
 def _with_pauses(contention: Finding, pauses: SinglePauses | None) -> Finding:
@@ -191,27 +188,29 @@ def _without_joined_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps
 def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return what is found without comparing the times of steps: ends and errors first."""
     ended = hang(window, facts) or rank_lost(facts)
-    explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
-    return [
-        *ended,
-        *worker_lost(facts, explained),
-        *steps_skipped(facts),
+    explained = ended.ranks if ended is not None and "worker_pid" in ended.evidence else ()
+    found = (
+        ended,
+        worker_lost(facts, explained),
+        steps_skipped(facts),
         *limits_near(facts),
-        *throttled(facts),
-        *device_contention(facts),
-        *device_faults(facts),
-        *(loss_not_finite(facts) or trainings_not_finite(facts)),
-        *duplicate_data(facts),
-        *repeated_by_workers(facts),
-        *never_synchronized(facts),
-        *outside_steps(window, facts, hung=any(each.kind is Kind.HANG for each in ended)),
-        *stopped_ranks(window, facts),
-        *same_order(facts),
+        throttled(facts),
+        device_contention(facts),
+        device_faults(facts),
+        loss_not_finite(facts) or trainings_not_finite(facts),
+        duplicate_data(facts),
+        repeated_by_workers(facts),
+        never_synchronized(facts),
+        *outside_steps(window, facts, hung=ended is not None and ended.kind is Kind.HANG),
+        stopped_ranks(window, facts),
+        same_order(facts),
         *memory_leaks(facts, window),
-        *memory_pressure(facts),
-        *memory_imbalance(facts),
-        *allocator_churn(facts),
-    ]
+        full_hosts(facts),
+        full_devices(facts),
+        memory_imbalance(facts),
+        allocator_churn(facts),
+    )
+    return [each for each in found if each is not None]
 
 
 def _split_remarks(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
@@ -448,9 +447,11 @@ def _slow_until(findings: Iterable[Finding]) -> int:
 
 def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings about steps with that about the GIL, which makes steps uneven, too."""
-    late = any(each.blames_ranks for each in timing)
-    locked = [] if late else gil_contention(work, facts, work.step_ns)
-    return [*locked, *(each for each in timing if not (locked and _is_by_chance(each)))]
+    if any(each.blames_ranks for each in timing):
+        return timing
+
+    locked = gil_contention(work, facts, work.step_ns)
+    return timing if locked is None else [locked, *(each for each in timing if not _is_by_chance(each))]
 
 
 def _is_by_chance(finding: Finding) -> bool:

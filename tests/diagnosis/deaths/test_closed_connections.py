@@ -23,7 +23,7 @@ LEFT = RankExit(rank=1, state="finished", code=0, last_step=40)
 
 def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     """It did not fail; the others could not go on without it."""
-    (finding,) = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2))
+    finding = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2))
 
     assert finding.summary == (
         "Rank 1's script ended after 41 steps while rank 0 still trained, which failed at train.py:28, in step 41, in "
@@ -49,7 +49,7 @@ def test_data_that_ended_first_is_told(left: dict[str, bool], cut: dict[str, Any
     """The rank reports at its end how far it has read; the loop of the other one is gone with its exception."""
     before = replace(LEFT, **{"batches": 41, "epoch": 1, **left})
     after = replace(CUT, **{"batches": -1, "epoch": 1, "data_ended": False, **cut})
-    (finding,) = rank_lost(JobFacts(exits=(after, before), world_size=2))
+    finding = rank_lost(JobFacts(exits=(after, before), world_size=2))
 
     assert ("The data of rank 1 had ended (41 batches)." in finding.summary) is is_told
     has_left = not left["data_ended"]
@@ -60,7 +60,7 @@ def test_data_that_ended_first_is_told(left: dict[str, bool], cut: dict[str, Any
 def test_the_line_that_ended_the_script_is_told() -> None:
     """`sys.exit(0)` on one rank alone: its data may have ended there, or not."""
     left = replace(LEFT, file="train.py", line=10, function="check")
-    (finding,) = rank_lost(JobFacts(exits=(CUT, left), world_size=2))
+    finding = rank_lost(JobFacts(exits=(CUT, left), world_size=2))
 
     assert finding.summary.startswith("Rank 1's script ended at train.py:10 check after 41 steps while rank 0 still")
     assert finding.evidence["line"] == 10
@@ -71,7 +71,7 @@ def test_what_one_of_several_ranks_has_is_not_said_of_all() -> None:
     """The line that ended its script, that it ended by os._exit(0), and where it failed."""
     left = (replace(LEFT, file="a.py", line=1), replace(LEFT, rank=2, file="a.py", line=7, skipped_exit=True))
     cut = (CUT, replace(CUT, rank=3, line=30))
-    (finding,) = rank_lost(JobFacts(exits=(*cut, *left), world_size=4))
+    finding = rank_lost(JobFacts(exits=(*cut, *left), world_size=4))
 
     assert finding.summary == (
         "The scripts of ranks 1, 2 ended after 41 steps while ranks 0, 3 still trained, which failed, rank 0 at "
@@ -81,7 +81,7 @@ def test_what_one_of_several_ranks_has_is_not_said_of_all() -> None:
 
 def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:
     """More batches do not help: it skipped the rest of its script."""
-    (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, skipped_exit=True)), world_size=2))
+    finding = rank_lost(JobFacts(exits=(CUT, replace(LEFT, skipped_exit=True)), world_size=2))
 
     assert finding.summary.startswith(
         "Rank 1's process ended with exit code 0 after 41 steps while rank 0 still trained"
@@ -95,7 +95,7 @@ def test_a_rank_that_waits_after_its_training_does_not_train() -> None:
         rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
         file="train.py", line=40, last_step=40,
     )  # fmt: skip
-    (finding,) = rank_lost(JobFacts(exits=(waits, LEFT), world_size=2))
+    finding = rank_lost(JobFacts(exits=(waits, LEFT), world_size=2))
 
     assert finding.summary == (
         "Rank 1's script ended after 41 steps while rank 0 still needed it, which failed at train.py:40, after step 40."
@@ -106,7 +106,7 @@ def test_a_rank_that_waits_after_its_training_does_not_train() -> None:
 def test_a_script_that_has_called_fewer_collectives_ends_first() -> None:
     """Not its data ended: the ranks were out of step before, as with no_sync() on one of them."""
     apart = DivergedRanks(agreed=29, since=30, collectives={0: 38, 1: 37}, backwards={0: 1, 1: 1})
-    (finding,) = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2, progress=JobProgress(diverged=apart)))
+    finding = rank_lost(JobFacts(exits=(CUT, LEFT), world_size=2, progress=JobProgress(diverged=apart)))
 
     assert finding.summary.endswith(
         " The ranks have been out of step since step 30: at its end rank 1 had called 37 collectives, rank 0 38."
@@ -119,7 +119,7 @@ def test_a_rank_that_had_come_further_did_not_leave() -> None:
     """It needed the others no more."""
     further = RankExit(rank=1, state="finished", code=0, last_step=60)
 
-    assert rank_lost(JobFacts(exits=(CUT, further), world_size=2))[0].ranks == (0,)
+    assert rank_lost(JobFacts(exits=(CUT, further), world_size=2)).ranks == (0,)
 
 
 def test_a_failure_of_its_own_blames_nobody_else() -> None:
@@ -127,13 +127,13 @@ def test_a_failure_of_its_own_blames_nobody_else() -> None:
     for exception in ("ValueError: bad label", "ConnectionResetError: [Errno 104] Connection reset by peer"):
         own = RankExit(rank=0, state="failed", code=1, exception=exception, last_step=40)
 
-        assert rank_lost(JobFacts(exits=(own, LEFT), world_size=2))[0].ranks == (0,)
+        assert rank_lost(JobFacts(exits=(own, LEFT), world_size=2)).ranks == (0,)
 
 
 def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
     """Its connection is closed, and nothing tells which of the others it was."""
     swept = RankExit(rank=1, state="killed", signal=15, stopped=True, last_step=40)
-    (finding,) = rank_lost(JobFacts(exits=(CUT, swept), world_size=2))
+    finding = rank_lost(JobFacts(exits=(CUT, swept), world_size=2))
 
     assert finding.ranks == (0,)
     assert "destroy_process_group" in finding.next
@@ -150,7 +150,7 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
 def test_ranks_that_missed_another_one_blame_no_rank_that_is_seen(world_size: int, advice: str) -> None:
     """A host that fell silent is given up half a minute later; until then nothing of its end is known."""
     exits = (CUT, replace(CUT, rank=1, line=30))
-    (finding,) = rank_lost(JobFacts(exits=exits, world_size=world_size))
+    finding = rank_lost(JobFacts(exits=exits, world_size=world_size))
 
     assert "because of that" not in finding.summary
     assert finding.evidence["failed_too"] == [1]
@@ -183,7 +183,7 @@ def test_ranks_that_missed_another_one_blame_no_rank_that_is_seen(world_size: in
 def test_a_call_that_is_wrong_by_itself_is_the_cause(exception: str, advice: str) -> None:
     """A message that only names a backend or a group tells of no rank that left; what the others meet is its end."""
     wrong = RankExit(rank=1, state="failed", code=1, exception=exception, file="a.py", line=3, at_s=2.0, last_step=40)
-    (finding,) = rank_lost(JobFacts(exits=(replace(CUT, at_s=1.0), wrong), world_size=2))
+    finding = rank_lost(JobFacts(exits=(replace(CUT, at_s=1.0), wrong), world_size=2))
 
     assert (finding.ranks, finding.evidence["followed"]) == ((1,), [0])
     assert advice in finding.next
@@ -203,7 +203,7 @@ def test_a_rank_that_waited_in_vain_is_told_where_the_others_were(exception: str
     """Nobody closed a connection: one rank evaluates for longer than a collective may take."""
     waited = replace(CUT, exception=exception)
     swept = RankExit(rank=1, state="killed", signal=15, stopped=True, last_step=40, open_phase="evaluation")
-    (finding,) = rank_lost(JobFacts(exits=(waited, swept), world_size=2))
+    finding = rank_lost(JobFacts(exits=(waited, swept), world_size=2))
 
     assert finding.next.startswith(
         "Rank 0 waited for other ranks until the time limit of its collective: rank 1 was in evaluation."
@@ -216,7 +216,7 @@ def test_one_process_has_no_other_rank() -> None:
     alone = RankExit(rank=0, state="failed", code=1, exception="BrokenPipeError: [Errno 32] Broken pipe", file="a.py",
                      line=3)  # fmt: skip
 
-    assert "Another rank" not in rank_lost(JobFacts(exits=(alone,), world_size=1))[0].next
+    assert "Another rank" not in rank_lost(JobFacts(exits=(alone,), world_size=1)).next
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_an_abort_in_a_collective_names_the_ranks_elsewhere(phases: tuple, says:
         RankExit(rank=rank, state="killed", signal=15, stopped=True, open_phase=phase, at_s=2)
         for rank, phase in zip((2, 3), phases, strict=True)
     ]
-    finding = rank_lost(JobFacts(exits=(aborted, *others), world_size=4))[0]
+    finding = rank_lost(JobFacts(exits=(aborted, *others), world_size=4))
 
     assert says in finding.next
     assert never not in finding.next
@@ -257,7 +257,7 @@ def test_an_abort_after_the_loop_over_the_data_is_one_of_uneven_batches() -> Non
     loader, on_none = LoaderFacts(num_workers=0), "Call that collective on every rank, or on none"
     for in_loop, used, says in ((False, loader, uneven), (True, loader, on_none), (False, None, on_none)):
         ended = replace(aborted, in_loop=in_loop)
-        finding = rank_lost(JobFacts(exits=(*others, ended), world_size=3, loader=used))[0]
+        finding = rank_lost(JobFacts(exits=(*others, ended), world_size=3, loader=used))
         assert finding.next.startswith(says), finding.next
 
 
@@ -271,7 +271,7 @@ def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
         ("backward", 1, "an ext"),
     ):
         ended = RankExit(rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase=phase)
-        (finding,) = rank_lost(JobFacts(exits=(ended,), world_size=world_size))
+        finding = rank_lost(JobFacts(exits=(ended,), world_size=world_size))
 
         assert words in finding.next
 
@@ -294,7 +294,7 @@ def test_an_abort_by_the_watchdog_of_nccl_tells_who_was_elsewhere(
     late = RankExit(
         rank=2, state="killed", signal=15, stopped=True, open_phase="forward", seen="/home/me/train.py:23 test", at_s=2
     )
-    finding = rank_lost(JobFacts(exits=(*exits, late), world_size=3, accelerator="cuda", backend=backend))[0]
+    finding = rank_lost(JobFacts(exits=(*exits, late), world_size=3, accelerator="cuda", backend=backend))
 
     where = (
         "until the time limit of its collective: rank 2 was in forward, last seen at train.py:23 test. Let all ranks"
@@ -319,10 +319,10 @@ def test_a_rank_that_waited_in_the_store_is_no_cause(exception: str) -> None:
         for rank in (0, 1)
     ]  # fmt: skip
     died = RankExit(rank=2, state="lost", process_gone=True, at_s=1.0)
-    (finding,) = rank_lost(JobFacts(exits=(*waited, died), world_size=3))
+    finding = rank_lost(JobFacts(exits=(*waited, died), world_size=3))
     assert (finding.ranks, finding.evidence["followed"]) == ((2,), [0, 1])
 
-    (finding,) = rank_lost(JobFacts(exits=tuple(waited), world_size=3, hosts={0: "a", 1: "a"}, latest=(-1, -1, -1)))
+    finding = rank_lost(JobFacts(exits=tuple(waited), world_size=3, hosts={0: "a", 1: "a"}, latest=(-1, -1, -1)))
     assert finding.ranks == (0,)
     assert "because of that" not in finding.summary
     assert "until the time limit of its process group: nothing was seen of rank 2. Let all" in finding.next

@@ -28,7 +28,7 @@ def job(*exits: RankExit, by: EndingSignal | None = SLURM, **facts: object) -> J
 
 def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
     """Program, process and signal; no rank is blamed."""
-    (finding,) = rank_lost(job(swept(0, saved_steps=700, open_phase="forward"), swept(1)))
+    finding = rank_lost(job(swept(0, saved_steps=700, open_phase="forward"), swept(1)))
 
     assert finding.summary == (
         "SIGTERM from slurmstepd (process 812) ended the job, in step 812, in forward; 112 steps since the last "
@@ -48,10 +48,10 @@ def test_the_phase_of_one_rank_is_not_that_of_the_job(phase: str | None, words: 
     """The rank that came furthest tells the step."""
     ends = swept(0, open_phase="forward"), swept(1, open_phase=phase, last_step=810)
     for facts in (job(*ends), job(*ends, by=SLURM._replace(scheduler="preempted"))):
-        assert words in rank_lost(facts)[0].summary
+        assert words in rank_lost(facts).summary
 
     evaluates = swept(0, open_phase="evaluation"), swept(1, open_phase=phase, last_step=810)
-    assert "after step 811" in rank_lost(job(*evaluates))[0].summary
+    assert "after step 811" in rank_lost(job(*evaluates)).summary
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_rank_that_had_waited_for_another_one_is_told(open_s: float, wall_s: f
     """The job seemed to hang, and was ended by hand: rank 1 had left the loop, and evaluated."""
     waits = swept(0, open_phase="backward", open_s=open_s)
     elsewhere = swept(1, open_phase=phase, open_step=811, open_s=open_s, seen="train.py:7 final")
-    (finding,) = rank_lost(job(waits, elsewhere, time=RunTime(wall_s=wall_s)))
+    finding = rank_lost(job(waits, elsewhere, time=RunTime(wall_s=wall_s)))
 
     words = " Rank 0 had been in step 812 for 3:31; meanwhile rank 1 was in code outside the known phases, last seen at"
     assert (words in finding.summary) is told
@@ -74,7 +74,7 @@ def test_a_rank_that_had_waited_for_another_one_is_told(open_s: float, wall_s: f
 def test_a_killed_launcher_takes_its_ranks_along() -> None:
     """How they ended, nobody has seen; the last beat of their recorders is older than the launcher's death."""
     ends = (RankExit(rank=rank, state="lost", last_step=811, at_s=AT_S - 3, process_gone=True) for rank in range(2))
-    (finding,) = rank_lost(job(*ends, by=EndingSignal(0, AT_S, launcher_pid=77)))
+    finding = rank_lost(job(*ends, by=EndingSignal(0, AT_S, launcher_pid=77)))
 
     assert finding.summary.startswith(
         "The job's launcher (process 77) was killed or crashed, and the job ended with it"
@@ -93,7 +93,7 @@ def test_a_launcher_that_is_killed_after_its_ranks_is_no_cause(end: RankExit) ->
     """They had ended already."""
     found = rank_lost(job(end, by=EndingSignal(0, AT_S, launcher_pid=77)))
 
-    assert "launcher_pid" not in {key for finding in found for key in finding.evidence}
+    assert found is None or "launcher_pid" not in found.evidence
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_a_rank_that_got_the_signal_before_its_launcher_is_no_cause(
     """
     state = "lost" if number is None else "killed"
     first = RankExit(rank=1, state=state, signal=number, last_step=811, open_step=812, at_s=AT_S - before_s)
-    (finding, *_) = rank_lost(job(swept(0), first))
+    finding = rank_lost(job(swept(0), first))
 
     assert finding.summary.startswith(words)
 
 
 def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
     """It saved on the signal, and was advised to do so."""
-    (finding,) = rank_lost(job(swept(0, saved_steps=812), swept(1)))
+    finding = rank_lost(job(swept(0, saved_steps=812), swept(1)))
 
     assert finding.evidence["lost_steps"] == 0
     assert finding.next.endswith("TIMEOUT). Resume from the checkpoint, which has all steps.")
@@ -146,7 +146,7 @@ def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
 )
 def test_the_sender_decides_the_advice(by: EndingSignal, words: str, advice: str) -> None:
     """What is not known of it is not said."""
-    (finding,) = rank_lost(job(swept(0), swept(1), by=by))
+    finding = rank_lost(job(swept(0), swept(1), by=by))
 
     assert words in finding.summary
     assert advice in finding.next
@@ -155,7 +155,7 @@ def test_the_sender_decides_the_advice(by: EndingSignal, words: str, advice: str
 def test_a_script_that_returned_by_itself_is_a_warning() -> None:
     """It handled the signal and saved; nothing is lost."""
     ends = (RankExit(rank=rank, last_step=99, saved_steps=100) for rank in range(2))
-    (finding,) = rank_lost(job(*ends))
+    finding = rank_lost(job(*ends))
 
     assert finding.severity is Severity.WARNING
     assert finding.summary == (
@@ -166,12 +166,12 @@ def test_a_script_that_returned_by_itself_is_a_warning() -> None:
 
 def test_a_script_that_ignored_the_signal_ended_by_itself() -> None:
     """It trained on to its end."""
-    assert rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(waited_s=7200.0))) == []
+    assert rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(waited_s=7200.0))) is None
 
 
 def test_the_status_of_a_handler_is_no_cause() -> None:
     """A script that exits with a code of its own after the signal was ended by the signal."""
-    (finding,) = rank_lost(job(RankExit(rank=0, state="failed", code=1, last_step=5, at_s=AT_S + 2)))
+    finding = rank_lost(job(RankExit(rank=0, state="failed", code=1, last_step=5, at_s=AT_S + 2)))
 
     assert finding.evidence["cause"] == "ended_from_outside"
 
@@ -187,7 +187,7 @@ def test_the_status_of_a_handler_is_no_cause() -> None:
 )
 def test_what_came_before_is_the_cause(facts: JobFacts) -> None:
     """Who ends a job that has failed is not its cause; a known limit says more."""
-    (finding,) = rank_lost(facts)
+    finding = rank_lost(facts)
 
     assert finding.evidence.get("cause") != "ended_from_outside"
 
@@ -196,8 +196,8 @@ def test_ctrl_c_and_a_normal_end_are_no_finding() -> None:
     """A user who stops a job knows it."""
     interrupted = tuple(swept(rank, signal=2) for rank in range(2))
 
-    assert rank_lost(job(*interrupted, by=None)) == []
-    assert rank_lost(job(RankExit(rank=0, last_step=99), by=None)) == []
+    assert rank_lost(job(*interrupted, by=None)) is None
+    assert rank_lost(job(RankExit(rank=0, last_step=99), by=None)) is None
 
 
 @pytest.mark.parametrize("facts", [None, {}, {"signal": 2, "time": 1.0}, {"signal": "15"}, [15]])
@@ -226,7 +226,7 @@ def test_what_the_scheduler_said_is_read() -> None:
 
 def test_a_script_that_saved_at_its_limit_is_a_warning() -> None:
     """It returned by itself, after a signal whose reason the scheduler told."""
-    (finding,) = rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(scheduler="time_limit")))
+    finding = rank_lost(job(RankExit(rank=0, last_step=99), by=SLURM._replace(scheduler="time_limit")))
 
     assert finding.severity is Severity.WARNING
     assert finding.next.startswith("Ask for more time")
@@ -235,7 +235,7 @@ def test_a_script_that_saved_at_its_limit_is_a_warning() -> None:
 def test_a_host_that_was_given_up_is_reported() -> None:
     """The launcher lost its agent; how its ranks ended then says nothing."""
     ends = (RankExit(rank=rank, state="lost", process_gone=True, host_lost="its agent was lost") for rank in range(2))
-    (finding,) = rank_lost(JobFacts(world_size=2, exits=tuple(ends)))
+    finding = rank_lost(JobFacts(world_size=2, exits=tuple(ends)))
 
     assert finding.summary.startswith("Ranks 0, 1 were lost with their host: its agent was lost")
     assert "silent for 15 s" in finding.next

@@ -19,7 +19,7 @@ def test_a_signal_is_reported_with_step_and_phase():
     """The summary names rank, signal, step and open phase."""
     ended = RankExit(rank=3, state="killed", signal=9, last_step=41, open_step=42, open_phase="backward")
 
-    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert finding.summary == "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in backward."
     assert finding.evidence["step"] == 42
@@ -32,7 +32,7 @@ def test_a_crash_after_a_good_end_is_one_of_the_interpreters_end(code, number, t
     facts = {"signal": number, "last_step": 41, **({} if code is None else {"code": code})}
     ended = RankExit.from_facts(0, "killed", facts)
 
-    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert ended.code is None
     assert ("in the end of the process, after step 41" in finding.summary) == (code == 0)
@@ -46,7 +46,7 @@ def test_the_phase_of_one_rank_is_not_said_of_all():
         for rank, phase in enumerate(("backward", "other"))
     ]
 
-    finding = rank_lost(JobFacts(exits=tuple(ends), world_size=2))[0]
+    finding = rank_lost(JobFacts(exits=tuple(ends), world_size=2))
 
     assert finding.summary == "Ranks 0, 1 ended without a report: by a signal or by os._exit, in step 60."
     assert finding.phase is None
@@ -71,7 +71,7 @@ def test_what_one_of_several_ranks_has_is_not_said_of_all(end: dict, words: str)
         for rank in (0, 1)
     ]  # fmt: skip
 
-    (finding,) = rank_lost(JobFacts(exits=tuple(ends), world_size=2))
+    finding = rank_lost(JobFacts(exits=tuple(ends), world_size=2))
 
     assert finding.summary.startswith(words)
     assert finding.evidence["first_rank"] == 1
@@ -86,7 +86,7 @@ def test_an_end_before_the_first_step_is_not_said_of_all():
         RankExit(rank=1, state="killed", signal=9, last_step=4, open_step=5, at_s=2.0),
     )
 
-    summary = rank_lost(JobFacts(exits=ends, world_size=2))[0].summary
+    summary = rank_lost(JobFacts(exits=ends, world_size=2)).summary
 
     assert summary == "Ranks 0, 1 were killed by signal 9 (SIGKILL), before the first step on rank 0."
 
@@ -95,7 +95,7 @@ def test_a_kill_is_reported_with_the_line_that_was_seen_last():
     """A signal from outside names none, but a sample may have seen one in the phase that was open."""
     ended = RankExit(rank=3, state="killed", signal=9, open_step=42, open_phase="other", seen="/a/train.py:23 load")
 
-    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert finding.summary == (
         "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in code outside the known phases, last seen at "
@@ -116,7 +116,7 @@ def test_an_error_of_the_device_is_older_than_its_line(error, words):
     ended = RankExit(rank=0, state="failed", code=1, exception=f"torch.AcceleratorError: CUDA error: {error}",
                      file="/a/train.py", line=10, last_step=300)  # fmt: skip
 
-    advice = rank_lost(JobFacts(exits=(ended,)))[0].next
+    advice = rank_lost(JobFacts(exits=(ended,))).next
 
     assert advice.startswith("The device reports errors late: run it with CUDA_LAUNCH_BLOCKING=1")
     assert words in advice
@@ -142,7 +142,7 @@ def test_an_end_outside_the_steps_is_in_none(where, words):
 
     Nothing is known of the steps of a script that only logs.
     """
-    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, **where),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, **where),)))
 
     assert finding.summary == f"Rank 0 was killed by signal 15 (SIGTERM){words}"
     assert " at step" not in finding.headline
@@ -154,7 +154,7 @@ def test_steps_of_a_run_that_went_on_from_a_checkpoint_are_its_own(open_step, wo
     ended = RankExit(
         rank=0, state="failed", exception="ValueError", open_step=open_step, last_step=41, counts_anew=True
     )
-    (finding,) = rank_lost(JobFacts(exits=(ended,)))
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert finding.summary == f"Rank 0 ended with ValueError, {words}."
     assert finding.headline.endswith("step 42 of this run" if open_step else "after step 41 of this run")
@@ -165,7 +165,7 @@ def test_a_line_that_is_known_hides_the_one_seen_last(seen):
     """An exception tells its own line."""
     ended = RankExit(rank=0, state="failed", code=1, exception="ValueError: no", file="b.py", line=17, seen=seen)
 
-    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert "last seen" not in finding.summary
     assert (finding.evidence["file"], finding.evidence["line"]) == ("b.py", 17)
@@ -177,7 +177,7 @@ def test_an_exception_is_reported_with_its_line():
         rank=0, state="failed", code=1, exception="ValueError: bad label 11", file="train.py", line=17, last_step=8
     )
 
-    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))
 
     assert "ValueError: bad label 11 at train.py:17" in finding.summary
     assert (finding.evidence["file"], finding.evidence["line"], finding.evidence["step"]) == ("train.py", 17, 8)
@@ -229,7 +229,7 @@ def test_an_exception_is_reported_with_its_line():
 )  # fmt: skip
 def test_the_advice_is_for_the_cause(ended, advice):
     """A closed terminal, shared memory, descriptors; else the line."""
-    finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))
 
     assert advice in finding.next
 
@@ -240,7 +240,7 @@ def test_a_kill_at_the_limit_of_cpu_time_is_explained_by_it(used, advice):
     ended = RankExit(rank=0, state="killed", signal=9)
     limits = (ResourceUse(1, Resource.CPU_TIME, 600, 600), ResourceUse(0, Resource.CPU_TIME, used, 600))
 
-    finding = rank_lost(JobFacts(exits=(ended,), limits=limits))[0]
+    finding = rank_lost(JobFacts(exits=(ended,), limits=limits))
 
     assert advice in finding.next
 
@@ -258,7 +258,7 @@ def test_a_group_that_was_never_set_up_lost_no_member(exception, advice):
     """Where ranks could not connect, none has left: the advice is about start and network."""
     ended = RankExit(rank=0, state="failed", code=1, exception=exception, file="train.py", line=3)
 
-    finding = rank_lost(JobFacts(exits=(ended,), world_size=2))[0]
+    finding = rank_lost(JobFacts(exits=(ended,), world_size=2))
 
     assert advice in finding.next
 
@@ -269,7 +269,7 @@ def test_a_group_of_restarted_ranks_may_have_read_old_addresses(restarts: int, s
     exception = "RuntimeError: Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: refused"
     ended = RankExit(rank=0, state="failed", code=1, exception=exception, file="train.py", line=3, last_step=step)
 
-    finding = rank_lost(JobFacts(exits=(ended,), world_size=2, store_restarts=restarts))[0]
+    finding = rank_lost(JobFacts(exits=(ended,), world_size=2, store_restarts=restarts))
 
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in finding.next) is told
 
@@ -281,13 +281,13 @@ def test_a_rank_that_ran_when_another_failed_is_not_its_cause(lost_at: float | N
     failed = RankExit(rank=0, state="failed", code=1, exception=exception, at_s=10.0, host="a")
     lost = RankExit(rank=1, state="lost", process_gone=True, at_s=lost_at, host=host)
 
-    (finding,) = rank_lost(JobFacts(exits=(failed, lost)))
+    finding = rank_lost(JobFacts(exits=(failed, lost)))
 
     assert finding.ranks == (cause,)
     assert ("without a report" in finding.summary) == (cause == 1)
     assert finding.summary.endswith(f"rank {1 - cause} ended because of that.")
     for unsure in (replace(lost, process_gone=False), replace(lost, reported_s=11.0)):
-        assert rank_lost(JobFacts(exits=(failed, unsure)))[0].ranks == (1,)
+        assert rank_lost(JobFacts(exits=(failed, unsure))).ranks == (1,)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_host_that_fell_silent_before_others_were_aborted_is_the_cause(end: di
     aborted = RankExit(rank=0, state="killed", at_s=at_s, host="a", **end)
     silent = RankExit(rank=1, state="lost", at_s=30.0, host="b", unsent=True)
 
-    (finding,) = rank_lost(JobFacts(exits=(aborted, silent), world_size=2))
+    finding = rank_lost(JobFacts(exits=(aborted, silent), world_size=2))
 
     assert (finding.ranks, finding.evidence["followed"]) == ((cause,), [1 - cause])
 
@@ -309,11 +309,11 @@ def test_a_script_that_ends_itself_is_told_with_its_text():
     own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)
     other = RankExit(rank=0, state="failed", code=1, exception="my.SystemExitError: x", file="a.py", line=3)
 
-    finding = rank_lost(JobFacts(exits=(own,), world_size=2))[0]
+    finding = rank_lost(JobFacts(exits=(own,), world_size=2))
 
     assert finding.summary == "Rank 0 ended by sys.exit('nccl is missing') at a.py:3, before the first step."
     assert "a.py:3" in finding.next
-    assert "ended with my.SystemExitError: x at a.py:3" in rank_lost(JobFacts(exits=(other,)))[0].summary
+    assert "ended with my.SystemExitError: x at a.py:3" in rank_lost(JobFacts(exits=(other,))).summary
 
 
 def test_the_line_that_an_exception_announces_is_told():
@@ -322,33 +322,33 @@ def test_the_line_that_an_exception_announces_is_told():
     announced = RankExit(rank=0, state="failed", code=1, exception=exception, file="a.py", line=3)
     other = RankExit(rank=0, state="failed", code=1, exception="KeyError: no\nask: me", file="a.py", line=3)
 
-    summary = rank_lost(JobFacts(exits=(announced,)))[0].summary
+    summary = rank_lost(JobFacts(exits=(announced,))).summary
 
     assert "loading state_dict for Net: size mismatch for fc.bias: 3 and 4 at a.py:3" in summary
-    assert "ended with KeyError: no at a.py:3" in rank_lost(JobFacts(exits=(other,)))[0].summary
+    assert "ended with KeyError: no at a.py:3" in rank_lost(JobFacts(exits=(other,))).summary
 
 
 def test_a_process_that_left_in_the_middle_is_told():
     """With exit code 0 it is no failure of the job, and no finished run either."""
     left = RankExit(rank=0, state="lost", code=0, process_gone=True, last_step=41, open_step=42, open_phase="backward")
 
-    finding = rank_lost(JobFacts(exits=(left,)))[0]
+    finding = rank_lost(JobFacts(exits=(left,)))
 
     assert finding.summary == "Rank 0 ended with exit code 0 in the middle of its script, in step 42, in backward."
     assert finding.severity == "warning"
     assert "os._exit(0)" in finding.next
     assert finding.headline == "Rank 0 ended with exit code 0 at step 42, in backward"
-    assert rank_lost(JobFacts(exits=(RankExit(rank=0, code=0),))) == []
+    assert rank_lost(JobFacts(exits=(RankExit(rank=0, code=0),))) is None
 
     swept = RankExit(rank=2, state="killed", signal=15, stopped=True)
-    (finding,) = rank_lost(JobFacts(exits=(left, replace(left, rank=1), swept)))
+    finding = rank_lost(JobFacts(exits=(left, replace(left, rank=1), swept)))
     assert finding.summary.startswith("Ranks 0, 1 ended with exit code 0 in the middle of their script, in step 42")
     assert finding.severity == "critical"  # others did not end well
 
 
 def test_an_exit_code_is_reported():
     """sys.exit(3) is a lost rank too."""
-    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))
 
     assert "exit code 3, before the first step" in finding.summary
 
@@ -366,7 +366,7 @@ def test_an_exit_code_is_reported():
 )
 def test_exit_codes_of_shells_are_explained(code, words):
     """128 + n stands for a signal, if there is such a one."""
-    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=code),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=code),)))
 
     assert words in finding.summary
 
@@ -376,7 +376,7 @@ def test_a_crash_names_the_line_that_called_into_c():
     place = {"file": "train.py", "line": 12, "function": "f", "stack": "File ..."}
     told, silent = RankExit(rank=0, state="killed", signal=11, **place), RankExit(rank=0, state="killed", signal=11)
 
-    known, unknown = (rank_lost(JobFacts(exits=(each,)))[0] for each in (told, silent))
+    known, unknown = (rank_lost(JobFacts(exits=(each,))) for each in (told, silent))
 
     assert known.summary.startswith("Rank 0 was killed by signal 11 (SIGSEGV) in C code called at train.py:12")
     assert (known.evidence["line"], known.evidence["function"]) == (12, "f")
@@ -397,7 +397,7 @@ def test_a_bus_error_is_shared_memory_or_a_mapped_file(used, host, words):
     ended = RankExit(rank=0, state="killed", signal=7, file="train.py", line=12, function="f", stack="File ...")
     use = ResourceUse(1, Resource.SHARED_MEMORY, used << 20, 64 << 20)
 
-    finding = rank_lost(JobFacts(exits=(ended,), limits=(use,), hosts={0: "a", 1: host}, world_size=2))[0]
+    finding = rank_lost(JobFacts(exits=(ended,), limits=(use,), hosts={0: "a", 1: host}, world_size=2))
 
     assert "SIGBUS" in finding.summary
     assert words in finding.next
@@ -411,7 +411,7 @@ def test_ranks_that_followed_are_not_the_cause():
         RankExit(rank=2, state="killed", signal=15, at_s=3.0),
     )
 
-    finding = rank_lost(JobFacts(exits=exits))[0]
+    finding = rank_lost(JobFacts(exits=exits))
 
     assert finding.ranks == (1,)
     assert finding.evidence["followed"] == [0, 2]
@@ -444,7 +444,7 @@ def test_a_rank_with_the_same_exception_is_no_follower(exception, line, alike):
         RankExit(rank=1, state="failed", code=1, exception="KeyError: 'x'", file="a.py", line=3, at_s=2.0),
     ]
 
-    finding = rank_lost(JobFacts(exits=tuple(exits)))[0]
+    finding = rank_lost(JobFacts(exits=tuple(exits)))
 
     ranks, because = ("Ranks 0, 1", "") if alike else ("Rank 1", "; rank 0 ended because of that")
     assert finding.summary == f"{ranks} ended with KeyError: 'x' at a.py:3, before the first step{because}."
@@ -462,7 +462,7 @@ def test_ranks_that_fail_together_did_not_end_because_of_each_other():
         ("KeyError: 9", (1,), "; rank 0 ended with KeyError: 9 at a.py:4, too."),
     ):
         exits = (failed(0, other, 4, 1.05), failed(1, memory, 3, 1.0))
-        finding = rank_lost(JobFacts(exits=exits))[0]
+        finding = rank_lost(JobFacts(exits=exits))
 
         assert finding.ranks == ranks
         assert finding.summary.endswith(words)
@@ -470,7 +470,7 @@ def test_ranks_that_fail_together_did_not_end_because_of_each_other():
 
     killed = RankExit(rank=1, state="killed", signal=9, oom="group", at_s=0.8)
     worker = failed(0, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.", 4, 1.0)
-    (finding,) = rank_lost(JobFacts(exits=(worker, killed)))
+    finding = rank_lost(JobFacts(exits=(worker, killed)))
     assert (finding.ranks, finding.evidence["failed_too"]) == ((1,), [0])
 
 
@@ -495,12 +495,12 @@ def test_ranks_that_the_launcher_killed_are_no_cause():
 )
 def test_a_run_that_was_stopped_by_hand_lost_nobody(ended):
     """Ctrl-C and a clean end are no findings."""
-    assert rank_lost(JobFacts(exits=(ended,))) == []
+    assert rank_lost(JobFacts(exits=(ended,))) is None
 
 
 def test_only_sigterm_is_still_a_loss():
     """A run whose ranks were all ended from outside reports that."""
-    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))
 
     assert "SIGTERM" in finding.summary
 
@@ -588,12 +588,12 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     builder = JobFactsBuilder(2)
     builder.exit(RankExit(rank=1, state="lost", host="node7", unsent=True))
 
-    finding = rank_lost(builder.build([120, 99]))[0]
+    finding = rank_lost(builder.build([120, 99]))
 
     assert "after step 99 had arrived" in finding.summary
     assert finding.headline == "Rank 1 lost its connection after step 99"
     assert finding.evidence["last_step"] == 99
-    assert "before a step had arrived" in rank_lost(builder.build([120, -1]))[0].summary
+    assert "before a step had arrived" in rank_lost(builder.build([120, -1])).summary
 
 
 @pytest.mark.parametrize("unsent", [True, False])
@@ -601,7 +601,7 @@ def test_what_a_lost_host_still_has_is_stored_there(unsent):
     """Its memory has the last rows, unless its flight files were read."""
     lost = RankExit(rank=1, state="lost", host="node7", host_lost="its agent was lost", last_step=7, unsent=unsent)
 
-    finding = rank_lost(JobFacts(exits=(lost,)))[0]
+    finding = rank_lost(JobFacts(exits=(lost,)))
 
     assert ("`traceml sync` there stores what had not arrived" in finding.next) is unsent
     assert ("after step 7 had arrived" in finding.summary) is unsent
@@ -611,7 +611,7 @@ def test_a_process_that_is_gone_is_no_silent_host():
     """If the process is known to have ended, the advice does not mention the network."""
     gone = RankExit.from_facts(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
 
-    finding = rank_lost(JobFacts(exits=(gone,)))[0]
+    finding = rank_lost(JobFacts(exits=(gone,)))
 
     assert "ended without a report" in finding.summary
     assert "in step 7, in backward" in finding.summary
@@ -623,7 +623,7 @@ def test_lost_ranks_are_named_in_order():
     """Ranks with the same cause are reported together, whichever ended first."""
     exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
 
-    assert rank_lost(JobFacts(exits=exits))[0].ranks == (0, 1, 2)
+    assert rank_lost(JobFacts(exits=exits)).ranks == (0, 1, 2)
 
 
 def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
@@ -668,7 +668,7 @@ def test_a_script_that_ended_well_is_no_end_of_its_process(row, ends):
 )
 def test_an_exit_with_a_number_names_its_line(place, says, advises):
     """Where it is known: a program that the rank became has none."""
-    (finding,) = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3, **place),)))
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3, **place),)))
 
     assert says in finding.summary
     assert advises in finding.next

@@ -51,7 +51,7 @@ def test_the_rank_ended_because_of_the_worker_that_was_noted():
         exits=(ended("RuntimeError: DataLoader worker (pid(s) 4711) exited unexpectedly"),), lost_workers={0: [DEAD]}
     )
 
-    (finding,) = rank_lost(facts)
+    finding = rank_lost(facts)
 
     assert finding.summary == (
         "Rank 0 ended because loader worker 1 (process 4711) was killed by signal 9 (SIGKILL), after step 107."
@@ -69,7 +69,7 @@ def test_a_worker_that_the_kernel_killed_is_told_with_its_memory(kills):
     memory.worker_rows(0, rows)
     dead = replace(DEAD, oom_kills=kills, memory_limit_bytes=2 << 30)
 
-    (finding,) = rank_lost(JobFacts(exits=(ended(KILLED),), lost_workers={0: [dead]}, memory=memory))
+    finding = rank_lost(JobFacts(exits=(ended(KILLED),), lost_workers={0: [dead]}, memory=memory))
 
     words = "; the loader's workers used 1.75 GiB, 15.0 GiB more each minute, with a limit of 2.00 GiB for its cgroup"
     assert (words in finding.summary) == bool(kills)
@@ -78,7 +78,7 @@ def test_a_worker_that_the_kernel_killed_is_told_with_its_memory(kills):
 
 def test_without_a_note_the_exception_tells():
     """The rank ended before its recorder could say more."""
-    (finding,) = rank_lost(JobFacts(exits=(ended(KILLED),)))
+    finding = rank_lost(JobFacts(exits=(ended(KILLED),)))
 
     assert "a loader worker (process 4711) was killed by signal 9 (SIGKILL)" in finding.summary
     assert "dmesg" in finding.next
@@ -107,7 +107,7 @@ def test_a_missing_file_of_the_dataset_is_no_dead_worker():
 
 def test_a_script_that_caught_it_has_a_finding():
     """The run goes on, and says which worker and when."""
-    (finding,) = worker_lost(JobFacts(lost_workers={3: [DEAD]}))
+    finding = worker_lost(JobFacts(lost_workers={3: [DEAD]}))
 
     assert finding.kind is Kind.WORKER_LOST
     assert finding.ranks == (3,)
@@ -118,7 +118,7 @@ def test_a_script_that_caught_it_has_a_finding():
 
 def test_later_deaths_are_counted():
     """The first is told."""
-    (finding,) = worker_lost(JobFacts(lost_workers={0: [DEAD, LostWorker(pid=9, code=1, step=120)]}))
+    finding = worker_lost(JobFacts(lost_workers={0: [DEAD, LostWorker(pid=9, code=1, step=120)]}))
 
     assert finding.evidence["lost"] == 2
     assert "1 more died later" in finding.summary
@@ -133,7 +133,7 @@ def test_a_death_that_is_reported_already_is_not_reported_again(facts):
     """Of a run that was stopped, and of a rank whose end it explains."""
     explained = facts.pop("explained", ())
 
-    assert worker_lost(JobFacts(lost_workers={0: [DEAD]}, **facts), explained) == []
+    assert worker_lost(JobFacts(lost_workers={0: [DEAD]}, **facts), explained) is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_death_that_is_reported_already_is_not_reported_again(facts):
 )
 def test_the_advice_is_for_the_cause(lost, advice):
     """Memory, shared memory, native code, a signal from outside, a status."""
-    (finding,) = worker_lost(JobFacts(lost_workers={0: [LostWorker(pid=5, **lost)]}))
+    finding = worker_lost(JobFacts(lost_workers={0: [LostWorker(pid=5, **lost)]}))
 
     assert advice in finding.next
 

@@ -50,7 +50,7 @@ def lost(*, device: bool = False, limit: int | None = None, **end: object) -> Fi
     ended = RankExit(rank=1, open_step=42, open_phase="forward", **end)  # type: ignore[arg-type]
     limits = (ResourceUse(0, Resource.MEMORY, limit - 1, limit),) if limit else ()
     facts = JobFacts(world_size=2, hosts={0: "a", 1: "a"}, exits=(ended,), memory=growing(device=device), limits=limits)
-    return rank_lost(facts)[0]
+    return rank_lost(facts)
 
 
 def test_a_kill_by_the_kernel_is_reported_with_growth_and_limit() -> None:
@@ -89,7 +89,7 @@ def test_the_list_that_grew_until_the_end_is_named(end: dict[str, object], line:
     memory = processes(MemoryHistory(), growing_bytes(), rank=1)
     facts = JobFacts(world_size=2, exits=(ended,), memory=memory, growing={1: growing_of({"grown": [KEPT]})})
 
-    finding = rank_lost(facts)[0]
+    finding = rank_lost(facts)
 
     assert "the list losses (added to in train.py:41 main) gained 1 element per step" in finding.summary
     assert finding.next.startswith("Add loss.item() or loss.detach() to losses")
@@ -125,7 +125,7 @@ def test_a_list_that_grew_is_not_blamed_for_another_end() -> None:
     growing_memory = processes(MemoryHistory(), growing_bytes(), rank=1)
 
     for ended, memory in ((killed, growing_memory), (by_kernel, level)):
-        finding = rank_lost(JobFacts(world_size=2, exits=(ended,), memory=memory, growing=grew))[0]
+        finding = rank_lost(JobFacts(world_size=2, exits=(ended,), memory=memory, growing=grew))
         assert "losses" not in finding.summary + finding.next
         assert "container" not in finding.evidence
 

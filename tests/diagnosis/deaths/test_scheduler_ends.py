@@ -34,7 +34,7 @@ def swept(rank: int, at_s: float = LIMIT_S, number: int = 15, **facts: object) -
 @pytest.mark.parametrize("stopped", [True, None])
 def test_the_limit_is_reported_with_the_lost_steps(stopped: bool | None) -> None:
     """Whether the launcher passed the signal on or the ranks got it themselves."""
-    (finding,) = rank_lost(ends(swept(0, stopped=stopped, saved_steps=700), swept(1, stopped=stopped)))
+    finding = rank_lost(ends(swept(0, stopped=stopped, saved_steps=700), swept(1, stopped=stopped)))
 
     assert finding.summary == (
         "The scheduler ended the job at its time limit (SIGTERM), in step 812; 112 steps since the last checkpoint "
@@ -56,7 +56,7 @@ def test_the_limit_is_reported_with_the_lost_steps(stopped: bool | None) -> None
 )
 def test_the_length_of_the_limit_is_told(facts: dict[str, Any]) -> None:
     """As Slurm told `traceml run` when it was ended, or its variables at the start."""
-    (finding,) = rank_lost(JobFacts(world_size=2, exits=(swept(0, saved_steps=700, stopped=True), swept(1)), **facts))
+    finding = rank_lost(JobFacts(world_size=2, exits=(swept(0, saved_steps=700, stopped=True), swept(1)), **facts))
 
     assert finding.summary == (
         "The scheduler ended the job at its time limit of 30 min (SIGTERM), in step 812; 112 steps since the last "
@@ -67,7 +67,7 @@ def test_the_length_of_the_limit_is_told(facts: dict[str, Any]) -> None:
 
 def test_the_length_of_the_limit_is_told_of_a_launch() -> None:
     """Each rank's report has it."""
-    (finding,) = rank_lost(ends(swept(0, scheduler="time_limit", limit_s=7260.0), job_end_s=None))
+    finding = rank_lost(ends(swept(0, scheduler="time_limit", limit_s=7260.0), job_end_s=None))
 
     assert "at its time limit of 2 h 1 min (SIGTERM)" in finding.summary
 
@@ -75,18 +75,18 @@ def test_the_length_of_the_limit_is_told_of_a_launch() -> None:
 def test_a_preemption_is_told_of_one_host() -> None:
     """Slurm told `traceml run`; a rank that had failed before is the cause all the same."""
     by = EndingSignal(15, LIMIT_S, "slurmstepd", 8, scheduler="preempted", limit_s=1800.0)
-    (finding,) = rank_lost(JobFacts(exits=(swept(0, LIMIT_S + 1, stopped=True),), ended_by=by))
+    finding = rank_lost(JobFacts(exits=(swept(0, LIMIT_S + 1, stopped=True),), ended_by=by))
     failed = RankExit(rank=0, state="failed", code=1, exception="ValueError: no", at_s=LIMIT_S - 9)
 
     assert finding.summary == "The scheduler preempted the job (SIGTERM), in step 812."
-    assert rank_lost(JobFacts(exits=(failed,), ended_by=by))[0].ranks == (0,)
+    assert rank_lost(JobFacts(exits=(failed,), ended_by=by)).ranks == (0,)
 
 
 def test_a_warning_comes_before_the_limit() -> None:
     """SIGUSR1 ends a script that does not handle it, minutes before."""
     early = swept(0, LIMIT_S - 120, number=10), swept(1, LIMIT_S - 120, number=10)
 
-    assert rank_lost(ends(*early))[0].evidence["cause"] == "time_limit"
+    assert rank_lost(ends(*early)).evidence["cause"] == "time_limit"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_warning_comes_before_the_limit() -> None:
 )
 def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
     """No limit, long before it, an exception, a crash, lack of memory."""
-    (finding,) = rank_lost(facts)
+    finding = rank_lost(facts)
 
     assert finding.evidence.get("cause") != "time_limit"
 
@@ -124,7 +124,7 @@ def test_what_the_scheduler_says_is_reported(stopped: bool | None, cause: str, w
     """Its own words count more than the announced limit, which is far away."""
     exits = swept(0, LIMIT_S - 5000, scheduler=cause, stopped=stopped, saved_steps=700)
 
-    (finding,) = rank_lost(ends(exits, swept(1, LIMIT_S - 5000, scheduler=cause, stopped=stopped)))
+    finding = rank_lost(ends(exits, swept(1, LIMIT_S - 5000, scheduler=cause, stopped=stopped)))
 
     assert finding.summary == words + "112 steps since the last checkpoint are lost."
     assert finding.headline == f"Ended by the scheduler: {headline}"
@@ -135,7 +135,7 @@ def test_a_script_that_exits_on_the_warning_was_ended_by_the_scheduler() -> None
     """It saved and left with a status of its own: nothing is lost, and the status is told."""
     left = RankExit(rank=0, state="failed", code=3, last_step=59, saved_steps=60, at_s=1.0, scheduler="preempted")
 
-    (finding,) = rank_lost(JobFacts(exits=(left,)))
+    finding = rank_lost(JobFacts(exits=(left,)))
 
     assert finding.summary.startswith("The scheduler preempted the job (exit code 3)")
     assert "lost" not in finding.summary
@@ -151,7 +151,7 @@ def test_a_script_that_exits_on_the_warning_was_ended_by_the_scheduler() -> None
 )
 def test_a_failure_before_the_preemption_is_the_cause(other: RankExit) -> None:
     """An exception, a crash, lack of memory: the scheduler came later."""
-    (finding,) = rank_lost(ends(other, swept(1, scheduler="preempted", stopped=True), job_end_s=None))
+    finding = rank_lost(ends(other, swept(1, scheduler="preempted", stopped=True), job_end_s=None))
 
     assert "cause" not in finding.evidence or finding.evidence["cause"] == "out_of_memory"
     assert finding.ranks == (0,)
@@ -159,8 +159,8 @@ def test_a_failure_before_the_preemption_is_the_cause(other: RankExit) -> None:
 
 def test_a_job_that_was_stopped_by_hand_is_no_finding() -> None:
     """Ctrl-C, and a signal to the launcher long before the limit."""
-    assert rank_lost(ends(*(swept(rank, LIMIT_S - 500, stopped=True) for rank in range(2)))) == []
-    assert rank_lost(ends(swept(0, number=2), swept(1, number=2))) == []
+    assert rank_lost(ends(*(swept(rank, LIMIT_S - 500, stopped=True) for rank in range(2)))) is None
+    assert rank_lost(ends(swept(0, number=2), swept(1, number=2))) is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_steps_since_the_last_checkpoint_are_lost(last: int | None, saved: int |
     """Another rank has saved; without any known save nothing is said."""
     failed = RankExit(rank=1, state="failed", code=3, last_step=last)
 
-    (finding,) = rank_lost(JobFacts(exits=(RankExit(rank=0, state="finished", saved_steps=saved), failed)))
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="finished", saved_steps=saved), failed)))
 
     assert ("since the last checkpoint" in finding.summary) is bool(words)
     assert words in finding.summary

@@ -129,5 +129,4 @@ def found(*snapshots: RankSnapshot, **job: Any) -> Finding | None:
 
 def judged(job: JobFacts) -> Finding | None:
     """Return the finding about a job whose steps take some 15 ms."""
-    findings = hang(window_of(Job(ranks=2)), job)
-    return findings[0] if findings else None
+    return hang(window_of(Job(ranks=2)), job)

@@ -25,8 +25,7 @@ def facts(*rows: dict[str, object], hosts: tuple[str, ...] = ("h0",)) -> JobFact
 
 
 def found(*rows: dict[str, object], hosts: tuple[str, ...] = ("h0",)) -> Finding:
-    (finding,) = device_faults(facts(*rows, hosts=hosts))
-    return finding
+    return device_faults(facts(*rows, hosts=hosts))
 
 
 def test_an_event_of_the_hardware_is_critical() -> None:
@@ -87,4 +86,4 @@ def test_rows_that_wait_or_fail_are_reported(row: dict[str, object], words: str,
 )
 def test_what_is_no_fault_is_silent(rows: list[dict[str, object]]) -> None:
     """Devices without ECC, and events that only follow the end of a process."""
-    assert device_faults(facts(*rows)) == []
+    assert device_faults(facts(*rows)) is None

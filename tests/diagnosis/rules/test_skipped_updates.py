@@ -41,14 +41,14 @@ def test_steps_that_are_skipped_for_good_are_reported_with_the_first():
 
 def test_the_first_step_is_that_of_the_dense_part():
     """Two skips of the calibration at first are not the beginning."""
-    (finding,) = steps_skipped(JobFacts(skipped=skipped([0, 1, *range(150, 300)])))
+    finding = steps_skipped(JobFacts(skipped=skipped([0, 1, *range(150, 300)])))
 
     assert finding.evidence["since_step"] == 150
 
 
 def test_a_part_of_all_steps_is_skipped_since_the_first_one():
     """Each second batch, also the last one: the end of the run is no dense part."""
-    (finding,) = steps_skipped(JobFacts(skipped=skipped(list(range(1, 300, 2)))))
+    finding = steps_skipped(JobFacts(skipped=skipped(list(range(1, 300, 2)))))
 
     assert finding.evidence["since_step"] == 1
     assert "skipped 150 of 300 steps (50 %), since step 1, and still does" in finding.summary
@@ -59,12 +59,12 @@ def test_a_part_of_all_steps_is_skipped_since_the_first_one():
 )
 def test_skips_that_end_or_are_rare_are_no_finding(steps):
     """The scaler's calibration, a bad part of the data, single overflows."""
-    assert steps_skipped(JobFacts(skipped=skipped(steps))) == []
+    assert steps_skipped(JobFacts(skipped=skipped(steps))) is None
 
 
 def test_without_rows_there_is_nothing_to_say():
     """A run that has not made a step."""
-    assert steps_skipped(JobFacts()) == []
+    assert steps_skipped(JobFacts()) is None
 
 
 def test_a_sample_of_the_steps_tells_the_same():
@@ -76,7 +76,7 @@ def test_a_sample_of_the_steps_tells_the_same():
     steps = SkippedSteps()
     steps.add(np.zeros(len(sample), np.int64), sample)
 
-    (finding,) = steps_skipped(JobFacts(skipped=steps))
+    finding = steps_skipped(JobFacts(skipped=steps))
 
     assert finding.cost_share == pytest.approx(0.55, abs=0.02)
     assert finding.evidence["since_step"] == pytest.approx(9_000, abs=1_000)

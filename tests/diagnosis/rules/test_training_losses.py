@@ -54,15 +54,15 @@ def test_the_first_step_and_its_rank_are_named():
 @pytest.mark.parametrize("losses", [[], [2.0] * 6, [2.0, NAN, 2.0, INF, INF, 1.0], [NAN, 2.0]])
 def test_losses_that_are_finite_again_are_no_finding(losses):
     """Single overflows, as GradScaler skips them."""
-    assert loss_not_finite(JobFacts(losses=history(losses), latest=(100,))) == []
+    assert loss_not_finite(JobFacts(losses=history(losses), latest=(100,))) is None
 
 
 def test_the_newest_steps_may_still_recover():
     """A loss that was not finite in the last steps only is no finding yet."""
     losses = history([2.0, NAN])
     losses.add(0, np.array([(0, 11, NAN)], LOSSES.dtype))
-    assert loss_not_finite(JobFacts(losses=losses, latest=(11,))) == []
-    assert loss_not_finite(JobFacts(losses=losses, latest=(12,)))[0].evidence["since_step"] == 10
+    assert loss_not_finite(JobFacts(losses=losses, latest=(11,))) is None
+    assert loss_not_finite(JobFacts(losses=losses, latest=(12,))).evidence["since_step"] == 10
 
 
 def test_a_single_loss_that_is_not_finite_says_nothing_of_the_steps_that_are_not_read():
@@ -70,10 +70,10 @@ def test_a_single_loss_that_is_not_finite_says_nothing_of_the_steps_that_are_not
     losses = history([2.0, 2.0, NAN])
     facts = JobFacts(losses=losses, latest=(39,))
 
-    assert loss_not_finite(facts) == []
+    assert loss_not_finite(facts) is None
 
     losses.add(0, np.array([(0, 30, NAN)], LOSSES.dtype))
-    (finding,) = loss_not_finite(facts)
+    finding = loss_not_finite(facts)
     assert (finding.evidence["since_step"], finding.evidence["wasted_steps"]) == (20, 20)
 
 
@@ -81,8 +81,8 @@ def test_a_single_loss_at_the_end_of_a_fold_is_no_lost_fold():
     """The fold that follows has finite losses again; a second such loss tells that the first fold was lost."""
     facts = {"latest": (199,), "trainings_begin": (105,)}
 
-    assert trainings_not_finite(JobFacts(losses=history([2.0] * 10 + [NAN] + [2.0] * 9), **facts)) == []
-    assert trainings_not_finite(JobFacts(losses=history([2.0] * 9 + [NAN] * 2 + [2.0] * 9), **facts)) != []
+    assert trainings_not_finite(JobFacts(losses=history([2.0] * 10 + [NAN] + [2.0] * 9), **facts)) is None
+    assert trainings_not_finite(JobFacts(losses=history([2.0] * 9 + [NAN] * 2 + [2.0] * 9), **facts)) is not None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_training_is_no_way_back(begins, where, goes_bac
     """The last trials of a search diverge, each at once."""
     losses = history([2.0] * 20 + [NAN] * 20)
 
-    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(399,), trainings_begin=begins))
+    finding = loss_not_finite(JobFacts(losses=losses, latest=(399,), trainings_begin=begins))
 
     assert where in finding.summary
     assert ("Go back to a checkpoint" in finding.next) is goes_back
@@ -105,7 +105,7 @@ def test_no_rank_is_named_where_all_have_it(ranks, whose):
     """The only rank, or all of them in the same step."""
     losses = history(*[[3.0, NAN, NAN, NAN]] * ranks)
 
-    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(39,) * ranks, world_size=ranks))
+    finding = loss_not_finite(JobFacts(losses=losses, latest=(39,) * ranks, world_size=ranks))
 
     assert finding.ranks == ()
     assert finding.summary.startswith(f"{whose} had a loss of nan in step 10,")
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_without_skips_is_reported_beside_a_few():
     """The scaler skipped some steps at first, and the updates of the rest broke the model."""
     losses, steps = history([2.0] * 10 + [INF] * 20), skipped([0, 1, 2, 3, 4])
 
-    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(299,), skipped=steps))
+    finding = loss_not_finite(JobFacts(losses=losses, latest=(299,), skipped=steps))
 
     assert finding.kind is Kind.NUMERIC
     assert "checkpoint" in finding.next
@@ -139,7 +139,7 @@ def test_nobody_goes_back_where_a_fused_optimizer_skips_on_a_device(unread):
     """The scaler has its kernel skip such steps, which are not read: the model is as it was."""
     losses = history([2.0] * 10 + [NAN] * 20)
 
-    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(299,), unread_skips=unread))
+    finding = loss_not_finite(JobFacts(losses=losses, latest=(299,), unread_skips=unread))
 
     assert ("Go back to a checkpoint" in finding.next) is not unread
     assert ("GradScaler has the fused optimizer skip a step" in finding.next) is unread
@@ -162,9 +162,7 @@ def test_trials_that_were_lost_are_counted():
     """Every second of six trials is lost, and their last is still told as the newest loss."""
     losses = history(([2.0] * 10 + [INF] * 10) * 3 + [2.0] * 10)
 
-    (finding,) = trainings_not_finite(
-        JobFacts(losses=losses, latest=(699,), trainings_begin=tuple(range(100, 700, 100)))
-    )
+    finding = trainings_not_finite(JobFacts(losses=losses, latest=(699,), trainings_begin=tuple(range(100, 700, 100))))
 
     assert finding.evidence["trainings"] == 3
     assert finding.evidence["wasted_steps"] == 300
@@ -182,12 +180,12 @@ def test_trials_that_were_lost_are_counted():
 )
 def test_losses_that_recover_within_a_training_are_no_lost_training(losses, begins):
     """Nor is the newest training one of the earlier ones."""
-    assert trainings_not_finite(JobFacts(losses=history(losses), latest=(399,), trainings_begin=begins)) == []
+    assert trainings_not_finite(JobFacts(losses=history(losses), latest=(399,), trainings_begin=begins)) is None
 
 
 def test_steps_that_the_scaler_skipped_in_an_earlier_training_did_no_harm():
     """The updates of those steps were skipped."""
     losses, steps = history([2.0] * 10 + [INF] * 10 + [2.0] * 20), skipped(list(range(100, 200)))
     facts = JobFacts(losses=losses, latest=(399,), trainings_begin=(200,), skipped=steps)
-    assert trainings_not_finite(facts) == []
+    assert trainings_not_finite(facts) is None
     assert trainings_not_finite(replace(facts, skipped=skipped([0, 1])))

@@ -47,43 +47,40 @@ def failed_because_of_peer(ended: RankExit) -> bool:
     return is_of_group and ended.exception_mentions(*_PEER_GONE) and not ended.exception_mentions(*_OWN_ERRORS)
 
 
-def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
-    """Return the finding about ranks whose script had ended when the others failed; empty without such ranks.
+def left_early(causes: Sequence[RankExit], facts: JobFacts) -> Finding | None:
+    """Return the finding about ranks whose script had ended when the others failed; None without such ranks.
 
     Args:
         causes: ends of ranks that nothing else explains.
     """
     gone = early_ends(causes, facts.exits)
     if not gone:
-        return []
+        return None
 
     causes = [each for each in ended_badly(facts.exits) if failed_because_of_peer(each)]
     failed = min(causes, key=lambda each: each.rank)
     first, diverged = gone[0], facts.progress.diverged if facts.progress is not None else None
     data = _ended_data(gone, failed)
     why = [data.sentence if data is not None else "", diverged.text if diverged is not None else ""]
-    return [
-        Finding.of(
-            Kind.RANK_LOST,
-            ranks=tuple(sorted(each.rank for each in gone)),
-            phase=None,
-            summary=" ".join(filter(None, [_summary(gone, causes, failed), *why])),
-            next=_advice(gone, failed, diverged) if data is None else EVEN_BATCHES,
-            evidence=known_facts(
-                cause="left_early",
-                code=first.code or 0,
-                last_step=first.last_step,
-                apart_since_step=None if diverged is None else diverged.since,
-                followed=sorted(each.rank for each in causes),
-                exception=failed.exception,
-                file=first.file,
-                line=first.line,
-                function=first.function,
-                **({} if data is None else data.evidence),
-            ),
-            cost_share=1.0,
-        )
-    ]
+    return Finding.of(
+        Kind.RANK_LOST,
+        ranks=tuple(sorted(each.rank for each in gone)),
+        summary=" ".join(filter(None, [_summary(gone, causes, failed), *why])),
+        next=_advice(gone, failed, diverged) if data is None else EVEN_BATCHES,
+        evidence=known_facts(
+            cause="left_early",
+            code=first.code or 0,
+            last_step=first.last_step,
+            apart_since_step=None if diverged is None else diverged.since,
+            followed=sorted(each.rank for each in causes),
+            exception=failed.exception,
+            file=first.file,
+            line=first.line,
+            function=first.function,
+            **({} if data is None else data.evidence),
+        ),
+        cost_share=1.0,
+    )
 
 
 def early_ends(causes: Sequence[RankExit], exits: Sequence[RankExit]) -> list[RankExit]:

@@ -81,8 +81,8 @@ _CAUSES = {
 }
 
 
-def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
-    """Return the finding about a job that its scheduler ended; empty if another cause came before.
+def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], facts: JobFacts) -> Finding | None:
+    """Return the finding about a job that its scheduler ended; None if another cause came before.
 
     Args:
         bad: the ends that are failures.
@@ -93,22 +93,19 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
         found = max(bad, key=lambda each: each.last_step or 0), by.scheduler
 
     if found is None:
-        return []
+        return None
 
     last, cause = in_common(found[0], _with_phase(facts)), found[1]
     lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
     did = f"{_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
-    return [
-        Finding.of(
-            Kind.RANK_LOST,
-            ranks=(),
-            phase=last.open_phase,
-            summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
-            next=_CAUSES[cause].next,
-            evidence=_evidence(last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code),
-            cost_share=1.0,
-        )
-    ]
+    return Finding.of(
+        Kind.RANK_LOST,
+        phase=last.open_phase,
+        summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
+        next=_CAUSES[cause].next,
+        evidence=_evidence(last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code),
+        cost_share=1.0,
+    )
 
 
 def end_by_scheduler(
@@ -202,44 +199,42 @@ def _evidence(ended: RankExit, lost: int | None, **more: object) -> dict[str, ob
     return known_facts(**more, step=ended.step, last_step=ended.last_step, lost_steps=lost)
 
 
-def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
+def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> Finding | None:
     """Return the finding about a job that its launcher was asked to end, or took with it when it was killed.
 
-    Empty where a rank had failed before.
+    None where a rank had failed before.
 
     Args:
         causes: ends of ranks that nothing else explains.
     """
     by = facts.ended_by
     if by is None or _failed_before(causes, by):
-        return []
+        return None
 
     returned = not ended_badly(facts.exits)
     if returned and (by.waited_s > _LATE_S or (by.launcher_pid is not None and facts.exits)):
-        return []
+        return None
 
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
     last = in_common(last, _with_phase(facts))
     lost = lost_steps(last, facts.exits)
-    return [
-        Finding.of(
-            Kind.RANK_LOST,
-            severity=Severity.WARNING if returned and by.launcher_pid is None else None,
-            phase=None if returned else last.open_phase,
-            summary=f"{_outside_summary(by, last, returned=returned)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
-            next=f"{_for_sender(by)}. {_to_resume(by, lost)}" if by.scheduler is None else _CAUSES[by.scheduler].next,
-            evidence=_evidence(
-                last,
-                lost,
-                cause="ended_from_outside",
-                signal=by.number or None,
-                sender=by.sender or None,
-                sender_pid=by.sender_pid,
-                launcher_pid=by.launcher_pid,
-            ),
-            cost_share=1.0,
-        )
-    ]
+    return Finding.of(
+        Kind.RANK_LOST,
+        severity=Severity.WARNING if returned and by.launcher_pid is None else None,
+        phase=None if returned else last.open_phase,
+        summary=f"{_outside_summary(by, last, returned=returned)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
+        next=f"{_for_sender(by)}. {_to_resume(by, lost)}" if by.scheduler is None else _CAUSES[by.scheduler].next,
+        evidence=_evidence(
+            last,
+            lost,
+            cause="ended_from_outside",
+            signal=by.number or None,
+            sender=by.sender or None,
+            sender_pid=by.sender_pid,
+            launcher_pid=by.launcher_pid,
+        ),
+        cost_share=1.0,
+    )
 
 
 def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:

@@ -23,7 +23,7 @@ _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipe
 _NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # the message about a missing file has its name
 
 
-def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]:
+def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> Finding | None:
     """Return the finding about workers that died while their rank continued: the first of them.
 
     Args:
@@ -32,7 +32,7 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
     known = set(explained)
     lost = [(rank, each) for rank, workers in facts.lost_workers.items() if rank not in known for each in workers]
     if not lost or facts.state == RunStatus.STOPPED:
-        return []
+        return None
 
     lost.sort(key=lambda each: (each[1].step is None, each[1].step or 0, each[0]))
     rank, first = lost[0]
@@ -40,16 +40,14 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
 
     step = ", before the first step" if first.step is None else f", in step {count_text(first.step)}"
     died = f"{capitalized(death_words(first))} on {ranks_text((rank,))}{step}{more}"
-    return [
-        Finding.of(
-            Kind.WORKER_LOST,
-            ranks=tuple(sorted({rank for rank, _ in lost})),
-            phase="input_wait",
-            summary=f"{died}. The script continued; batches of that iterator may be missing.",
-            next=for_worker(first),
-            evidence=worker_evidence(first) | {"lost": len(lost)},
-        )
-    ]
+    return Finding.of(
+        Kind.WORKER_LOST,
+        ranks=tuple(sorted({rank for rank, _ in lost})),
+        phase="input_wait",
+        summary=f"{died}. The script continued; batches of that iterator may be missing.",
+        next=for_worker(first),
+        evidence=worker_evidence(first) | {"lost": len(lost)},
+    )
 
 
 def worker_causing_end(ended: RankExit, facts: JobFacts) -> LostWorker | None:

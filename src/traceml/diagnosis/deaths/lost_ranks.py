@@ -7,14 +7,7 @@ from signal import SIGABRT
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_wording import (
-    end_text,
-    in_common,
-    place_evidence,
-    seen_text,
-    step_text,
-    was_cut_off,
-)
+from traceml.diagnosis.deaths.end_wording import end_text, in_common, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
@@ -34,14 +27,14 @@ _SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
 _TOGETHER_S = 1.0  # within this time of the first, an exception of a rank's own is not for that one
 
 
-def rank_lost(facts: JobFacts) -> list[Finding]:
+def rank_lost(facts: JobFacts) -> Finding | None:
     """Return the finding about lost ranks, the first to end with its cause, or about a job ended as a whole."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
     as_a_whole = (
         ended_by_scheduler(bad, causes, facts) or ended_from_outside(causes, facts) or left_early(causes, facts)
     )
-    if as_a_whole or not causes:
+    if as_a_whole is not None or not causes:
         return as_a_whole
 
     first, at_end = causes[0], in_common(causes[0], causes)
@@ -55,24 +48,22 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     grown = _grown_container(first, memory, facts)
     because = _beside_text(beside) + (f"; {ranks_text(followed)} ended because of that" if followed else "")
     summary = f"{_summary(causes, memory, worker)}{lost_steps_text(lost)}{because}."
-    return [
-        Finding.of(
-            Kind.RANK_LOST,
-            severity=Severity.WARNING if was_cut_off(first) and not followed else None,
-            ranks=ranks,
-            phase=at_end.open_phase,
-            summary=summary if grown is None else f"{summary}{grown.text}",
-            next=for_worker(worker) if worker else grown.action if grown else for_exit(first, facts, memory),
-            evidence={
-                **({} if worker is None else worker_evidence(worker)),
-                **_evidence(first, memory, followed, lost),
-                **({"first_rank": first.rank} if _differ(causes) else {}),
-                **({"failed_too": [ended.rank for ended in beside]} if beside else {}),
-                **_of_container(first, grown),
-            },
-            cost_share=1.0,
-        )
-    ]
+    return Finding.of(
+        Kind.RANK_LOST,
+        severity=Severity.WARNING if was_cut_off(first) and not followed else None,
+        ranks=ranks,
+        phase=at_end.open_phase,
+        summary=summary if grown is None else f"{summary}{grown.text}",
+        next=for_worker(worker) if worker else grown.action if grown else for_exit(first, facts, memory),
+        evidence={
+            **({} if worker is None else worker_evidence(worker)),
+            **_evidence(first, memory, followed, lost),
+            **({"first_rank": first.rank} if _differ(causes) else {}),
+            **({"failed_too": [ended.rank for ended in beside]} if beside else {}),
+            **_of_container(first, grown),
+        },
+        cost_share=1.0,
+    )
 
 
 def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:

@@ -26,28 +26,26 @@ _S = 1e9
 _NOT_MEETING = (HangCause.NETWORK, HangCause.RENDEZVOUS, HangCause.STUCK, HangCause.UNANSWERED)
 
 
-def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def hang(window: AlignedSteps, facts: JobFacts) -> Finding | None:
     """Return the finding about a job that hangs, or has hung when it was ended."""
     # The last step may be the one that hung, and that the end of the job has closed.
     times = window.total[:, :-1]
     p99_s = float(np.quantile(times, 0.99)) / _S if times.size else 0.0
     found = detect_hang(facts, p99_s)
     if found is None:
-        return []
+        return None
 
     diverged = None if facts.progress is None or found.blame.cause in _NOT_MEETING else facts.progress.diverged
-    return [_finding(found, diverged, facts)]
+    return _finding(found, diverged, facts)
 
 
 def _finding(found: DetectedHang, diverged: DivergedRanks | None, facts: JobFacts) -> Finding:
-    named = found.blame.ranks
-    first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
-    shown = first or (None if named else next(iter(found.snapshots.values())))
+    shown = next(iter(found.stuck), None)
     phase = shown.phase if shown is not None and shown.phase else None
     has_old_store = found.blame.cause is HangCause.RENDEZVOUS and facts.store_restarts > 0
     return Finding.of(
         Kind.HANG,
-        ranks=named,
+        ranks=found.blame.ranks,
         phase=phase,
         summary=hang_summary(found) + (f" {diverged.text}" if diverged is not None else ""),
         next=STORE_OF_ITS_OWN if has_old_store else hang_advice(found),

@@ -11,7 +11,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import bytes_text, capitalized, line_text, percent_text, plural, ranks_text
 
-__all__ = ["allocator_churn", "memory_imbalance", "memory_pressure"]
+__all__ = ["allocator_churn", "full_devices", "full_hosts", "memory_imbalance"]
 
 FULL_SHARE = 0.93
 """Memory is nearly full from this used share on; of a device, the peak counts."""
@@ -40,12 +40,8 @@ _OF_OTHERS = (
 )
 
 
-def memory_pressure(facts: JobFacts) -> list[Finding]:
-    """Return findings about hosts and devices whose memory is nearly full."""
-    return [*_hosts(facts), *_devices(facts)]
-
-
-def _hosts(facts: JobFacts) -> list[Finding]:
+def full_hosts(facts: JobFacts) -> Finding | None:
+    """Return the finding about hosts whose memory is nearly full."""
     # That of a container is reported as its limit.
     limited = {facts.hosts.get(use.rank) for use in facts.limits if use.resource is Resource.MEMORY and use.is_near}
     full = {
@@ -54,11 +50,11 @@ def _hosts(facts: JobFacts) -> list[Finding]:
         if host.held_share >= FULL_SHARE and facts.hosts.get(rank) not in limited
     }
     if not full:
-        return []
+        return None
 
     rank = max(full, key=lambda each: full[each].held_share)
     others = len({facts.hosts.get(each) for each in full}) - 1  # of one host several ranks may tell
-    return [_full_host(facts, rank, full[rank], others=others)]
+    return _full_host(facts, rank, full[rank], others=others)
 
 
 def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> Finding:
@@ -89,11 +85,12 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> 
     )
 
 
-def _devices(facts: JobFacts) -> list[Finding]:
+def full_devices(facts: JobFacts) -> Finding | None:
+    """Return the finding about devices whose memory is nearly full."""
     known = [each for each in facts.memory.devices() if each.total_bytes > 0]
     full = [each for each in known if _share(each) >= FULL_SHARE or each.retries >= MIN_RETRIES]
     if not full:
-        return []
+        return None
 
     worst = max(full, key=lambda each: (each.retries >= MIN_RETRIES, _share(each)))
     ranks = {each.rank for each in full}
@@ -104,31 +101,29 @@ def _devices(facts: JobFacts) -> list[Finding]:
     )
     of_all = f" {len(ranks)} of {facts.world_size} ranks are short of device memory." if len(ranks) > 1 else ""
     device = f"the device of {ranks_text((worst.rank,))}" if facts.world_size > 1 else "the device"
-    return [
-        Finding.of(
-            Kind.MEMORY_PRESSURE,
-            ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
-            summary=(
-                f"Tensors took up to {bytes_text(worst.peak_bytes)} of the {bytes_text(worst.total_bytes)} of {device} "
-                f"({percent_text(_share(worst))}).{retried}{of_all}"
-            ),
-            next=_SMALLER if _share(worst) >= TIGHT_SHARE else _OF_OTHERS,
-            evidence={
-                "memory": "device",
-                "used_bytes": worst.peak_bytes,
-                "limit_bytes": worst.total_bytes,
-                "used_share": _share(worst),
-                "alloc_retries": worst.retries,
-            },
-        )
-    ]
+    return Finding.of(
+        Kind.MEMORY_PRESSURE,
+        ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
+        summary=(
+            f"Tensors took up to {bytes_text(worst.peak_bytes)} of the {bytes_text(worst.total_bytes)} of {device} "
+            f"({percent_text(_share(worst))}).{retried}{of_all}"
+        ),
+        next=_SMALLER if _share(worst) >= TIGHT_SHARE else _OF_OTHERS,
+        evidence={
+            "memory": "device",
+            "used_bytes": worst.peak_bytes,
+            "limit_bytes": worst.total_bytes,
+            "used_share": _share(worst),
+            "alloc_retries": worst.retries,
+        },
+    )
 
 
 def _share(device: DeviceMemory) -> float:
     return device.peak_bytes / max(device.total_bytes, 1)
 
 
-def memory_imbalance(facts: JobFacts) -> list[Finding]:
+def memory_imbalance(facts: JobFacts) -> Finding | None:
     """Return the finding about a rank that needs much more memory than the others, of devices or else of hosts."""
     devices = facts.memory.devices()
     if devices:
@@ -141,41 +136,39 @@ def memory_imbalance(facts: JobFacts) -> list[Finding]:
     return _uneven(facts.memory.resident(), total, "host memory")
 
 
-def _uneven(needs: dict[int, int], total: int, words: str) -> list[Finding]:
+def _uneven(needs: dict[int, int], total: int, words: str) -> Finding | None:
     if len(needs) < 2 or total <= 0:
-        return []
+        return None
 
     rank = max(needs, key=lambda each: needs[each])
     most, usual = needs[rank], median(size for each, size in needs.items() if each != rank)
     if most < UNEVEN * usual or most - usual < UNEVEN_SHARE * total:
-        return []
+        return None
 
     tight = words.startswith("device") and most >= TIGHT_SHARE * total
-    return [
-        Finding.of(
-            Kind.MEMORY_IMBALANCE,
-            severity=Severity.WARNING if tight else Severity.INFO,
-            ranks=(rank,),
-            summary=(
-                f"{capitalized(ranks_text((rank,)))} takes {bytes_text(most)} of {words}, the others "
-                f"{bytes_text(int(usual))} (median)."
-            ),
-            next=(
-                f"Look at what only {ranks_text((rank,))} holds: gathered outputs, evaluation, a second model, longer "
-                "sequences, or checkpoints that are loaded on its device (map_location)."
-            ),
-            evidence={
-                "memory": words.partition(" ")[0],
-                "most_bytes": most,
-                "median_bytes": usual,
-                "limit_bytes": total,
-                "ratio": most / max(usual, 1),
-            },
-        )
-    ]
+    return Finding.of(
+        Kind.MEMORY_IMBALANCE,
+        severity=Severity.WARNING if tight else Severity.INFO,
+        ranks=(rank,),
+        summary=(
+            f"{capitalized(ranks_text((rank,)))} takes {bytes_text(most)} of {words}, the others "
+            f"{bytes_text(int(usual))} (median)."
+        ),
+        next=(
+            f"Look at what only {ranks_text((rank,))} holds: gathered outputs, evaluation, a second model, longer "
+            "sequences, or checkpoints that are loaded on its device (map_location)."
+        ),
+        evidence={
+            "memory": words.partition(" ")[0],
+            "most_bytes": most,
+            "median_bytes": usual,
+            "limit_bytes": total,
+            "ratio": most / max(usual, 1),
+        },
+    )
 
 
-def allocator_churn(facts: JobFacts) -> list[Finding]:
+def allocator_churn(facts: JobFacts) -> Finding | None:
     """Return the finding about ranks that give device memory back in each step: `empty_cache()` in the loop.
 
     An allocator that lacks memory does so too: that is pressure, unless the call was seen.
@@ -184,33 +177,31 @@ def allocator_churn(facts: JobFacts) -> list[Finding]:
     steady = facts.turnover.steady(facts.last_step, MIN_PER_STEP)
     found = {key: each for key, each in steady.items() if key not in lacking or _empties_at(key[0], facts)}
     if not found:
-        return []
+        return None
 
     ranks = tuple(sorted({rank for rank, _ in found}))
     worst = max(found, key=lambda key: found[key].per_step)
     turnover, place = found[worst], _empties_at(worst[0], facts)
     gives, requests = ("give", "request") if len(ranks) > 1 else ("gives", "requests")
     cause = f"empty_cache() is called at {line_text(*place)}" if place else _CAUSES
-    return [
-        Finding.of(
-            Kind.ALLOCATOR_CHURN,
-            ranks=ranks if len(ranks) < facts.world_size else (),
-            summary=(
-                f"{capitalized(ranks_text(ranks))} {gives} {turnover.per_step:.1f} blocks of device memory per step "
-                f"back to the driver and {requests} as many again: {cause}."
-            ),
-            next=(
-                "Do not empty the cache in the loop: torch reuses freed memory automatically, and each call waits for "
-                "the device. Against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
-            ),
-            evidence={
-                "blocks_per_step": turnover.per_step,
-                "device": turnover.device,
-                "since_step": turnover.first_step,
-                **(dict(zip(("file", "line", "function"), place, strict=True)) if place else {}),
-            },
-        )
-    ]
+    return Finding.of(
+        Kind.ALLOCATOR_CHURN,
+        ranks=ranks if len(ranks) < facts.world_size else (),
+        summary=(
+            f"{capitalized(ranks_text(ranks))} {gives} {turnover.per_step:.1f} blocks of device memory per step "
+            f"back to the driver and {requests} as many again: {cause}."
+        ),
+        next=(
+            "Do not empty the cache in the loop: torch reuses freed memory automatically, and each call waits for "
+            "the device. Against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+        ),
+        evidence={
+            "blocks_per_step": turnover.per_step,
+            "device": turnover.device,
+            "since_step": turnover.first_step,
+            **(dict(zip(("file", "line", "function"), place, strict=True)) if place else {}),
+        },
+    )
 
 
 def _empties_at(rank: int, facts: JobFacts) -> tuple[str, int, str] | None:

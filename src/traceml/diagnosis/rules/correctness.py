@@ -34,18 +34,18 @@ _UNLESS_DIVIDED = " If they divide the sequences of a batch (context parallelism
 _EXCHANGE = "{}. If the models are meant to differ, run them as separate jobs."
 
 
-def loss_not_finite(facts: JobFacts) -> list[Finding]:
+def loss_not_finite(facts: JobFacts) -> Finding | None:
     """Return the finding about a loss that is no longer finite.
 
     Steps that GradScaler skips leave the model as it was: they are a finding of their own.
     """
     found, steps, world_size = facts.losses.first(), facts.last_step + 1, facts.world_size
     if found is None or steps - found[0] < MIN_LOST_STEPS:
-        return []
+        return None
 
     since, ranks, word, last_finite = found
     if facts.skipped.share_since(since) >= SKIPPED_SHARE:
-        return []
+        return None
 
     ranks = () if len(ranks) == world_size else ranks
     subject = "The run" if world_size == 1 else capitalized(ranks_text(ranks))
@@ -53,26 +53,24 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
     share = wasted / max(steps, 1)
     since_then = [begin for begin in facts.trainings_begin if begin > since]
     where = f", in {len(since_then) + 1} trainings one after the other" if since_then else ""
-    return [
-        Finding.of(
-            Kind.NUMERIC,
-            ranks=ranks,
-            phase="backward",
-            summary=(
-                f"{subject} had a loss of {word} in step {count_text(since)}, and it has not been finite since{where}: "
-                f"{count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
-            ),
-            next=_for_lost_training(since, facts),
-            evidence={
-                "since_step": since,
-                "wasted_steps": wasted,
-                "steps": steps,
-                "loss": word,
-                "last_finite_loss": last_finite,
-            },
-            cost_share=share,
-        )
-    ]
+    return Finding.of(
+        Kind.NUMERIC,
+        ranks=ranks,
+        phase="backward",
+        summary=(
+            f"{subject} had a loss of {word} in step {count_text(since)}, and it has not been finite since{where}: "
+            f"{count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
+        ),
+        next=_for_lost_training(since, facts),
+        evidence={
+            "since_step": since,
+            "wasted_steps": wasted,
+            "steps": steps,
+            "loss": word,
+            "last_finite_loss": last_finite,
+        },
+        cost_share=share,
+    )
 
 
 def _for_lost_training(since: int, facts: JobFacts) -> str:
@@ -88,7 +86,7 @@ def _for_lost_training(since: int, facts: JobFacts) -> str:
     )
 
 
-def trainings_not_finite(facts: JobFacts) -> list[Finding]:
+def trainings_not_finite(facts: JobFacts) -> Finding | None:
     """Return the finding about trainings before the last, as folds and trials are, that ended without a finite loss.
 
     Losses that are finite again within the same training did not harm its model for good.
@@ -103,41 +101,39 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
     wasted, steps = sum(end - first for first, end, _ in lost), facts.last_step + 1
     share = wasted / max(steps, 1)
     if share < _TOLD_SHARE:
-        return []
+        return None
 
     first, end, word = lost[0]
     until = f"the next training began at step {count_text(end)}"
     more = "" if len(lost) == 1 else f"; the same happened in {plural(len(lost) - 1, 'more training')}"
-    return [
-        Finding.of(
-            Kind.NUMERIC,
-            severity=Severity.WARNING if share >= WARNING_SHARE else Severity.INFO,
-            phase="backward",
-            summary=(
-                f"The run trains several models one after the other. One had a loss of {word} in step "
-                f"{count_text(first)}, and it was no longer finite until {until}{more}: {count_text(wasted)} of "
-                f"{count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
-            ),
-            next=_STOP_TRAINING,
-            evidence={
-                "since_step": first,
-                "until_step": end,
-                "trainings": len(lost),
-                "wasted_steps": wasted,
-                "steps": steps,
-                "loss": word,
-            },
-            cost_share=share,
-        )
-    ]
+    return Finding.of(
+        Kind.NUMERIC,
+        severity=Severity.WARNING if share >= WARNING_SHARE else Severity.INFO,
+        phase="backward",
+        summary=(
+            f"The run trains several models one after the other. One had a loss of {word} in step "
+            f"{count_text(first)}, and it was no longer finite until {until}{more}: {count_text(wasted)} of "
+            f"{count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
+        ),
+        next=_STOP_TRAINING,
+        evidence={
+            "since_step": first,
+            "until_step": end,
+            "trainings": len(lost),
+            "wasted_steps": wasted,
+            "steps": steps,
+            "loss": word,
+        },
+        cost_share=share,
+    )
 
 
-def duplicate_data(facts: JobFacts) -> list[Finding]:
+def duplicate_data(facts: JobFacts) -> Finding | None:
     """Return the finding about ranks that train on identical batches."""
     world_size = facts.world_size
     found = facts.batches.duplicates(world_size, facts.topology)
     if not found:
-        return []
+        return None
 
     ranks = tuple(sorted(rank for equal, _ in found for rank in equal))
     needless = len(ranks) - len(found)
@@ -146,95 +142,87 @@ def duplicate_data(facts: JobFacts) -> list[Finding]:
     compared = found[0][1]
     whose = ranks if len(found) == 1 else found[0][0]
     more = "" if len(found) == 1 else f" ({len(found)} such groups of ranks)"
-    return [
-        Finding.of(
-            Kind.DUPLICATE_DATA,
-            ranks=() if len(ranks) == world_size and len(found) == 1 else ranks,
-            summary=(
-                f"{capitalized(ranks_text(whose))} had identical batches in {compared} of {compared} steps that were "
-                f"compared{more}: {percent_text(share)} of the ranks' work repeats that of others."
-            ),
-            next=(
-                "Give each rank its own part of the data: DataLoader(sampler=DistributedSampler(dataset)) with "
-                "sampler.set_epoch(epoch), or another seed and another shard by rank." + _UNLESS_DIVIDED * may_divide
-            ),
-            evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
-            cost_share=share,
-        )
-    ]
+    return Finding.of(
+        Kind.DUPLICATE_DATA,
+        ranks=() if len(ranks) == world_size and len(found) == 1 else ranks,
+        summary=(
+            f"{capitalized(ranks_text(whose))} had identical batches in {compared} of {compared} steps that were "
+            f"compared{more}: {percent_text(share)} of the ranks' work repeats that of others."
+        ),
+        next=(
+            "Give each rank its own part of the data: DataLoader(sampler=DistributedSampler(dataset)) with "
+            "sampler.set_epoch(epoch), or another seed and another shard by rank." + _UNLESS_DIVIDED * may_divide
+        ),
+        evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
+        cost_share=share,
+    )
 
 
-def repeated_by_workers(facts: JobFacts) -> list[Finding]:
+def repeated_by_workers(facts: JobFacts) -> Finding | None:
     """Return the finding about loader workers that each read the whole data set."""
     workers, epochs = facts.loader_workers, facts.epochs_of_repeats
     if not epochs:
-        return []
+        return None
 
     data = "the data set" if facts.loader is None or facts.loader.dataset is None else facts.loader.dataset
     compared = f"those of {COMPARED_WORKERS} workers, " if workers > COMPARED_WORKERS else ""
-    return [
-        Finding.of(
-            Kind.DUPLICATE_DATA,
-            summary=(
-                f"Each of the {workers} loader workers reads the same data: their first batches were identical "
-                f"({compared}compared in {plural(epochs, 'epoch')}), so each sample is trained on {workers} times in "
-                "an epoch."
-            ),
-            next=(
-                f"Divide {data} among the workers: in its __iter__, torch.utils.data.get_worker_info() has the id of "
-                "the worker and num_workers. If it draws random numbers, seed them by get_worker_info().seed."
-            ),
-            evidence={"workers": workers, "compared_epochs": epochs},
-            cost_share=1 - 1 / workers,
-        )
-    ]
+    return Finding.of(
+        Kind.DUPLICATE_DATA,
+        summary=(
+            f"Each of the {workers} loader workers reads the same data: their first batches were identical "
+            f"({compared}compared in {plural(epochs, 'epoch')}), so each sample is trained on {workers} times in "
+            "an epoch."
+        ),
+        next=(
+            f"Divide {data} among the workers: in its __iter__, torch.utils.data.get_worker_info() has the id of "
+            "the worker and num_workers. If it draws random numbers, seed them by get_worker_info().seed."
+        ),
+        evidence={"workers": workers, "compared_epochs": epochs},
+        cost_share=1 - 1 / workers,
+    )
 
 
-def same_order(facts: JobFacts) -> list[Finding]:
+def same_order(facts: JobFacts) -> Finding | None:
     """Return the finding about a DistributedSampler whose epoch is never set: each epoch has the order of the first."""
     number = None if facts.loader is None else facts.loader.number
     if number not in facts.same_order:
-        return []
+        return None
 
-    return [
-        Finding.of(
-            Kind.DUPLICATE_DATA,
-            severity=Severity.INFO,
-            summary=(
-                "The DistributedSampler of the training's loader draws the same order in each epoch, as its "
-                "set_epoch() is not called: each rank has the same samples in the same batches in every epoch."
-            ),
-            next="Call loader.sampler.set_epoch(epoch) at the start of each epoch, before the loop over its batches.",
-            evidence={"same_order": True},
-        )
-    ]
+    return Finding.of(
+        Kind.DUPLICATE_DATA,
+        severity=Severity.INFO,
+        summary=(
+            "The DistributedSampler of the training's loader draws the same order in each epoch, as its "
+            "set_epoch() is not called: each rank has the same samples in the same batches in every epoch."
+        ),
+        next="Call loader.sampler.set_epoch(epoch) at the start of each epoch, before the loop over its batches.",
+        evidence={"same_order": True},
+    )
 
 
-def never_synchronized(facts: JobFacts) -> list[Finding]:
+def never_synchronized(facts: JobFacts) -> Finding | None:
     """Return the finding about ranks of one process group that exchange no gradients."""
     batches, world_size, steps = facts.batches, facts.world_size, facts.last_step + 1
     least = MIN_LIVE_STEPS if facts.state == RunStatus.RUNNING else MIN_STEPS
     if world_size < 2 or not batches.are_alone or steps < least:
-        return []
+        return None
 
     numbers = batches.only_numbers
     at_most = f"no collective of more than {plural(numbers, 'number')}" if numbers else "no collective"
-    return [
-        Finding.of(
-            Kind.NO_GRADIENT_SYNC,
-            summary=(
-                f"The {world_size} ranks share a process group, but called {at_most} in {count_text(steps)} steps: "
-                "each trains a model of its own, and only one of them will be saved or used."
-            ),
-            next=_EXCHANGE.format(
-                "Call the DistributedDataParallel model itself in forward, not its .module, and run the last backward "
-                "of each step outside no_sync()"
-                if batches.reductions is not None
-                else "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward"
-            ),
-            evidence={"ranks": world_size, "steps": steps},
-        )
-    ]
+    return Finding.of(
+        Kind.NO_GRADIENT_SYNC,
+        summary=(
+            f"The {world_size} ranks share a process group, but called {at_most} in {count_text(steps)} steps: "
+            "each trains a model of its own, and only one of them will be saved or used."
+        ),
+        next=_EXCHANGE.format(
+            "Call the DistributedDataParallel model itself in forward, not its .module, and run the last backward "
+            "of each step outside no_sync()"
+            if batches.reductions is not None
+            else "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward"
+        ),
+        evidence={"ranks": world_size, "steps": steps},
+    )
 
 
 LASTING_SHARE = 0.25
@@ -245,16 +233,16 @@ _DENSE_SHARE = 0.8
 _READ_EVERY = 64  # losses of fast steps are read in every 16th or 64th
 
 
-def steps_skipped(facts: JobFacts) -> list[Finding]:
+def steps_skipped(facts: JobFacts) -> Finding | None:
     """Return the finding about updates that are skipped up to now; of losses, if they are the cause."""
     skipped = facts.skipped
     if len(skipped.steps) < MIN_SKIPPED:
-        return []
+        return None
 
     count, last = len(skipped.steps), skipped.latest + 1
     span = max(last - skipped.first, 1)
     if skipped.share_since(last - max(span // 4, 1)) < LASTING_SHARE:
-        return []
+        return None
 
     since = _since(skipped.steps, last, skipped.taken_share)
     share = count / max(skipped.rows, count)
@@ -262,20 +250,18 @@ def steps_skipped(facts: JobFacts) -> list[Finding]:
     lost = facts.losses.first()
     loss = None if lost is None or lost[0] > since + _READ_EVERY else lost[2]
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
-    return [
-        Finding.of(
-            Kind.STEPS_SKIPPED,
-            phase="optimizer",
-            summary=(
-                f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
-                f"({percent_text(share)}), {most}since step {count_text(since)}, and still does: {cause} "
-                "not finite, so these steps trained nothing."
-            ),
-            next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
-            evidence={"skipped": count, "steps": skipped.rows, "since_step": since, **known_facts(loss=loss)},
-            cost_share=share,
-        )
-    ]
+    return Finding.of(
+        Kind.STEPS_SKIPPED,
+        phase="optimizer",
+        summary=(
+            f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
+            f"({percent_text(share)}), {most}since step {count_text(since)}, and still does: {cause} "
+            "not finite, so these steps trained nothing."
+        ),
+        next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
+        evidence={"skipped": count, "steps": skipped.rows, "since_step": since, **known_facts(loss=loss)},
+        cost_share=share,
+    )
 
 
 _FOR_GRADIENTS = (

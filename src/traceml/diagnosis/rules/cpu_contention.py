@@ -49,12 +49,12 @@ _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
 
-def cpu_contention(facts: JobFacts) -> list[Finding]:
+def cpu_contention(facts: JobFacts) -> Finding | None:
     """Return the finding about ranks that had too few cores."""
     use, (ranks, waited) = facts.use, _waiting(facts)
     counted_s = list(facts.core_wait_s.values())
     if waited < WARNING_SHARE or (counted_s and np.median(counted_s) < _MIN_COUNTED_S):
-        return []
+        return None
 
     waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
@@ -63,27 +63,25 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     throttled = next(
         (each.share for each in facts.limits if each.resource is Resource.CPU_QUOTA and each.is_near), None
     )
-    return [
-        Finding.of(
-            Kind.CPU_CONTENTION,
-            ranks=ranks,
-            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}"
-            f"{bound.text}",
-            next=QUOTA_ADVICE if throttled is not None else bound.action or _advice(facts),
-            evidence=known_facts(
-                cpu_wait_share=waited,
-                cores_per_rank=facts.cores_per_rank,
-                busy_cores_per_rank=use.busy_cores,
-                others_cores=facts.others_cores,
-                competing_processes=dict(facts.competing_processes) or None,
-                started_processes=dict(facts.started_processes or {}) or None,
-                throttled_share=throttled,
-                **bound.evidence,
-            ),
-            cost_share=waited,
-            speedup_if_fixed=speedup_of_share(waited),
-        )
-    ]
+    return Finding.of(
+        Kind.CPU_CONTENTION,
+        ranks=ranks,
+        summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}"
+        f"{bound.text}",
+        next=QUOTA_ADVICE if throttled is not None else bound.action or _advice(facts),
+        evidence=known_facts(
+            cpu_wait_share=waited,
+            cores_per_rank=facts.cores_per_rank,
+            busy_cores_per_rank=use.busy_cores,
+            others_cores=facts.others_cores,
+            competing_processes=dict(facts.competing_processes) or None,
+            started_processes=dict(facts.started_processes or {}) or None,
+            throttled_share=throttled,
+            **bound.evidence,
+        ),
+        cost_share=waited,
+        speedup_if_fixed=speedup_of_share(waited),
+    )
 
 
 def is_oversubscribed_by_others(facts: JobFacts) -> bool:

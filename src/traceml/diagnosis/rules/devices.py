@@ -37,29 +37,27 @@ _BY_HARDWARE = {
 _RESET = "Have the device reset (nvidia-smi --gpu-reset, or a reboot of its host), and train on another one until then"
 
 
-def device_faults(facts: JobFacts) -> list[Finding]:
+def device_faults(facts: JobFacts) -> Finding | None:
     """Return the finding about faults of devices, about the worst one."""
     found = [(severity, each) for each in facts.health.devices.values() if (severity := _severity(each)) is not None]
     if not found:
-        return []
+        return None
 
     severity, worst = max(found, key=lambda each: (each[0] is Severity.CRITICAL, len(each[1].xids)))
-    return [
-        Finding.of(
-            Kind.DEVICE_FAULT,
-            severity=severity,
-            summary=f"GPU {worst.index}{facts.of_host(worst.rank)}: {'; '.join(_faults(worst))}.",
-            next=_advice(worst, severity),
-            evidence={
-                "devices": sorted({each.index for _, each in found}),
-                "xids": [xid for xid, _ in worst.xids],
-                "ecc_errors": worst.ecc_errors,
-                "new_ecc_errors": worst.new_errors,
-                "remap_pending": worst.remap_pending > 0,
-                "remap_failed": worst.remap_failed > 0,
-            },
-        )
-    ]
+    return Finding.of(
+        Kind.DEVICE_FAULT,
+        severity=severity,
+        summary=f"GPU {worst.index}{facts.of_host(worst.rank)}: {'; '.join(_faults(worst))}.",
+        next=_advice(worst, severity),
+        evidence={
+            "devices": sorted({each.index for _, each in found}),
+            "xids": [xid for xid, _ in worst.xids],
+            "ecc_errors": worst.ecc_errors,
+            "new_ecc_errors": worst.new_errors,
+            "remap_pending": worst.remap_pending > 0,
+            "remap_failed": worst.remap_failed > 0,
+        },
+    )
 
 
 def _severity(health: GpuHealth) -> Severity | None:
@@ -97,7 +95,7 @@ def _advice(health: GpuHealth, severity: Severity) -> str:
     return f"{_RESET}."
 
 
-def throttled(facts: JobFacts) -> list[Finding]:
+def throttled(facts: JobFacts) -> Finding | None:
     """Return the finding about lowered clocks, about the device that lost most."""
     highest = {key: each.max_clock_mhz for key, each in facts.health.devices.items() if each.max_clock_mhz > 0}
     clocks = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
@@ -105,30 +103,28 @@ def throttled(facts: JobFacts) -> list[Finding]:
     usual = {key for key, each in facts.health.devices.items() if each.has_default_power}
     found = [(rank, one) for rank, one in clocks if one.reason != POWER_LIMIT or (rank, one.index) not in usual]
     if not found:
-        return []
+        return None
 
     rank, worst = max(found, key=lambda each: (each[1].lost, each[1].share))
     instead = "" if worst.usual_mhz is None else f" instead of {worst.usual_mhz:.0f}"
-    return [
-        Finding.of(
-            Kind.THROTTLED,
-            summary=(
-                f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}"
-                f"{facts.of_host(rank)} ran at {worst.clock_mhz:.0f} MHz{instead}, because of: "
-                f"{worst.reason}{_at(worst)}."
-            ),
-            next=_for_clock(worst.reason),
-            evidence={
-                "devices": sorted({one.index for _, one in found}),
-                "reason": worst.reason,
-                "share": worst.share,
-                "clock_mhz": worst.clock_mhz,
-                **known_facts(usual_clock_mhz=worst.usual_mhz),
-                "temperature_c": worst.temperature_c,
-                "power_w": worst.power_w,
-            },
-        )
-    ]
+    return Finding.of(
+        Kind.THROTTLED,
+        summary=(
+            f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}"
+            f"{facts.of_host(rank)} ran at {worst.clock_mhz:.0f} MHz{instead}, because of: "
+            f"{worst.reason}{_at(worst)}."
+        ),
+        next=_for_clock(worst.reason),
+        evidence={
+            "devices": sorted({one.index for _, one in found}),
+            "reason": worst.reason,
+            "share": worst.share,
+            "clock_mhz": worst.clock_mhz,
+            **known_facts(usual_clock_mhz=worst.usual_mhz),
+            "temperature_c": worst.temperature_c,
+            "power_w": worst.power_w,
+        },
+    )
 
 
 def _at(worst: LoweredClock) -> str:
@@ -150,7 +146,7 @@ def _for_clock(reason: str) -> str:
     return "Look at the host's power supply and cooling (nvidia-smi -q -d PERFORMANCE), and train on another one."
 
 
-def device_contention(facts: JobFacts) -> list[Finding]:
+def device_contention(facts: JobFacts) -> Finding | None:
     """Return the finding about devices that other programs use, about the one that has least left."""
     found = [
         (rank, each)
@@ -158,31 +154,29 @@ def device_contention(facts: JobFacts) -> list[Finding]:
         if each.others >= WARNING_SHARE and each.utilization >= _BUSY_SHARE
     ]
     if not found:
-        return []
+        return None
 
     rank, worst = max(found, key=lambda each: each[1].others)
     where, share = f"GPU {worst.index}{facts.of_host(rank)}", min(worst.others, _MAX_SHARE)
-    return [
-        Finding.of(
-            Kind.DEVICE_CONTENTION,
-            summary=(
-                f"Kernels of other programs ran on {where} for {percent_text(worst.others)} of the time spent in "
-                f"steps. It computed for {percent_text(worst.utilization)} of that time, and does one program's work "
-                "at a time."
-            ),
-            next=(
-                "See which programs these are (nvidia-smi), and end them, or train on a device that nobody uses "
-                "(CUDA_VISIBLE_DEVICES)."
-            ),
-            evidence={
-                "devices": sorted({each.index for _, each in found}),
-                "others_share": worst.others,
-                "device_busy_share": worst.utilization,
-            },
-            cost_share=share,
-            speedup_if_fixed=speedup_of_share(share),
-        )
-    ]
+    return Finding.of(
+        Kind.DEVICE_CONTENTION,
+        summary=(
+            f"Kernels of other programs ran on {where} for {percent_text(worst.others)} of the time spent in "
+            f"steps. It computed for {percent_text(worst.utilization)} of that time, and does one program's work "
+            "at a time."
+        ),
+        next=(
+            "See which programs these are (nvidia-smi), and end them, or train on a device that nobody uses "
+            "(CUDA_VISIBLE_DEVICES)."
+        ),
+        evidence={
+            "devices": sorted({each.index for _, each in found}),
+            "others_share": worst.others,
+            "device_busy_share": worst.utilization,
+        },
+        cost_share=share,
+        speedup_if_fixed=speedup_of_share(share),
+    )
 
 
 def without_changes_by_others(timing: Sequence[Finding], contention: Sequence[Finding]) -> list[Finding]:

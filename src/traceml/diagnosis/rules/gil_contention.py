@@ -36,44 +36,42 @@ MAX_BUSY = 0.9
 _MIN_READY = 0.05
 
 
-def gil_contention(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
+def gil_contention(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding | None:
     """Return the finding about waits for the GIL on all ranks; those of some make these late.
 
     The time of a step outside the computing phases is taken for waiting of another kind, so it is the least.
     """
     if work.device or not facts.thread_lines:
-        return []
+        return None
 
     idle = facts.samples.idle_ns()
     waits = [asleep - max(wall - work.compute_ns, 0.0) for wall, asleep in idle.values()]
     cost, cores = min(waits, default=0.0), _cores(facts, idle)
     wanted = cores / max(1.0 - facts.wait_share, _MIN_READY) if facts.threads == 1 else cores
     if cost < least_cost_ns(step_ns) or wanted < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
-        return []
+        return None
 
     cost = min(cost, step_ns)
     line = threads_line(facts.thread_lines)
     gain = speedup(step_ns, cost)
-    return [
-        Finding.of(
-            Kind.GIL_CONTENTION,
-            summary=(
-                f"Other threads {'of each rank' if facts.world_size > 1 else 'of the script'} use {cores_text(cores)}"
-                f"{line.of_it if line else ''}. While one of them runs Python code, the training waits for the "
-                f"interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
-                f"({percent_text(cost / step_ns)}); without that steps would be {gain_text(gain, 'at least')}."
-            ),
-            next=_advice(line) + _if_steps_need_it(cores * step_ns, cost, step_ns),
-            evidence=known_facts(
-                step_ms=step_ns / 1e6,
-                waiting_ms=cost / 1e6,
-                background_cores=cores,
-                **({} if line is None else {"file": line.file, "line": line.line, "function": line.function}),
-            ),
-            cost_share=cost / step_ns,
-            speedup_if_fixed=gain,
-        )
-    ]
+    return Finding.of(
+        Kind.GIL_CONTENTION,
+        summary=(
+            f"Other threads {'of each rank' if facts.world_size > 1 else 'of the script'} use {cores_text(cores)}"
+            f"{line.of_it if line else ''}. While one of them runs Python code, the training waits for the "
+            f"interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
+            f"({percent_text(cost / step_ns)}); without that steps would be {gain_text(gain, 'at least')}."
+        ),
+        next=_advice(line) + _if_steps_need_it(cores * step_ns, cost, step_ns),
+        evidence=known_facts(
+            step_ms=step_ns / 1e6,
+            waiting_ms=cost / 1e6,
+            background_cores=cores,
+            **({} if line is None else {"file": line.file, "line": line.line, "function": line.function}),
+        ),
+        cost_share=cost / step_ns,
+        speedup_if_fixed=gain,
+    )
 
 
 def _cores(facts: JobFacts, ranks: Iterable[int]) -> float:

@@ -23,7 +23,7 @@ _MAX_SHARE = 0.99
 _MIN_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
 
 
-def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> Finding | None:
     """Return the finding about ranks that were stopped and continued.
 
     Args:
@@ -32,17 +32,17 @@ def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     stops = _recent(window, facts.stops) if facts.time is None else facts.stops
     seconds = {rank: sum(stop.seconds for stop in of_rank) for rank, of_rank in stops.items() if of_rank}
     if not seconds:
-        return []
+        return None
 
     worst = max(seconds, key=lambda rank: (seconds[rank], -rank))
     wall_s = _window_s(window, worst) if facts.time is None else facts.time.wall_s
     share = min(seconds[worst] / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
     if seconds[worst] < MIN_S and share < WARNING_SHARE:
-        return []
+        return None
 
     ranks = _stopped_with(worst, stops)
     held = len(ranks) < facts.world_size and _have_waited(window, worst, max(stops[worst]))
-    return [_finding(ranks, stops[worst], share, others_wait=held)]
+    return _finding(ranks, stops[worst], share, others_wait=held)
 
 
 def without_stopped_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
