@@ -108,8 +108,10 @@ class KeptSteps:
         if not len(rows):
             return
 
-        matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
-        self._grow(int(rank_indices.max()) + 1)
+        self.advance(rank_indices, rows["step"], rows["t_end_ns"])
+        kept = self._has(rows["step"])
+        rank_indices, rows = rank_indices[kept], rows[kept]
+        matrix = np.ascontiguousarray(rows).view(np.int64).reshape(-1, len(STEPS.names))
         steps = matrix[:, STEPS.index["step"]]
         at = self._cells(rank_indices, steps)
         self._step[at] = steps
@@ -117,9 +119,12 @@ class KeptSteps:
         flags = unpack_bits(matrix[:, _BITS]).flags
         self._closures[at] = flags & _CLOSURES > 0
         self._profiled.update(steps[flags & _PROFILED > 0].tolist())
+
+    def advance(self, rank_indices: Ints, steps: Ints, ends_ns: Ints) -> None:
+        """Record the latest steps of ranks, and the monotonic timestamps of their ends."""
+        self._grow(int(rank_indices.max()) + 1)
         # Of a repeated index the last value stays, which is the rank's newest row.
-        self.latest[rank_indices] = steps
-        self.end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
+        self.latest[rank_indices], self.end_ns[rank_indices] = steps, ends_ns
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
         """Take rows of `schema.USER_PHASES` of one rank.
@@ -127,6 +132,7 @@ class KeptSteps:
         Phases beyond the first 32 names remain in the step row's sum.
         """
         self._grow(rank_index + 1)
+        rows = rows[self._has(rows["step"])]
         for name_id in np.unique(rows["name_id"]).tolist():
             name = names.get(name_id, f"phase {name_id}")
             if name not in self._user and len(self._user) >= MAX_USER_PHASES:
@@ -144,6 +150,8 @@ class KeptSteps:
             return
 
         self._grow(int(rank_indices.max()) + 1)
+        kept = self._has(rows["step"])
+        rank_indices, rows = rank_indices[kept], rows[kept]
         steps, values = self._device = self._device or self._ring(len(_DEVICE_VALUES))
         at = self._cells(rank_indices, rows["step"])
         steps[at] = rows["step"]
@@ -153,6 +161,7 @@ class KeptSteps:
     def scatter_evaluation(self, rank_index: int, rows: Rows) -> None:
         """Take rows of `schema.EVALS` of one rank, in order; several may be before one step."""
         self._grow(rank_index + 1)
+        rows = rows[self._has(rows["step"])]
         steps, values = self._evaluation = self._evaluation or self._ring()
         at = self._cells(rank_index, rows["step"])
         values[at[steps[at] != rows["step"]]] = 0
@@ -231,6 +240,10 @@ class KeptSteps:
     def _reach(self) -> int:
         """Number of steps from the oldest one that may be kept to the newest."""
         return self.slots
+
+    def _has(self, steps: Ints) -> NDArray[np.bool_]:
+        """Return which of the steps are kept."""
+        return np.asarray(steps >= 0)
 
     def _cells(self, ranks: Ints | int, steps: Ints) -> Ints:
         return np.asarray(ranks * self.slots + steps % self.slots)
@@ -361,7 +374,7 @@ def _longer_pair(pair: tuple[Any, Any], cells: int) -> tuple[Any, Any]:
 
 
 class SampledSteps(KeptSteps):
-    """The rows of chosen steps of every rank; other rows are left out.
+    """The rows of chosen steps of every rank; others only count for its latest step.
 
     Args:
         steps: the chosen steps, ascending; at least one.
@@ -370,31 +383,6 @@ class SampledSteps(KeptSteps):
     def __init__(self, steps: Ints, ranks: int = 0) -> None:
         self._chosen = steps
         super().__init__(len(steps), ranks)
-
-    def scatter(self, rank_indices: Ints, rows: Rows) -> None:
-        """Take the chosen ones of step rows of many ranks; all of them count for a rank's latest step."""
-        chosen = self._has(rows["step"])
-        super().scatter(rank_indices[chosen], rows[chosen])
-        if len(rows):
-            self.advance(rank_indices, rows["step"], rows["t_end_ns"])
-
-    def advance(self, rank_indices: Ints, steps: Ints, ends_ns: Ints) -> None:
-        """Record the latest steps of ranks, and the monotonic timestamps of their ends."""
-        self._grow(int(rank_indices.max()) + 1)
-        self.latest[rank_indices], self.end_ns[rank_indices] = steps, ends_ns
-
-    def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
-        """Take the chosen ones of a rank's user phases."""
-        super().scatter_user(rank_index, rows[self._has(rows["step"])], names)
-
-    def scatter_device(self, rank_indices: Ints, rows: Rows) -> None:
-        """Take the chosen ones of device rows."""
-        chosen = self._has(rows["step"])
-        super().scatter_device(rank_indices[chosen], rows[chosen])
-
-    def scatter_evaluation(self, rank_index: int, rows: Rows) -> None:
-        """Take a rank's evaluation before the chosen steps."""
-        super().scatter_evaluation(rank_index, rows[self._has(rows["step"])])
 
     def _has(self, steps: Ints) -> NDArray[np.bool_]:
         at = np.minimum(np.searchsorted(self._chosen, steps), self.slots - 1)
