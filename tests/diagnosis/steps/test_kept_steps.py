@@ -167,6 +167,18 @@ def test_a_rank_that_starts_again_leaves_nothing_behind():
     assert float(aligned.total.mean()) == pytest.approx(5e6)
 
 
+def test_a_rank_that_is_cleared_keeps_no_time_beside_its_steps():
+    """A step of the new process has no phase of the user that only the process before it had there."""
+    kept, augment = KeptSteps(128), np.zeros(60, USER_PHASES.dtype)
+    augment["step"], augment["ns"] = np.arange(60), MS
+    put(kept, 0, some_rows(0, 60))
+    kept.scatter_user(0, augment, {0: "augment"})
+    kept.clear(0)
+    put(kept, 0, some_rows(0, 60))
+
+    assert not kept.aligned().user["augment"].any()
+
+
 def test_rows_that_were_lost_are_no_steps():
     """A step counts only where every rank has it; a rank that lost most of its rows is left out."""
     kept = KeptSteps(128)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
-from traceml.database.schema import DEVICE_STEPS, USER_PHASES
+from traceml.database.schema import DEVICE_STEPS, USER_PHASES, StepFlag, pack_bits
 from traceml.diagnosis.steps.kept_steps import SpreadSteps
 
 SLOTS = 256
@@ -63,6 +63,18 @@ def test_what_comes_beside_the_step_rows_moves_with_them() -> None:
     assert found.times["forward"][0].tolist() == pytest.approx((5_000_000 + found.steps).tolist())
     found = with_user.aligned(SLOTS)
     assert found.user["augment"][0].tolist() == pytest.approx((1_000 + found.steps).tolist())
+
+
+def test_steps_with_closures_move_with_their_rows() -> None:
+    """They are the same steps, wherever their blocks are kept."""
+    (rows,) = rows_of(Job(ranks=1, steps=1_000, grouped=False))
+    rows["bits"][rows["step"] % 128 < 16] = pack_bits(1, int(StepFlag.CLOSURES), 0)
+    kept = SpreadSteps(SLOTS, 1)
+    for first in range(0, 1_000, 50):
+        kept.scatter(np.zeros(50, np.int64), rows[first : first + 50])
+
+    found = kept.aligned(SLOTS)
+    assert found.closures[0].tolist() == (found.steps % 128 < 16).tolist()
 
 
 def test_a_rank_that_starts_again_has_its_new_steps() -> None:

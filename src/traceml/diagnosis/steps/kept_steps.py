@@ -177,7 +177,8 @@ class KeptSteps:
         """Drop a rank's rows, as it starts again (a new attempt)."""
         self._grow(rank_index + 1)
         self._ended[rank_index], self.latest[rank_index] = False, -1
-        self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
+        for steps, _ in self._rings:
+            steps[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
     def aligned(self, last: int | None = None, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
         """Return the newest steps that all live ranks have.
@@ -326,6 +327,12 @@ class KeptSteps:
         put_device_times(times, own, total, device, np.ones_like(found))
         return True
 
+    @property
+    def _rings(self) -> list[tuple[NDArray[Any], Floats]]:
+        """Numbers of the steps and their values: of the rows of steps, and of what comes beside them."""
+        beside = [pair for pair in (self._device, self._evaluation) if pair is not None]
+        return [(self._step, self._values), *self._user.values(), *beside]
+
     def _ring(self, *shape: int, numbers: type[np.signedinteger[Any]] = np.int64) -> tuple[NDArray[Any], Floats]:
         """Return room for the numbers of all kept steps, and for their values of this shape."""
         cells = self._capacity * self.slots
@@ -441,11 +448,11 @@ class SpreadSteps(SampledSteps):
     def _drop_every_second_block(self) -> None:
         self._gap *= 2
         self._chosen = self._first + (self._gap * np.arange(self._blocks)[:, None] + np.arange(_BLOCK)).ravel()
-        pairs: list[tuple[NDArray[Any], Floats]] = [(self._step, self._values), *self._user.values()]
-        pairs += [pair for pair in (self._device, self._evaluation) if pair is not None]
-        for steps, values in pairs:
+        for steps, values in self._rings:
             _keep_every_second_block(steps, self._blocks, empty=-1)
             _keep_every_second_block(values, self._blocks, empty=0)
+
+        _keep_every_second_block(self._closures, self._blocks, empty=0)
 
 
 def _keep_every_second_block(cells: NDArray[Any], count: int, *, empty: int) -> None:
