@@ -399,7 +399,7 @@ def _waiting_ns(work: OwnWork) -> float:
 
 
 def _with_slowdown(
-    found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts, *, only_now: bool = False
+    found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts, *, only_now: bool
 ) -> _Timing:
     """Return the findings about steps with that about steps that became slower, where it is no part of another.
 

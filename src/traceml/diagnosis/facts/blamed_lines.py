@@ -366,7 +366,7 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     return BlamedLine(place[0], line, place[1], samples / total, total)
 
 
-def importing_line(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> BlamedLine | None:
+def importing_line(lines: Sequence[SampledLine], part: str, ranks: Collection[int]) -> BlamedLine | None:
     """Return the function in which modules were imported inside steps most often; None if the samples show none.
 
     Its share is that of all samples in steps.

@@ -82,12 +82,12 @@ def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
     return _sampled_share(lines, part, is_import)
 
 
-def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
-    """Return the share of a part's samples that wait for an answer of a child process.
+def child_wait_share(lines: Sequence[SampledLine]) -> SampledShare:
+    """Return the share of the start-up's samples that wait for an answer of a child process.
 
     Loader workers do not count: their batches come through a queue.
     """
-    return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
+    return _sampled_share(lines, "startup", lambda each: _CHILD_ANSWER in (each.library or ""))
 
 
 def thread_wait_share(lines: Sequence[SampledLine], parts: Collection[str]) -> float:

@@ -136,7 +136,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if is_first and max(time.compile_s, time.set_up_s) >= _REPORTED_SET_UP * startup_s:
         return _slow_first_steps(time, startup_s)
 
-    children = child_wait_share(lines, "startup")
+    children = child_wait_share(lines)
     if children.is_most:
         return _awaiting_startup(time, startup_s, children, line)
 
@@ -257,8 +257,8 @@ _FOR_FIRST_DATA = (
 )
 _FOR_CHILDREN = (
     "In a longer run its share is smaller. See what these processes do before they answer. Processes that are "
-    "spawned, or come "
-    "from a fork server, import all modules again on the same cores: start fewer of them, or import less in them."
+    "spawned, or come from a fork server, import all modules again on the same cores: start fewer of them, or import "
+    "less in them."
 )
 _FOR_RANKS = (
     "It waits there for the other ranks to join the process group: look at what they do before that (imports, data "

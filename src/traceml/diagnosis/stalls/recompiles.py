@@ -59,9 +59,6 @@ def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[li
 def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float:
     """Return the share of step time; 0 if it is too small to report."""
     taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION, _are_recompilations)
-    if not taken:
-        return 0.0
-
     saved = saved_ns(work, _without(work, sum(taken.values(), np.zeros_like(work.own))))
     return saved / work.step_ns if saved >= least_cost_ns(work.step_ns) else 0.0
 

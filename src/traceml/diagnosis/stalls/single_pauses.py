@@ -112,11 +112,7 @@ def _place(
 
 def usual_steps(work: OwnWork) -> NDArray[np.intp]:
     """Return the columns of the steps without the two longest, which are usually pauses."""
-    count = len(work.step)
-    if count < 10:
-        return np.arange(count)
-
-    return np.setdiff1d(np.arange(count), _with_next(np.argsort(work.step)[-2:], work))
+    return np.setdiff1d(np.arange(len(work.step)), _with_next(np.argsort(work.step)[-2:], work))
 
 
 def _with_next(columns: NDArray[np.intp], work: OwnWork) -> NDArray[np.intp]:

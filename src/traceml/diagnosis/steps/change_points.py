@@ -74,9 +74,6 @@ def _late_growth(values: Floats) -> LevelChange | None:
     """Return a growth that begins after the run, if a level and a line explain it clearly better than other shapes."""
     count = len(values)
     firsts = np.arange(max(_MIN_SEGMENT, int(_MIN_LEVEL * count)), count - 2 * _MIN_SEGMENT + 1)
-    if not len(firsts):
-        return None
-
     fits = _hinges(values, firsts)
     misfits = np.abs(values - fits).sum(axis=1)
     best = int(misfits.argmin())

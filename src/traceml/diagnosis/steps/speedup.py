@@ -109,9 +109,6 @@ def without_rare(values: Floats, share: float = 0.05) -> Floats:
     """
     steps = values.shape[1]
     keep = steps - max(2, int(np.ceil(share * steps)))
-    if keep < 1:
-        return values
-
     order = np.argpartition(values.max(axis=0), keep - 1)
     ceiling = values[:, order[:keep]].max(axis=1, keepdims=True)
     cut = values.copy()
