@@ -17,6 +17,15 @@ def test_straggler_is_marked():
     assert [other.kind for other in view.others] == ["JITTER"]
 
 
+def test_phases_of_cpu_time_are_part_of_what_figures_rest_on():
+    """Each screen shows the basis of a run: the page of a run left out that its device was not timed."""
+    made = slow_rank()
+    assert run_view(made).basis == []
+
+    made.steps.untimed_device = "mps"
+    assert run_view(made).basis == ["Device times: not measured on mps; phases show CPU time"]
+
+
 def test_slowest_by_own_work_without_a_verdict():
     """Without a verdict on a rank, the one whose own work stands out is marked, if any."""
     even = report([{"forward": 5.0, "comm": 1.0}, {"forward": 5.2, "comm": 0.8}])

@@ -20,6 +20,7 @@ from traceml.formatting import (
     count_text,
     duration_text,
     ms_text,
+    overhead_text,
     plural,
     ranks_text,
     rate_text,
@@ -128,6 +129,18 @@ class RunView(msgspec.Struct, frozen=True):
         return f"own batches on {counted:,} of {plural(len(self.ranks), 'rank')}" if known else None
 
     @property
+    def percentiles(self) -> list[tuple[str, str]]:
+        """Percentiles of the step times: name and time of each."""
+        steps = self.report.steps
+        times = (("p50", steps.p50_ms), ("p95", steps.p95_ms), ("p99", steps.p99_ms))
+        return [(name, ms_text(ms)) for name, ms in times]
+
+    @property
+    def overhead(self) -> str:
+        """The cost of tracing, in words."""
+        return overhead_text(self.report.telemetry.overhead_us_per_step, self.report.telemetry.overhead_share)
+
+    @property
     def time_parts(self) -> list[TimePart]:
         """Parts of the run's wall time that can be seen."""
         return visible_parts(self.report.time)
@@ -145,6 +158,11 @@ class RunView(msgspec.Struct, frozen=True):
         """The accelerator whose time is not known, in words; None if there is none."""
         device = self.report.steps.untimed_device
         return f"device times: not measured on {device}; phases show CPU time" if device else None
+
+    @property
+    def basis(self) -> list[str]:
+        """Sentences on what verdict, step times and rates rest on; none if they rest on all of the run."""
+        return [capitalized(text) for text in (self.sample, self.untimed, self.shared_data) if text]
 
     @property
     def outcome(self) -> str:

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
-from traceml.formatting import (
-    bytes_text,
-    count_text,
-    overhead_text,
-    percent_text,
-    phase_label,
-    plural,
-)
+from traceml.formatting import bytes_text, count_text, percent_text, phase_label, plural
 from traceml.renderers.about_text import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.wording import NO_LINES, phase_heading, shown_calls, shown_lines
@@ -155,7 +148,7 @@ class TelemetryPanel:
             (
                 ("Rows stored", count_text(telemetry.rows_stored)),
                 ("Rows lost", count_text(telemetry.rows_lost)),
-                ("Overhead", overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)),
+                ("Overhead", view.overhead),
                 ("Sent", bytes_text(telemetry.bytes_sent)),
                 ("Run", run.id),
                 ("traceml", view.report.traceml_version or "-"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_classes, set_visible
-from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
+from traceml.formatting import count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView, verdict_look
 from traceml.renderers.wording import cost_text
@@ -53,7 +53,7 @@ class VerdictCard:
         set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
-        notes = [*view.remarks, *(capitalized(text) for text in (view.sample, view.shared_data) if text)]
+        notes = [*view.remarks, *view.basis]
         self._notes.set_text("".join(f"{note}. " for note in notes))
         set_visible(self._notes, bool(notes))
 
@@ -101,15 +101,12 @@ def _costs(verdict: Finding) -> list[tuple[str, str]]:
 
 
 def _figures(view: RunView) -> list[tuple[str, str]]:
-    steps = view.report.steps
     return [
         ("Steps per second", rate_text(view.steps_per_second)),
         *((f"{unit.capitalize()} per second", number) for unit, number in view.data_rates),
-        ("Mean step", ms_text(steps.mean_ms)),
-        ("p50", ms_text(steps.p50_ms)),
-        ("p95", ms_text(steps.p95_ms)),
-        ("p99", ms_text(steps.p99_ms)),
-        ("Steps", count_text(steps.count)),
+        ("Mean step", ms_text(view.report.steps.mean_ms)),
+        *view.percentiles,
+        ("Steps", count_text(view.report.steps.count)),
         ("Ranks", _ranks(view)),
         (
             "Runs for" if view.report.run.state == RunStatus.RUNNING else "Took",

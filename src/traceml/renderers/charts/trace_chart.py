@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from traceml.formatting import count_text, cut_text, ms_text, percent_text, plural, printable
 from traceml.renderers.charts.palette import LIGHT
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.renderers.content_policy import content_policy
+from traceml.renderers.written_page import content_policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 from traceml.formatting import duration_text, percent_text, phase_label, plural
-from traceml.renderers.charts.palette import BY_CSS, DARK, LIGHT, css_variables
+from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.renderers.content_policy import content_policy
+from traceml.renderers.written_page import static_text, written_page
 from traceml.runs.export.flame_graph import StackFrame, weighted_stacks
 from traceml.runs.report.line_shares import lines_by_phase
 from traceml.runs.report.report_types import Report
@@ -18,7 +16,6 @@ from traceml.version import __version__
 
 __all__ = ["flame_page"]
 
-_STATIC = Path(__file__).parent / "static"
 _MIN_SHARE = 0.0005  # narrower frames have no pixel
 
 
@@ -43,14 +40,13 @@ def flame_page(report: Report) -> str:
     title = escaped(report.run.name)
     about = f"{plural(samples, 'sample')} of the training threads, by phase and line of code"
     body = "".join(_drawn(each, top.weight, timed, None) for each in _largest(top))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"{content_policy(_script())}"
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}: flame graph</title><style>{_style_sheet()}</style></head><body>"
+    return written_page(
+        f"{title}: flame graph",
+        static_text("flame.css"),
         f"<h1>{title}</h1><p>{about}. Click a frame to enlarge it, Escape to go back.</p>"
         f'<div class="row" id="graph">{body or "No lines were sampled."}</div>'
-        f"<footer>traceml {escaped(__version__)}</footer><script>{_script()}</script></body></html>\n"
+        f"<footer>traceml {escaped(__version__)}</footer>",
+        static_text("flame.js"),
     )
 
 
@@ -91,15 +87,3 @@ def _phase_color(name: str) -> str:
     """Return the color of a phase, by the label that its frame has."""
     labels = {phase_label(phase): color for phase, color in BY_CSS.phases.items()}
     return labels.get(name, BY_CSS.phases["other"])
-
-
-@cache
-def _style_sheet() -> str:
-    light, dark = css_variables(LIGHT), css_variables(DARK)
-    rules = (_STATIC / "flame.css").read_text(encoding="utf-8")
-    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
-
-
-@cache
-def _script() -> str:
-    return (_STATIC / "flame.js").read_text(encoding="utf-8")

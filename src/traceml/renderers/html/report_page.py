@@ -7,27 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import (
-    capitalized,
     code_parts,
     count_text,
     ms_text,
-    overhead_text,
     plural,
     rate_text,
 )
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.renderers.content_policy import content_policy
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view, verdict_look
 from traceml.renderers.wording import gain_sentence
+from traceml.renderers.written_page import static_text, written_page
 from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
@@ -56,24 +53,12 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         *_section("Memory, trackers, tracing", memory_facts(view, series)),
         *_section("Environment, and how to repeat the run", run_facts(view, about)),
     ]
-    version = escaped(report.traceml_version)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"{content_policy()}"
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escaped(view.report.run.name)}: {escaped(view.report.verdict.kind)}</title>"
-        f"<style>{_style_sheet()}</style></head><body><main>{''.join(body)}"
-        f"<footer>traceml {version}. The numbers are those of report.json next to this file.</footer>"
-        "</main></body></html>\n"
+    about_page = f"traceml {escaped(report.traceml_version)}. The numbers are those of report.json next to this file."
+    return written_page(
+        f"{escaped(view.report.run.name)}: {escaped(view.report.verdict.kind)}",
+        static_text("report.css"),
+        f"<main>{''.join(body)}<footer>{about_page}</footer></main>",
     )
-
-
-@cache
-def _style_sheet() -> str:
-    light, dark = css_variables(LIGHT), css_variables(DARK)
-    rules = (Path(__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
-    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
 
 
 def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = True) -> str:
@@ -127,25 +112,21 @@ def _date(started: float | None) -> str:
 
 
 def _tiles(view: RunView) -> Iterator[str]:
-    steps, telemetry = view.report.steps, view.report.telemetry
-    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     tiles = (
         ("steps per second", rate_text(view.steps_per_second)),
         *((f"{unit} per second", number) for unit, number in view.data_rates),
-        ("steps", count_text(steps.count)),
-        ("mean step", ms_text(steps.mean_ms)),
-        ("p50", ms_text(steps.p50_ms)),
-        ("p95", ms_text(steps.p95_ms)),
-        ("p99", ms_text(steps.p99_ms)),
+        ("steps", count_text(view.report.steps.count)),
+        ("mean step", ms_text(view.report.steps.mean_ms)),
+        *view.percentiles,
     )
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
-    yield f'</div><p class="more">{sample_line(view)}Overhead of tracing: {escaped(overhead)}.</p>'
+    yield f'</div><p class="more">{sample_line(view)}Overhead of tracing: {escaped(view.overhead)}.</p>'
 
 
 def sample_line(view: RunView) -> str:
     """Return sentences on what verdict, step times and rates rest on; empty if they rest on all of the run."""
-    return "".join(f"{escaped(capitalized(text))}. " for text in (view.sample, view.untimed, view.shared_data) if text)
+    return "".join(f"{escaped(text)}. " for text in view.basis)
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:
@@ -194,6 +175,5 @@ def _fragment(body: str) -> str:
 
 @cache
 def _inline_style_sheet() -> str:
-    rules = (Path(__file__).parent / "static" / "inline.css").read_text(encoding="utf-8")
     dark = css_variables(DARK).replace(";", "!important;")
-    return rules + "".join(f"{ground} .tm-shown{{{dark}}}" for ground in _DARK_GROUNDS)
+    return static_text("inline.css") + "".join(f"{ground} .tm-shown{{{dark}}}" for ground in _DARK_GROUNDS)

@@ -19,7 +19,6 @@ from traceml.formatting import (
     count_text,
     duration_text,
     ms_text,
-    overhead_text,
     part_words,
     percent_text,
     phase_label,
@@ -45,7 +44,7 @@ from traceml.renderers.wording import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME, report_command
 from traceml.runs.report.report_types import Report, TimePart, TimeSection, TrackerSection, read_report
 
-__all__ = ["card", "print_card", "print_report", "time_text", "verdict_style", "wrapped"]
+__all__ = ["card", "print_card", "print_report", "time_text", "verdict_style", "wrapped", "wrapped_lines"]
 
 _STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
@@ -156,17 +155,13 @@ def verdict_style(verdict: Finding) -> str:
 
 def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     verdict = view.report.verdict
-    for line in wrapped(verdict.headline, width - 1):
-        yield Text(" ").append(line, style=verdict_style(verdict))
-
-    for line in wrapped(verdict.summary, width - 1):
-        yield Text(f" {line}")
-
+    yield from wrapped_lines(verdict.headline, width, verdict_style(verdict), indent=1)
+    yield from wrapped_lines(verdict.summary, width, indent=1)
     yield from _labeled("Next", verdict.next, width, style="bold")
     yield from _labeled("Gain", gain_sentence(verdict) or "", width)
 
     for note in view.remarks:
-        yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
+        yield from wrapped_lines(note, width, "yellow", indent=1)
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -187,6 +182,11 @@ def wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
+def wrapped_lines(text: str, width: int, style: str = "", *, indent: int = 0) -> Iterator[Text]:
+    """Return a text in lines of at most `width` columns, broken as by `wrapped`."""
+    return (Text(" " * indent + line, style=style) for line in wrapped(text, width - indent))
+
+
 def _labeled(label: str, text: str, width: int, *, style: str = "") -> Iterator[Text]:
     """Yield ` Label  text`, wrapped under the text; nothing for an empty text."""
     for number, line in enumerate(wrapped(text, width - _LABEL - 1)):
@@ -201,12 +201,11 @@ def _copied(label: str, text: str) -> Iterator[Text]:
 
 def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
     """Return speed and step times; those that find no room are left out, the 95th percentile first."""
-    steps = view.report.steps
     line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
     line.append(f"{rate_text(view.steps_per_second)} steps/s", style="bold")
-    times = {"mean": steps.mean_ms, "p50": steps.p50_ms, "p95": steps.p95_ms, "p99": steps.p99_ms}
+    times = {"mean": ms_text(view.report.steps.mean_ms), **dict(view.percentiles)}
     for left_out in ((), ("p95",), ("p95", "p50"), ("p95", "p50", "p99")):
-        shown = "  ".join(f"{name} {ms_text(ms)}" for name, ms in times.items() if name not in left_out)
+        shown = "  ".join(f"{name} {time}" for name, time in times.items() if name not in left_out)
         if line.cell_len + 5 + len(shown) <= width:
             break
 
@@ -359,6 +358,5 @@ def _telemetry_text(view: RunView) -> str:
     rows = f"{plural(telemetry.rows_stored, 'row')} stored, "
     rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"
     rows += f", {count_text(telemetry.rows_thinned)} old rows removed" if telemetry.rows_thinned else ""
-    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     failed = "".join(f"; errors in {package}: {count}" for package, count in sorted(telemetry.failures.items()))
-    return f"{rows}; overhead {overhead}{failed}"
+    return f"{rows}; overhead {view.overhead}{failed}"

@@ -11,7 +11,6 @@ from traceml.formatting import (
     count_text,
     duration_text,
     ms_text,
-    overhead_text,
     percent_text,
     plural,
     rate_text,
@@ -209,8 +208,7 @@ def _tracing(now: RunView, viewport: Viewport) -> Text:
     words = "losses unknown" if is_unknown else f"{plural(lost, 'row')} lost" if lost else "no row lost"
     line.append(words, style="bold red not dim" if lost or is_unknown else "")
     line.append(f" of {count_text(telemetry.rows_stored)}")
-    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
-    line.append(f" {viewport.glyphs.dot} overhead {overhead}")
+    line.append(f" {viewport.glyphs.dot} overhead {now.overhead}")
     for tracker in now.report.trackers:
         line.append(f" {viewport.glyphs.dot} ").append(
             tracker_text(tracker), style="bold yellow not dim" if tracker.needs_attention else ""
