@@ -30,12 +30,12 @@ from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
-    step_changes,
+    significance_text,
     step_time_rows,
 )
 from traceml.renderers.views import visible_parts
 from traceml.runs.comparison.compare import compare_runs
-from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
+from traceml.runs.comparison.comparison_types import Comparison, run_letter
 from traceml.runs.report.report_types import TimeSection
 from traceml.runs.rows.series import read_series
 from traceml.runs.runs_source import RunFileTimes
@@ -181,8 +181,8 @@ class ComparePage:
         set_classes(self._outcome, f"pill kind {weight}")
         self._headline.set_text(compared_headline(comparison))
         self._details.set_text(" ".join(compared_sentences(comparison)))
-        notes = [*comparison.obstacles, *comparison.remarks]
-        self._notes.set_text("Note: " + "; ".join(notes) + "." if notes else "")
+        notes = "; ".join(comparison.notes)
+        self._notes.set_text(f"Note: {notes}." if notes else "")
         self._times.show(_time_rows(comparison))
         self._facts.show(_fact_rows(comparison))
 
@@ -230,15 +230,10 @@ _TIME_COLUMNS = (
 
 
 def _time_rows(comparison: Comparison) -> list[list[str]]:
-    items = step_time_rows(comparison)
-    changes = step_changes(row for _, row in items)
-    return [_time_cells(name, row, *texts) for (name, row), texts in zip(items, changes, strict=True)]
-
-
-def _time_cells(name: str, row: StatisticChange, change: str, between: str) -> list[str]:
-    real = {True: "yes", False: "no", None: "unknown"}[row.real]
-    sure = "" if row.p is None else f", p = {row.p:.2g}"
-    return [name, ms_text(row.a_ms), ms_text(row.b_ms), change, between, real + sure]
+    return [
+        [name, ms_text(row.a_ms), ms_text(row.b_ms), change, between, significance_text(row)]
+        for name, row, change, between in step_time_rows(comparison)
+    ]
 
 
 def _fact_rows(comparison: Comparison) -> list[list[str]]:

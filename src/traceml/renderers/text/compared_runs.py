@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Group
 from rich.text import Text
 
 from traceml.formatting import ms_text, value_text
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.card import wrapped
-from traceml.renderers.text.comparison import judged_changes
+from traceml.renderers.text.card import wrapped_lines
+from traceml.renderers.text.comparison import step_changes
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, RunSide, run_letter
 from traceml.runs.rows.metrics import is_loss
 
-__all__ = ["OUTCOME_STYLES", "compared_losses", "compared_params", "compared_runs", "significance_word"]
+__all__ = ["OUTCOME_STYLES", "compared_losses", "compared_params", "compared_rows", "compared_runs"]
 
 _MAX_WIDTH = 120
 OUTCOME_STYLES = {"slower": "bold red", "faster": "bold green"}
+_SURE = {"slower": "yes", "faster": "yes", "same": "no", "unknown": "unknown"}
 _SHOWN = 12
 _COLUMNS = 27  # of the table without run, change and verdict
 _ID_END = 5
+
+
+class ComparedRow(NamedTuple):
+    """A row of the table of runs: the baseline, or one that is compared with it."""
+
+    letter: str
+    side: RunSide
+    step: str
+    change: str = ""
+    significant: str = ""
+    outcome: str = ""
+    notes: Sequence[str] = ()
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     """Return the table of runs for a terminal, at most 120 columns wide."""
     comparisons = printable_copy(comparisons)
     width = min(viewport.width, _MAX_WIDTH)
-    lines = [*_table(comparisons, viewport), *_values(comparisons), *_notes(comparisons, width)]
+    rows = compared_rows(comparisons.comparisons)
+    lines = [*_table(rows, viewport), *_values(comparisons.comparisons), *_notes(rows, width)]
     for line in lines:
         line.no_wrap = True
         line.truncate(width)
@@ -36,21 +51,37 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     return Group(*lines)
 
 
-def significance_word(comparison: Comparison) -> str:
-    """Return whether the change of the mean step time is significant: yes, no or unknown."""
-    return {"slower": "yes", "faster": "yes", "same": "no", "unknown": "unknown"}[comparison.outcome]
+def compared_rows(comparisons: Sequence[Comparison]) -> list[ComparedRow]:
+    """Return a row for each run; a change that is not of the mean step beside it says so."""
+    first = comparisons[0]
+    rows = [ComparedRow("A", first.a, ms_text(first.step_time.mean.a_ms))]
+    changes = step_changes(each.judged for each in comparisons)
+    for number, (each, (change, _)) in enumerate(zip(comparisons, changes, strict=True), 1):
+        rows.append(
+            ComparedRow(
+                run_letter(number),
+                each.b,
+                ms_text(each.step_time.mean.b_ms),
+                f"{change}/sample" if each.sample_time else change,
+                _SURE[each.outcome],
+                each.outcome,
+                each.notes,
+            )
+        )
+
+    return rows
 
 
-def compared_losses(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
+def compared_losses(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
     """Return the losses that all runs have: name, and its last value in the baseline and in each run."""
-    each = [{row.name: row for row in comparison.metrics} for comparison in comparisons.comparisons]
+    each = [{row.name: row for row in comparison.metrics} for comparison in comparisons]
     names = [name for name in each[0] if is_loss(name) and all(name in rows for rows in each)]
     return [(name, [value_text(each[0][name].a), *(value_text(rows[name].b) for rows in each)]) for name in names]
 
 
-def compared_params(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
+def compared_params(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
     """Return the parameters that differ in some run: name, and its values in the baseline and in each run."""
-    each = [{row.name: row for row in comparison.params} for comparison in comparisons.comparisons]
+    each = [{row.name: row for row in comparison.params} for comparison in comparisons]
     found = []
     for name in dict.fromkeys(name for rows in each for name in rows):
         base = next(rows[name].a for rows in each if name in rows)
@@ -60,21 +91,16 @@ def compared_params(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
-    first = comparisons.comparisons[0]
-    runs = (first.a, *(each.b for each in comparisons.comparisons))
-    changes = judged_changes(comparisons.comparisons)
-    wide = max(9, 2 + max(map(len, changes)))
-    room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - wide - max(len(str(run.verdict)) for run in runs)
-    ids = [_middle_cut(run.id, room, viewport.glyphs.ellipsis) for run in runs]
+def _table(rows: Sequence[ComparedRow], viewport: Viewport) -> Iterator[Text]:
+    wide = max(9, 2 + max(len(row.change) for row in rows))
+    room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - wide - max(len(str(row.side.verdict)) for row in rows)
+    ids = [_middle_cut(row.side.id, room, viewport.glyphs.ellipsis) for row in rows]
     width = max(map(len, ids))
     yield Text(f"    {'run':<{width}}{'step':>9}{'change':>{wide}}  {'significant':<12}verdict", style="dim")
-    yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':{wide + 14}}{first.a.verdict}")
-    for number, (each, change) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
-        mean = each.step_time.mean
-        line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")
-        line.append(f"{change:>{wide}}", style=OUTCOME_STYLES.get(each.outcome, ""))
-        yield line.append(f"  {significance_word(each):<12}{each.b.verdict}")
+    for row, run_id in zip(rows, ids, strict=True):
+        line = Text(f" {row.letter:<2} {run_id:<{width}}{row.step:>9}")
+        line.append(f"{row.change:>{wide}}", style=OUTCOME_STYLES.get(row.outcome, ""))
+        yield line.append(f"  {row.significant:<12}{row.side.verdict}")
 
 
 def _middle_cut(text: str, room: int, ellipsis: str) -> str:
@@ -86,13 +112,13 @@ def _middle_cut(text: str, room: int, ellipsis: str) -> str:
     return text[: max(room - len(ellipsis) - end, 0)] + ellipsis + text[-end:]
 
 
-def _values(comparisons: Comparisons) -> Iterator[Text]:
+def _values(comparisons: Sequence[Comparison]) -> Iterator[Text]:
     """Yield losses and differing parameters, the runs' values side by side."""
     rows = [(f"last {name}", values) for name, values in compared_losses(comparisons)]
     rows += compared_params(comparisons)
     if rows:
         yield Text()
-        marks = " | ".join(run_letter(number) for number in range(len(comparisons.comparisons) + 1))
+        marks = " | ".join(run_letter(number) for number in range(len(comparisons) + 1))
         yield Text(f" {'value':<26}{marks}", style="dim")
 
     for name, values in rows[:_SHOWN]:
@@ -102,8 +128,7 @@ def _values(comparisons: Comparisons) -> Iterator[Text]:
         yield Text(f" and {len(rows) - _SHOWN} others: --json has them", style="dim")
 
 
-def _notes(comparisons: Comparisons, width: int) -> Iterator[Text]:
-    for number, each in enumerate(comparisons.comparisons, 1):
-        letter = run_letter(number)
-        for note in (*each.obstacles, *each.remarks):
-            yield from (Text(f" {line}", style="yellow") for line in wrapped(f"{letter}: {note}", width - 2))
+def _notes(rows: Sequence[ComparedRow], width: int) -> Iterator[Text]:
+    for row in rows:
+        for note in row.notes:
+            yield from wrapped_lines(f"{row.letter}: {note}", width - 1, "yellow", indent=1)

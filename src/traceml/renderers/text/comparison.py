@@ -7,17 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import (
-    bytes_text,
-    count_text,
-    ms_text,
-    phase_label,
-    phase_words,
-    plural,
-    value_text,
-)
+from traceml.formatting import bytes_text, ms_text, phase_label, phase_words, plural, value_text
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.card import time_text, wrapped
+from traceml.renderers.text.card import time_text, wrapped, wrapped_lines
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 
@@ -28,8 +20,8 @@ __all__ = [
     "compared_sentences",
     "delta_text",
     "interval_text",
-    "judged_changes",
     "judged_time_words",
+    "significance_text",
     "step_change_text",
     "step_changes",
     "step_time_rows",
@@ -86,19 +78,17 @@ def step_changes(rows: Iterable[StatisticChange]) -> list[tuple[str, str]]:
     ]
 
 
-def judged_changes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return the change of each run of a table; where it is not of the mean step beside it, it says so."""
-    changes = step_changes(each.judged for each in comparisons)
-    return [
-        f"{change}/sample" if each.sample_time else change
-        for each, (change, _) in zip(comparisons, changes, strict=True)
-    ]
-
-
-def step_time_rows(comparison: Comparison) -> list[tuple[str, StatisticChange]]:
-    """Return (name, statistic) of the table of step times; its last row is of a sample where that is compared."""
+def step_time_rows(comparison: Comparison) -> list[tuple[str, StatisticChange, str, str]]:
+    """Return the table of step times: name, statistic, change and interval; the last row may be of a sample."""
     rows = comparison.step_time.items()
-    return [*rows, ("per sample", comparison.sample_time)] if comparison.sample_time else rows
+    rows += [("per sample", comparison.sample_time)] if comparison.sample_time else []
+    changes = step_changes(row for _, row in rows)
+    return [(name, row, *texts) for (name, row), texts in zip(rows, changes, strict=True)]
+
+
+def significance_text(row: StatisticChange) -> str:
+    """Return whether a change is significant: `yes, p = 0.001`, or `unknown`."""
+    return row.significant if row.p is None else f"{row.significant}, p = {row.p:.2g}"
 
 
 def interval_text(low: float | None, high: float | None, *, as_factor: bool = False) -> str:
@@ -184,32 +174,26 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
         viewport.glyphs.rule * (width - 19), "dim"
     )
     for which, run in (("A", comparison.a), ("B", comparison.b)):
-        ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}"
-        facts = f"{ranks}, {plural(run.steps, 'step')}, {run.state}"
+        facts = f"{plural(run.world_size, 'rank')}, {plural(run.steps, 'step')}, {run.state}"
         yield Text(f" {which}  ", style="dim").append(run.id).append(f"  {facts}", "dim")
         if text := time_text(run.time, width - 4):
             yield Text(f"    {text}", style="dim")
 
     yield Text()
-    for line in wrapped(compared_headline(comparison), width - 1):
-        yield Text(f" {line}", style=_STYLES[comparison.outcome])
-
+    yield from wrapped_lines(compared_headline(comparison), width, _STYLES[comparison.outcome], indent=1)
     for sentence in compared_sentences(comparison):
-        for line in wrapped(sentence, width - 1):
-            yield Text(f" {line}")
+        yield from wrapped_lines(sentence, width, indent=1)
 
-    for remark in (*comparison.obstacles, *comparison.remarks):
-        for number, line in enumerate(wrapped(remark, width - 9)):
+    for note in comparison.notes:
+        for number, line in enumerate(wrapped(note, width - 9)):
             yield Text(" Note    " if not number else " " * 9, style="dim").append(line, "yellow")
 
 
 def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>10}{'B':>10}{'change':>10}  significant", style="dim")
-    rows = step_time_rows(comparison)
-    for (name, row), (change, _) in zip(rows, step_changes(row for _, row in rows), strict=True):
-        real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
+    for name, row, change, _ in step_time_rows(comparison):
         style = "bold red" if (row.change or 0) > 0 else "bold green"
-        yield _row(name, row.a_ms, row.b_ms, change, real, style if row.real else "")
+        yield _row(name, row.a_ms, row.b_ms, change, significance_text(row), style if row.real else "")
 
 
 def _row(label: str, a_ms: float | None, b_ms: float | None, change: str, after: str, style: str) -> Text:

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from traceml.formatting import bytes_text, ms_text, phase_label, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import time_text
-from traceml.renderers.text.compared_runs import compared_losses, compared_params, significance_word
+from traceml.renderers.text.compared_runs import compared_losses, compared_params, compared_rows
 from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
     delta_text,
-    step_changes,
     step_time_rows,
 )
-from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, RunSide, run_letter
+from traceml.renderers.text.report_markdown import markdown_code, markdown_list, markdown_table, plain_markdown
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, RunSide
 
 __all__ = ["comparison_markdown", "comparisons_markdown"]
 
@@ -37,7 +36,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         "",
         *markdown_table(("", "A", "B", "change", "99 % between", "significant"), _rows(comparison)),
         *_differing(comparison),
-        *_notes([*comparison.obstacles, *comparison.remarks]),
+        *markdown_list(comparison.notes),
     ]
     return "\n".join(lines) + "\n"
 
@@ -45,44 +44,29 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparisons_markdown(comparisons: Comparisons) -> str:
     """Return several runs that are compared with one baseline: a row for each, parameters, notes."""
     comparisons = printable_copy(comparisons)
-    first = comparisons.comparisons[0]
-    changes = step_changes(each.judged for each in comparisons.comparisons)
-    rows = [(f"A `{markdown_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
-    rows += [
-        (
-            f"{run_letter(number)} `{markdown_code(each.b.id)}`",
-            ms_text(each.step_time.mean.b_ms),
-            change,
-            significance_word(each),
-            each.b.verdict,
-        )
-        for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True), 1)
+    rows = compared_rows(comparisons.comparisons)
+    cells = [
+        (markdown_code(row.side.id, f"{row.letter} "), row.step, row.change, row.significant, row.side.verdict)
+        for row in rows
     ]
-    values = [*compared_losses(comparisons), *compared_params(comparisons)]
-    letters = [run_letter(number) for number in range(len(comparisons.comparisons) + 1)]
-    notes = [
-        f"{letter}: {note}"
-        for letter, each in zip(letters[1:], comparisons.comparisons, strict=True)
-        for note in (*each.obstacles, *each.remarks)
-    ]
+    values = [*compared_losses(comparisons.comparisons), *compared_params(comparisons.comparisons)]
+    letters = [row.letter for row in rows]
     lines = [
-        *markdown_table(("run", "step time", "change", "significant", "verdict"), rows),
+        *markdown_table(("run", "step time", "change", "significant", "verdict"), cells),
         *(["", *markdown_table(("", *letters), [(name, *of_runs) for name, of_runs in values])] if values else ()),
-        *_notes(notes),
+        *markdown_list(f"{row.letter}: {note}" for row in rows for note in row.notes),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _about(run: RunSide) -> str:
     text = time_text(run.time)
-    return f"`{markdown_code(run.id)}`, {text}" if text else f"`{markdown_code(run.id)}`"
+    return f"{markdown_code(run.id)}, {text}" if text else markdown_code(run.id)
 
 
 def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
-    rows = step_time_rows(comparison)
-    for (name, row), (change, between) in zip(rows, step_changes(row for _, row in rows), strict=True):
-        real = {True: "yes", False: "no", None: "unknown"}[row.real]
-        yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), change, between, real
+    for name, row, change, between in step_time_rows(comparison):
+        yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), change, between, row.significant
 
     for phase in comparison.phases[:_SHOWN]:
         yield phase_label(phase.phase), ms_text(phase.a_ms), ms_text(phase.b_ms), delta_text(phase.delta_ms), "", ""
@@ -100,7 +84,3 @@ def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
 def _differing(comparison: Comparison) -> list[str]:
     rows = [(row.name, value_text(row.a), value_text(row.b)) for row in comparison.params]
     return ["", *markdown_table(("parameter", "A", "B"), rows)] if rows else []
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"- {plain_markdown(note)}" for note in notes)] if notes else []

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from traceml.formatting import count_text, ms_text, phase_label, phase_words, plural
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.card import wrapped_lines
 from traceml.renderers.text.compared_runs import OUTCOME_STYLES
 from traceml.renderers.text.comparison import change_text
 from traceml.renderers.text.viewport import Viewport
@@ -30,7 +30,7 @@ def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
     document = printable_copy(document)
     width = min(viewport.width, _MAX_WIDTH)
     dates = f" from {_date(document.first_started)} to {_date(document.last_started)}" if document.first_started else ""
-    yield from _wrapped(f"{plural(document.runs, 'run')}{dates} in {document.dataset}", width, "bold")
+    yield from wrapped_lines(f"{plural(document.runs, 'run')}{dates} in {document.dataset}", width, "bold")
     if document.history is not None:
         yield Text()
         yield from _history(document.history, width)
@@ -39,16 +39,16 @@ def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
     yield from _hosts(document.hosts, width)
     for sentence in document.covers:
         yield Text()
-        yield from _wrapped(sentence, width, "dim")
+        yield from wrapped_lines(sentence, width, "dim")
 
     for message in document.damage[:_SHOWN]:
-        yield from _wrapped(f"left out: {message}", width, "yellow")
+        yield from wrapped_lines(f"left out: {message}", width, "yellow")
 
 
 def _history(history: RunHistory, width: int) -> Iterator[Text]:
     model = ", ".join(filter(None, [history.script, history.model, plural(history.world_size, "rank")]))
-    yield from _wrapped(f"Run {history.run}: {model}", width, "bold")
-    yield from _wrapped(_history_sentence(history), width)
+    yield from wrapped_lines(f"Run {history.run}: {model}", width, "bold")
+    yield from wrapped_lines(_history_sentence(history), width)
     if history.phases:
         yield Text(f"  {'':<14}{'this run':>10}{'usual':>10}{'usual range':>23}  change", style="dim")
         yield from (_phase(phase) for phase in history.phases)
@@ -95,12 +95,12 @@ def _phase(phase: PhaseHistory) -> Text:
 
 def _hosts(hosts: HostJudgment, width: int) -> Iterator[Text]:
     if not hosts.judged:
-        yield from _wrapped("Hosts: none has enough jobs on several hosts to be judged", width, "bold")
+        yield from wrapped_lines("Hosts: none has enough jobs on several hosts to be judged", width, "bold")
         return
 
     many = f"{len(hosts.slow)} of {plural(hosts.judged, 'judged host')}" if hosts.slow else "none of the judged hosts"
     verb = "were" if len(hosts.slow) > 1 else "was"
-    yield from _wrapped(f"Hosts: {many} {verb} among the slowest in most of their last jobs", width, "bold")
+    yield from wrapped_lines(f"Hosts: {many} {verb} among the slowest in most of their last jobs", width, "bold")
     if hosts.slow:
         name = max(len("host"), *(len(slow.host) for slow in hosts.slow[:_SHOWN]))
         yield Text(f"  {'host':<{name}}  slow jobs  by chance  slower by  last      mostly in", style="dim")
@@ -119,7 +119,3 @@ def _host(slow: SlowHost, width: int) -> Text:
 
 def _date(started: float | None) -> str:
     return "an unknown day" if started is None else f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d}"
-
-
-def _wrapped(text: str, width: int, style: str = "") -> Iterator[Text]:
-    return (Text(line, style=style) for line in wrapped(text, width))

@@ -1,8 +1,8 @@
-"""Reports as Markdown, for pull requests and job summaries."""
+"""Reports as Markdown, for pull requests and job summaries, and the parts of Markdown documents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from traceml.formatting import (
     duration_text,
@@ -13,13 +13,12 @@ from traceml.formatting import (
     plural,
     rate_text,
 )
-from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
 from traceml.renderers.views import RunView, run_view, visible_ranks
 from traceml.renderers.wording import NO_LINES, gain_sentence, shown_lines, tracker_text
 from traceml.runs.report.line_shares import all_lines
 from traceml.runs.report.report_types import Report
 
-__all__ = ["report_markdown"]
+__all__ = ["markdown_code", "markdown_list", "markdown_table", "plain_markdown", "report_markdown"]
 
 _MAX_RANKS = 16
 
@@ -41,7 +40,7 @@ def report_markdown(report: Report, *, lines: bool = False) -> str:
         *_parts("part of the run", "time", _time_rows(view)),
         *_parts("phase", "mean", _phase_rows(view)),
         *_rank_table(view),
-        *_list(_closing(view)),
+        *markdown_list(_closing(view)),
         *(_line_table(report) if lines else ()),
     ]
     return "\n".join(texts) + "\n"
@@ -66,7 +65,7 @@ def _outcome(view: RunView) -> str:
             *(f"{name} {ms_text(ms)}" for name, ms in (("mean", steps.mean_ms), ("p99", steps.p99_ms))),
         ]
 
-    return f"Run `{markdown_code(view.report.run.id)}`: {', '.join(facts)}, {view.outcome}"
+    return f"Run {markdown_code(view.report.run.id)}: {', '.join(facts)}, {view.outcome}"
 
 
 def _time_rows(view: RunView) -> Iterator[Sequence[str]]:
@@ -97,7 +96,7 @@ def _rank_table(view: RunView) -> list[str]:
 
 def _line_table(report: Report) -> list[str]:
     rows = [
-        (f"`{markdown_code(each.place or 'libraries only')}`", phase_label(phase.phase), percent_text(each.share))
+        (markdown_code(each.place or "libraries only"), phase_label(phase.phase), percent_text(each.share))
         for phase in all_lines(report)
         for each in shown_lines(phase)
     ]
@@ -114,6 +113,48 @@ def _closing(view: RunView) -> Iterator[str]:
     yield from (tracker_text(tracker) for tracker in view.report.trackers)
 
 
-def _list(texts: Iterator[str]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table; the cells after the first are aligned to the right.
+
+    Args:
+        head: names of the columns, as Markdown.
+        rows: texts of the cells.
+    """
+    yield _line(head)
+    yield _line(["---", *["---:"] * (len(head) - 1)])
+    yield from (_line([_cell(cell) for cell in row]) for row in rows)
+
+
+def markdown_list(texts: Iterable[str]) -> list[str]:
+    """Return the lines of a list below an empty one; none for an empty list."""
     found = [f"- {plain_markdown(text)}" for text in texts]
     return ["", *found] if found else []
+
+
+def plain_markdown(text: str) -> str:
+    """Return a text without meaning in Markdown or HTML: names and values are the user's."""
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#~" else sign for sign in text)
+
+
+class MarkdownText(str):
+    """A text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def markdown_code(text: str, before: str = "") -> MarkdownText:
+    """Return a text as a code span.
+
+    Args:
+        before: Markdown in front of it.
+    """
+    content = text.replace("`", "'")
+    return MarkdownText(f"{before}`{content}`")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|") if isinstance(text, MarkdownText) else plain_markdown(text)

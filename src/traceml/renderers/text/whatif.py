@@ -8,7 +8,7 @@ from rich.text import Text
 
 from traceml.formatting import count_text, factor_text, ms_text, percent_text, printable
 from traceml.renderers.text.bars import bar
-from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.card import wrapped_lines
 from traceml.renderers.text.viewport import Viewport
 from traceml.whatif.straggler_cost import WhatIf
 
@@ -23,9 +23,7 @@ def what_if_lines(result: WhatIf, viewport: Viewport) -> Iterator[Text]:
     """Yield the lines that show a result: the cause, step times, and the slowdown of each group alone."""
     width = min(viewport.width, _MAX_WIDTH)
     yield Text(f"Stragglers make a step {factor_text(result.slowdown)} as long.", style="bold")
-    for line in wrapped(printable(result.cause), width):
-        yield Text(line)
-
+    yield from wrapped_lines(printable(result.cause), width)
     yield Text()
     yield from _facts(result)
     for title, scores in _tables(result):

@@ -60,6 +60,11 @@ class StatisticChange(msgspec.Struct, kw_only=True):
     p: float | None
     real: bool | None
 
+    @property
+    def significant(self) -> str:
+        """Whether the change is significant: yes, no or unknown."""
+        return {True: "yes", False: "no", None: "unknown"}[self.real]
+
 
 class StepTimeChanges(msgspec.Struct, kw_only=True):
     """Step time by statistic."""
@@ -185,6 +190,11 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     params: list[ParamChange] = []
     packages: list[TextChange] = []
     variables: list[TextChange] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """The obstacles, then the remarks."""
+        return [*self.obstacles, *self.remarks]
 
     @property
     def unit(self) -> Literal["sample", "step"]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from traceml.display.web.chart_cache import THEMES, as_json
 from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, section, set_visible
-from traceml.formatting import count_text, ms_text, printable
+from traceml.formatting import count_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
-from traceml.renderers.text.compared_runs import compared_params, significance_word
-from traceml.renderers.text.comparison import judged_changes
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
+from traceml.renderers.text.compared_runs import compared_params, compared_rows
+from traceml.runs.comparison.comparison_types import Comparison, run_letter
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["LETTERS", "ComparedRuns", "OverlayPanel"]
@@ -65,7 +64,7 @@ class OverlayPanel:
     def show(self, runs: ComparedRuns, theme: str) -> list[str | None]:
         """Show the current comparison; return the charts that the browser has to draw."""
         self._runs.show(_rows(runs, self._names))
-        params = compared_params(Comparisons(baseline=runs.comparisons[0].a.id, comparisons=list(runs.comparisons)))
+        params = compared_params(runs.comparisons)
         self._params.show([[printable(name), *map(printable, values)] for name, values in params])
         set_visible(self._same, not params)
         lines = list(zip(LETTERS, runs.series, strict=False))  # not by id: two ids are wider than a chart
@@ -98,14 +97,17 @@ _COLUMNS = (
 
 
 def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
-    first = runs.comparisons[0]
-    mean = first.step_time.mean
-    rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-", ""]]
-    changes = judged_changes(runs.comparisons)
-    for letter, name, each, change in zip(LETTERS[1:], names[1:], runs.comparisons, changes, strict=False):
-        row = each.step_time.mean
-        sure = significance_word(each)
-        cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
-        rows.append([*cells, "; ".join([*each.obstacles, *each.remarks])])
-
-    return [[printable(cell) for cell in row] for row in rows]
+    cells = [
+        [
+            row.letter,
+            name,
+            row.side.verdict,
+            count_text(row.side.steps),
+            row.step,
+            row.change or "-",
+            row.significant or "-",
+            "; ".join(row.notes),
+        ]
+        for name, row in zip(names, compared_rows(runs.comparisons), strict=True)
+    ]
+    return [[printable(cell) for cell in row] for row in cells]
