@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 
 import pytest
 
-from traceml.errors import SettingsError
-from traceml.fail_open import fail_open, failures
+from traceml.errors import SettingsError, StoreError, TraceMLError
+from traceml.fail_open import fail_open, failures, writing
 
 _log = logging.getLogger("traceml.test")
 
@@ -97,3 +98,16 @@ def test_named_exceptions_pass() -> None:
         raise KeyboardInterrupt
 
     assert failures().get("attic", 0) == before
+
+
+def test_what_cannot_be_written_is_explained() -> None:
+    """The text names the file, the cause and a remedy."""
+    words = r"^cannot write out\.json: No space left on device. Name another file$"
+    with pytest.raises(StoreError, match=words), writing("out.json", "Name another file", kind=StoreError):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_of_what_is_read_for_a_file_is_not_of_the_file() -> None:
+    """A damaged store, whose error is an OSError, made a profile seem to be unwritable."""
+    with pytest.raises(TraceMLError, match=r"^the store is damaged$"), writing("out.json"):
+        raise StoreError("the store is damaged")

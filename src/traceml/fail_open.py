@@ -1,15 +1,16 @@
-"""Guard for work that must never fail the training: log the error, count it, and continue."""
+"""Guards of a block: log its error, count it and continue, as tracing must never fail the training; or explain it."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from traceml.errors import TraceMLError
 
-__all__ = ["fail_open", "failures", "print_notice", "warn_once"]
+__all__ = ["fail_open", "failures", "print_notice", "warn_once", "writing"]
 
 _MAX_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
@@ -110,3 +111,22 @@ def print_notice(line: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
+
+
+@contextmanager
+def writing(path: object, advice: str = "", *, kind: type[TraceMLError] = TraceMLError) -> Iterator[None]:
+    """Raise the errors of the system as ours while a file or folder is written.
+
+    Args:
+        advice: a remedy, as a sentence.
+        kind: the error to raise.
+
+    Raises:
+        TraceMLError: it cannot be written; the text names it, the cause and the advice.
+    """
+    try:
+        yield
+    except TraceMLError:
+        raise
+    except OSError as error:
+        raise kind(". ".join(filter(None, (f"cannot write {path}: {error.strerror or error}", advice)))) from error

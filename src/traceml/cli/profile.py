@@ -26,6 +26,7 @@ from traceml.cli.report import current_report
 from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
+from traceml.fail_open import writing
 from traceml.formatting import bytes_text, capitalized, count_text, plural, printable, ranks_text
 from traceml.renderers.html.flame_page import flame_page
 from traceml.renderers.text.profile_tables import operator_lines, slowdown_line
@@ -106,10 +107,8 @@ def _operators(options: ProfileOptions, config: Config) -> int:
             raise TraceMLError("no rank was profiled. " + "; ".join(f"rank {each.rank}: {each.why}" for each in failed))
 
         _await_rows(reader, traces)
-        try:
+        with writing(path, "Name another file: -o FILE"):
             written = write_profile(path, reader, traces)
-        except OSError as error:
-            raise TraceMLError(f"cannot write {path}: {error.strerror or error}. Name another file: -o FILE") from error
 
     if options.json:
         print(json.dumps(msgspec.to_builtins(_document(run_dir.name, written, traces, failed))))
@@ -248,7 +247,10 @@ def _flame_graph(options: ProfileOptions, config: Config) -> int:
     if not samples:
         raise TraceMLError(f"no lines of run {run_dir.name} were sampled: it was too short, or `stack_interval` is 0")
 
-    _write(path, flame_page(report) if path.suffix == ".html" else json.dumps(speedscope(report)))
+    text = flame_page(report) if path.suffix == ".html" else json.dumps(speedscope(report))
+    with writing(path, "Name a file that can be written: -o FILE"):
+        path.write_text(text, encoding="utf-8")
+
     if options.json:
         print(json.dumps({"run": run_dir.name, "file": str(path), "samples": samples}))
     else:
@@ -256,12 +258,3 @@ def _flame_graph(options: ProfileOptions, config: Config) -> int:
         print(f"{path}: flame graph of {plural(samples, 'sample')}. Open it in {viewer}")
 
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TraceMLError(
-            f"cannot write {path}: {error.strerror or error}. Name a file that can be written: -o FILE"
-        ) from error

@@ -14,7 +14,8 @@ from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
-from traceml.errors import RunNotFoundError, StoreError, TraceMLError, UsageError
+from traceml.errors import RunNotFoundError, StoreError, UsageError
+from traceml.fail_open import writing
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.profile_tables import print_lines
 from traceml.renderers.text.report_markdown import report_markdown
@@ -103,14 +104,11 @@ def _find_run(options: ReportOptions) -> Path:
 def _write_page(run_dir: Path, path: Path) -> None:
     from traceml.display.report_files import write_page
 
-    try:
-        write_page(run_dir, path)
-    except StoreError as error:
-        raise StoreError(f"cannot draw {run_dir}: {error}") from error
-    except OSError as error:
-        raise TraceMLError(
-            f"cannot write {path}: {error.strerror or error}. Name a file that can be written."
-        ) from error
+    with writing(path, "Name a file that can be written."):
+        try:
+            write_page(run_dir, path)
+        except StoreError as error:
+            raise StoreError(f"cannot draw {run_dir}: {error}") from error
 
 
 def current_report(run_dir: Path) -> Report:

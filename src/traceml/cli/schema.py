@@ -9,7 +9,8 @@ from typing import Annotated
 
 from traceml.cli.assistants.json_documents import DOCUMENTS, document_schema
 from traceml.cli.options.parsing import Metavar, Positional, parse
-from traceml.errors import TraceMLError, UsageError
+from traceml.errors import UsageError
+from traceml.fail_open import writing
 
 __all__ = ["main"]
 
@@ -54,9 +55,7 @@ def _text(name: str) -> str:
 
 
 def _write_all(folder: Path) -> None:
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in DOCUMENTS:
             (folder / f"{name}-1.json").write_text(_text(name))
-    except OSError as error:
-        raise TraceMLError(f"cannot write {folder}: {error.strerror or error}") from error

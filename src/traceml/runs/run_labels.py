@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 
 from traceml.errors import StoreError, UsageError
+from traceml.fail_open import writing
 from traceml.run_folder import LABELS_NAME
-from traceml.runs.json_document import UNREADABLE_JSON
-from traceml.trusted_files import read_regular, replace_file
+from traceml.runs.json_document import read_keys
+from traceml.trusted_files import replace_file
 
 __all__ = [
     "RunLabels",
@@ -23,7 +24,6 @@ __all__ = [
 ]
 
 _MAX_TAG = 64
-_MAX_BYTES = 4 << 20
 
 
 class RunLabels(msgspec.Struct, kw_only=True):
@@ -37,10 +37,7 @@ class RunLabels(msgspec.Struct, kw_only=True):
 
 def read_labels(run_dir: Path) -> RunLabels:
     """Return the labels of a run; none where there are none, or where they cannot be read."""
-    try:
-        return msgspec.json.decode(read_regular(run_dir / LABELS_NAME, _MAX_BYTES), type=RunLabels)
-    except (OSError, *UNREADABLE_JSON):
-        return RunLabels()
+    return read_keys(run_dir / LABELS_NAME, RunLabels) or RunLabels()
 
 
 def labels_time(run_dir: Path) -> float:
@@ -58,10 +55,8 @@ def write_labels(run_dir: Path, labels: RunLabels) -> None:
         StoreError: the folder cannot be written.
     """
     path = run_dir / LABELS_NAME
-    try:
+    with writing(path, kind=StoreError):
         replace_file(path, msgspec.json.encode(labels))
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabels:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError, UsageError
+from traceml.fail_open import writing
 from traceml.run_folder import STORE_NAME
 from traceml.runs.export.frame_pass import FramePass, Progress
 from traceml.traces.writer.writer import Writer
@@ -72,13 +73,8 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = lambda
         except StoreError as error:
             damage[str(error)] = None
 
-        try:
+        with writing(path, "Give another path with -o, in an existing folder", kind=StoreError):
             return (_export_trace if ends else _export_tables)(FramePass(reader, damage, progress), form, path)
-        except StoreError:
-            raise
-        except OSError as error:
-            why = error.strerror or error
-            raise StoreError(f"cannot write {path}: {why}. Give another path with -o, in an existing folder") from error
 
 
 def _missing_end(path: Path, form: str) -> str:

@@ -18,7 +18,8 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from traceml.database.states import RunStatus
-from traceml.errors import StoreError, TraceMLError
+from traceml.errors import StoreError
+from traceml.fail_open import writing
 from traceml.run_folder import RELAY_NAME, REPORT_NAME, STORE_NAME
 from traceml.runs.export.table_columns import parquet_library, parquet_schema
 from traceml.runs.find import RunInfo, describe_run, run_folders
@@ -85,12 +86,8 @@ class FleetDataset:
             return None
 
         path = self.path_of(report.run)
-        try:
+        with writing(path, "Choose another folder: the setting fleet_dir"):
             _write(path, rows)
-        except OSError as error:
-            raise TraceMLError(
-                f"cannot write {path}: {error.strerror or error}. Choose another folder: the setting fleet_dir"
-            ) from error
 
         return path
 
