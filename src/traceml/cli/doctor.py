@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
 from traceml.renderers.text.viewport import plain_console
-from traceml.settings import load
+from traceml.settings import Config, load
 
 __all__ = ["main"]
 
@@ -56,8 +55,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--ssh-config-file and --python need --hostnames, which is missing")
 
     if options.json:
-        found = _check_hosts(options)
-        checks = [*all_checks(), *_check_backends(options), *(host_checks(found) if found else ())]
+        checks, found = _checks(options)
         report = _as_json(checks, _settings())
         print(json.dumps(report | ({"preflight": asdict(found)} if found else {}), indent=2))
     elif options.settings:
@@ -69,33 +67,33 @@ def main(argv: list[str]) -> int:
     return EXIT_BROKEN if any(check.state == "broken" for check in checks) else 0
 
 
-def _check_hosts(options: DoctorOptions) -> Preflight | None:
+def _checks(options: DoctorOptions) -> tuple[list[Check], Preflight | None]:
+    """Return the results of all checks, and what those of other hosts have found."""
+    checks = list(all_checks())
+    if options.backends and (config := _config()) is not None:
+        from traceml.cli.checks.backend_checks import backend_checks
+
+        checks += backend_checks(config)
+
     hostnames = host_names(options.hostnames)
     if not hostnames:
-        return None
+        return checks, None
 
-    return preflight(hostnames, ssh_config_file=options.ssh_config_file, python=options.python)
+    found = preflight(hostnames, ssh_config_file=options.ssh_config_file, python=options.python)
+    return [*checks, *host_checks(found)], found
 
 
-def _check_backends(options: DoctorOptions) -> Iterator[Check]:
-    if not options.backends:
-        return
-
-    from traceml.cli.checks.backend_checks import backend_checks
-
+def _config() -> Config | None:
+    """Return the settings; None if they are wrong, which the check of the settings reports."""
     try:
-        config = load()
+        return load()
     except SettingsError:
-        return  # the check of the settings reports the error
-
-    yield from backend_checks(config)
+        return None
 
 
 def _settings() -> list[Setting]:
-    try:
-        return setting_values(load())
-    except SettingsError:
-        return []  # the check of the settings reports the error
+    config = _config()
+    return [] if config is None else setting_values(config)
 
 
 def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
@@ -109,7 +107,7 @@ def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
 
 def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     with console.status("checking") if console.is_terminal else nullcontext():
-        checks = list(_checks(options))
+        checks, _ = _checks(options)
 
     for check in sorted(checks, key=lambda each: _ORDER.index(each.state)):
         line = (
@@ -130,14 +128,6 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     console.print(f"Broken: {', '.join(broken)}" if broken else "Everything that traceml needs is available.")
     sys.stdout.flush()
     return checks
-
-
-def _checks(options: DoctorOptions) -> Iterator[Check]:
-    yield from all_checks()
-    yield from _check_backends(options)
-    found = _check_hosts(options)
-    if found is not None:
-        yield from host_checks(found)
 
 
 def _print_settings(console: Console, settings: list[Setting]) -> None:

@@ -152,8 +152,11 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
     for info in infos:
         print(f"removed {printable(info.id)}")
 
-    freed = bytes_text(sum(info.size_bytes for info in infos))
-    print(f"{len(infos)} run{'' if len(infos) == 1 else 's'} removed, {freed} freed" if infos else "Nothing to remove")
+    print(_removed_text(infos) if infos else "Nothing to remove")
+
+
+def _removed_text(infos: Sequence[RunInfo]) -> str:
+    return f"{plural(len(infos), 'run')} removed, {bytes_text(sum(info.size_bytes for info in infos))} freed"
 
 
 def _print_unreadable(infos: Sequence[RunInfo]) -> None:
@@ -280,12 +283,7 @@ def _remove(argv: list[str]) -> int:
         return 1
 
     remove_ended(infos)
-    if options.json:
-        print(json.dumps([info.id for info in infos]))
-    else:
-        freed = bytes_text(sum(info.size_bytes for info in infos))
-        print(f"{plural(len(infos), 'run')} removed, {freed} freed")
-
+    print(json.dumps([info.id for info in infos]) if options.json else _removed_text(infos))
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
-from traceml.formatting import bytes_text, left_text
+from traceml.formatting import bytes_text, left_text, plural
 from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.privacy import secrets_only
 from traceml.process_ends import end_of_status
@@ -213,7 +213,7 @@ def _torch(command: Sequence[str] = (sys.executable, "-P", "-c", _ASK_TORCH)) ->
         return Check("torch", "broken", f"`import torch` {why}", "reinstall torch")
 
     version, devices, distributed = asked.stdout.split()
-    text = f"{version}, {devices} CUDA device{'' if devices == '1' else 's'}"
+    text = f"{version}, {plural(int(devices), 'CUDA device')}"
     if distributed != "True":
         return Check("torch", "note", f"{text}, without torch.distributed", "several ranks need it")
 
@@ -319,7 +319,7 @@ def _devices() -> Check:
     finally:
         nvml.close()
 
-    return Check("gpu", "ok", f"{count} device{'' if count == 1 else 's'} seen by NVML")
+    return Check("gpu", "ok", f"{plural(count, 'device')} seen by NVML")
 
 
 def _terminal() -> Check:

@@ -112,23 +112,25 @@ def _flag_text(flag: StepFlag) -> str:
     return f"{int(flag)} {str(flag.name).lower().replace('_', ' ')} ({_FLAG_WORDS[flag]})"
 
 
+def _one_of(kinds: type[IntEnum]) -> str:
+    return ", ".join(each.name.lower() for each in kinds)
+
+
 # Columns of the store that have another name or form in the export.
-_RENAMED = {"ns": "duration_ns"}
+_RENAMED = {"ns": "duration_ns", "kind": "source"}
 _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "t_ns": (_TIME,),
     "t_end_ns": (ExportColumn("end_epoch_ns", "int64", "its end in nanoseconds since 1970 by the aggregator's clock"),),
     "name_id": (ExportColumn("name", "string", "its name"),),
-    "resource": (
-        ExportColumn("resource", "string", "the resource: " + ", ".join(each.name.lower() for each in Resource)),
-    ),
+    "resource": (ExportColumn("resource", "string", f"the resource: {_one_of(Resource)}"),),
     "phase": (ExportColumn("phase", "string", "the phase that was open: " + ", ".join(LINE_PHASES.values())),),
     "line_id": (ExportColumn("line", "string", "the user's line, `FILE:LINE FUNCTION`; null without one"),),
     "library_id": (
         ExportColumn("library", "string", "innermost library function that it had called, null without one"),
     ),
-    "cause": (ExportColumn("cause", "string", "the cause: " + ", ".join(each.name.lower() for each in Pause)),),
+    "cause": (ExportColumn("cause", "string", f"the cause: {_one_of(Pause)}"),),
     "text_id": (ExportColumn("text", "string", "the guard that failed, or a checkpoint's file; null without one"),),
-    "kind": (ExportColumn("source", "string", "its source: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
+    "kind": (ExportColumn("source", "string", f"its source: {_one_of(MetricKind)}"),),
     "bits": (
         ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),
         ExportColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
@@ -137,7 +139,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     ),
 }
 _NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
-_ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
+_ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause, "kind": MetricKind}
 _SIGNED = ("loss", "fingerprint")
 
 
@@ -236,13 +238,10 @@ def _columns_of(
         return {_NAMES[name]: _repeated(values, lambda number: name_of(number) if number >= 0 else None)}
 
     if name in _ENUMS:
-        return {name: _repeated(values, partial(_name_in, _ENUMS[name]))}
+        return {_RENAMED.get(name, name): _repeated(values, partial(_name_in, _ENUMS[name]))}
 
     if name == "phase":
         return {"phase": _repeated(values, line_phase_name)}
-
-    if name == "kind":
-        return {"source": _repeated(values, partial(_name_in, MetricKind))}
 
     if name == "bits":
         return _bits(rows)
