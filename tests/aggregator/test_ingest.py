@@ -82,6 +82,18 @@ def test_repeats_are_cut_and_acknowledged(way, again):
     assert way.ingest.statistics().repeated == 10 - again[0]
 
 
+def test_repeats_of_a_log_are_cut(way):
+    """Rows of a log have no fixed size; also of them, only what is new is stored."""
+    rows = [msgpack.packb({"id": number, "name": f"n{number}"}) for number in range(4)]
+    way.ingest.take(way.stream, "names", 0, 3, b"".join(rows[:3]))
+
+    way.ingest.take(way.stream, "names", 1, 3, b"".join(rows[1:]))
+    way.ingest.commit()
+
+    with StoreReader(way.path) as reader:
+        assert [name["id"] for _, name in reader.log_rows("names")] == [0, 1, 2, 3]
+
+
 def test_failed_commit_keeps_everything_and_holds_the_ranks_back(way, monkeypatch):
     """Nothing is acknowledged that is not stored; the next commit that works stores all, in order."""
     commit = way.store.commit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import struct
 import time
@@ -16,7 +17,7 @@ from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams.stream import RankStream
 from traceml.database.info_kinds import wrong_fields
 from traceml.database.schema import BLOBS, INFO, LOGGED, NAMES, TABLES, Table
-from traceml.database.store.store import StoreWriter, without_head
+from traceml.database.store.store import StoreWriter
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
 from traceml.transport.server import RefusedError
@@ -225,7 +226,7 @@ class Ingest:
         self._repeated += known
         stream.unacked[table] = wanted  # the rank has not seen this ack
         self._touched[stream] = None
-        return seq + known, n - known, without_head(table, data, known)
+        return seq + known, n - known, _without_head(table, data, known)
 
     def _fail(self, error: StoreError) -> None:
         now_s = time.monotonic()
@@ -247,3 +248,23 @@ class Ingest:
         _log.warning("the store can be written again after %.1f s", time.monotonic() - self._failing_since_s)
         self._failing_since_s = None
         self._pause_senders("")
+
+
+def _without_head(table: str, data: bytes, rows: int) -> bytes:
+    """Return what follows the first rows of a table.
+
+    Raises:
+        ProtocolError: the rows of a log are no msgpack.
+    """
+    row_bytes, _ = _LAYOUTS[table]
+    if row_bytes:
+        return data[rows * row_bytes :]
+
+    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=max(len(data), 1))
+    try:
+        for _ in range(rows):
+            unpacker.skip()
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
+
+    return data[unpacker.tell() :]

@@ -355,7 +355,7 @@ def host_run(folder: Path, steps: int) -> Path:
     with StoreWriter(folder / STORE_NAME) as store:
         store.put_meta("run", {"id": "tree", "job": "tree", "world_size": 1, "started": time.time()})
         stream = store.stream(identity, state="running", world_size=1)
-        for step in range(steps):
+        for step in range(store.next_seq(stream, STEPS.name), steps):
             store.append(stream, STEPS.name, step, 1, step_rows(step, 1), step, step)
             store.commit()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import os
 import sqlite3
 import time
@@ -18,16 +17,16 @@ from typing import Any
 
 import msgpack
 
-from traceml.database.schema import NAMES, TABLES, Table
+from traceml.database.schema import NAMES, TABLES
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.frame_editor import THINNED
 from traceml.database.store.maintenance import Maintenance
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store_file import open_for_writing, translate_errors
 from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
-from traceml.errors import ProtocolError, StoreBusyError, StoreError
+from traceml.errors import StoreBusyError, StoreError
 
-__all__ = ["StoreWriter", "merge_wal", "without_head"]
+__all__ = ["StoreWriter", "merge_wal"]
 
 # Frames of one table within a tick are merged into one, up to this size.
 _MERGE_ROWS = 4096
@@ -116,49 +115,32 @@ class StoreWriter:
         table: str,
         seq: int,
         n: int,
-        data: bytes | memoryview,
+        data: bytes,
         first_step: int = _NO_STEP,
         last_step: int = _NO_STEP,
         packed: tuple[int, bytes] | None = None,
-    ) -> int:
-        """Buffer a frame for the next commit; return the number of new rows.
+    ) -> None:
+        """Buffer a frame of new rows for the next commit.
 
-        Repeated rows are dropped. Rows missing before `seq` count as lost, because rows never arrive out of order.
+        Rows missing before `seq` count as lost, because rows never arrive out of order.
 
         Args:
-            seq: number of the first row.
+            seq: number of the first row, at least `next_seq`.
             first_step: training step of the first row; -1 for rows without steps.
             packed: codec and bytes that `codec.encode` has given for these rows: they are not compressed again.
-
-        Raises:
-            ValueError: the stream or table is unknown, or the size does not match the number of rows.
         """
-        _validate(table, n, data)
-        if stream not in self._streams:
-            raise ValueError(f"no stream {stream} in {self.path}")
-
         key = (stream, table)
-        expected = self._next.get(key, 0)
-        if seq < expected:
-            known = min(n, expected - seq)
-            if known == n:
-                return 0
-
-            data, seq, n, packed = without_head(table, bytes(data), known), expected, n - known, None
-            first_step = _first_step(table, data)
-
         self._next[key] = seq + n
         if self._is_large and table in THINNED:
             self._touched.add(key)
-            self._unframed.add(IncomingRows(stream, table, seq, n, bytes(data), first_step, last_step))
-            return n
+            self._unframed.add(IncomingRows(stream, table, seq, n, data, first_step, last_step))
+            return
 
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
             buffer = self._begin(key, seq)
 
-        buffer.add(n, bytes(data), first_step, last_step, packed)
-        return n
+        buffer.add(n, data, first_step, last_step, packed)
 
     def hold(self) -> None:
         """From now on let steps and samples wait for others of their frame, as in a large job; see `unframed_rows`."""
@@ -392,38 +374,3 @@ def _has_locked(descriptor: int, path: Path) -> bool:
 def _packed(value: Any) -> bytes:
     """Return a value as msgpack; what is not UTF-8 in the name of a file is written as an escape sequence."""
     return bytes(msgpack.packb(value, unicode_errors="backslashreplace"))
-
-
-def _validate(table: str, n: int, data: bytes | memoryview) -> None:
-    schema = TABLES.get(table)
-    if schema is None:
-        raise ValueError(f"no table {table!r}; there are {', '.join(TABLES)}")
-
-    if n < 1 or (isinstance(schema, Table) and len(data) != n * schema.row_bytes):
-        raise ValueError(f"{table}: {len(data)} bytes are not {n} rows")
-
-
-def _first_step(table: str, data: bytes) -> int:
-    schema = TABLES[table]
-    at = schema.index.get("step") if isinstance(schema, Table) else None
-    return _NO_STEP if at is None else int.from_bytes(data[8 * at : 8 * at + 8], "little", signed=True)
-
-
-def without_head(table: str, data: bytes, rows: int) -> bytes:
-    """Return what follows the first rows of a table.
-
-    Raises:
-        ProtocolError: the rows of a log are no msgpack.
-    """
-    schema = TABLES[table]
-    if isinstance(schema, Table):
-        return data[rows * schema.row_bytes :]
-
-    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=max(len(data), 1))
-    try:
-        for _ in range(rows):
-            unpacker.skip()
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
-
-    return data[unpacker.tell() :]
