@@ -12,8 +12,9 @@ import pytest
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa: F401 - a fixture
 from traceml.aggregator import recovery
+from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
-from traceml.aggregator.unfinished_runs import finish_flights
+from traceml.aggregator.unfinished_runs import finish_flights, finish_run
 from traceml.clock import boot_time_s, monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
@@ -21,7 +22,7 @@ from traceml.database.flight.postmortem import read_flight
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.kinds import Kind
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.runs.report.report import build_report
 
 KILLED = """
@@ -229,6 +230,20 @@ def test_a_rank_whose_run_id_can_be_no_folder_gets_a_run(tmp_path: Path) -> None
 
     assert "-train-" in run_dir.name
     assert [row["text"] for row in Stored(run_dir).of("text")] == ["hello"]
+
+
+def test_a_lost_run_gets_what_other_hosts_have_sent(tmp_path: Path) -> None:
+    """An agent sent the flight file of a rank that died; then the aggregator was lost before it ended the run."""
+    run_dir = tmp_path / "20260101-000000-train-abcd"
+    ActiveRun(run_dir, "j", named=False).close()
+    flight = FlightFile.create(run_dir / COPIES_FOLDER, {"run_id": run_dir.name, "job": "j", "name": "train"})
+    flight.log("logged").append({"kind": "text", "name": "note", "text": "hello"})
+    flight.close(unlink=False)
+
+    assert finish_run(run_dir)
+
+    assert [row["text"] for row in Stored(run_dir).of("text")] == ["hello"]
+    assert find_flights(run_dir / COPIES_FOLDER) == []
 
 
 @pytest.mark.parametrize("is_own", [True, False])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
+from traceml.aggregator.recovery import DeadFlight, appended_rows, dead_flights, recover
 from traceml.aggregator.streams.run_streams import RunStreams
 from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
 from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, state_of_dead
@@ -22,7 +22,7 @@ from traceml.diagnosis.facts.ends import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
-from traceml.run_folder import RUN_FOLDERS, STORE_NAME
+from traceml.run_folder import COPIES_FOLDER, RUN_FOLDERS, STORE_NAME
 from traceml.transport.exit_report import ExitReport
 from traceml.transport.hello import WORLD_LIMIT
 from traceml.transport.server import Peer
@@ -72,6 +72,13 @@ class ActiveRun(RunStreams):
     def recovered(self) -> set[Path]:
         """Flight files whose rows are recovered, but not stored yet."""
         return {image.path for image in self._recovered}
+
+    def recover_flights(self) -> None:
+        """Recover the rows of ranks of this run that were never connected here."""
+        copies = self.path / COPIES_FOLDER
+        for flight in dead_flights(self.key, self.path.parent, copies=copies, but=self.recovered):
+            if flight.may_be_of(self.id):
+                self.recover_flight(flight)
 
     def recover_flight(self, flight: DeadFlight) -> None:
         """Add the rows of a rank that died before it could connect, or that left only its flight file."""
@@ -286,7 +293,10 @@ class ActiveRun(RunStreams):
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
 
-        if not self._store_rest():
+        try:
+            self.store.commit()
+        except StoreError as error:
+            _log.error("run %s cannot be closed yet: %s", self.id, error)
             self._facts.values = before
             return False
 
@@ -360,12 +370,3 @@ class ActiveRun(RunStreams):
         has_said_bye = stream.ended and stream.state is not StreamState.LOST
         is_known = image is not None or has_said_bye or stream.has_removed_flight
         self._end_stream(stream, state, is_total_known=is_known)
-
-    def _store_rest(self) -> bool:
-        try:
-            self.store.commit()
-        except StoreError as error:
-            _log.error("run %s cannot be closed yet: %s", self.id, error)
-            return False
-
-        return True

@@ -22,14 +22,13 @@ from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.checks.run_checks import RunChecks, checking
 from traceml.aggregator.commands import Commands
-from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.relay.relayed_hosts import RelayedHosts
 from traceml.aggregator.streams.stream import RankStream, StreamPeer
 from traceml.database.store.store import merge_wal
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
-from traceml.run_folder import COPIES_FOLDER, STORE_NAME
+from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.delivery_manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
 from traceml.transport.folder_aggregator import folder_id
 from traceml.transport.hello import Hello
@@ -260,7 +259,7 @@ class Aggregator:
 
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
         await self._checks.sources.end(run)
-        self._recover_flights(run)
+        run.recover_flights()
         run.add_unmatched_exits()
         report_follows = self._on_run_finished is not None
         if not run.end(status, diagnose=self._checks.alerts.has_targets, report_follows=report_follows):
@@ -285,12 +284,6 @@ class Aggregator:
     def is_delivering(self, path: Path) -> bool:
         """Whether rows or alerts of an ended run are still being delivered."""
         return path in self._deliveries.ended_runs or path in self._finishing or self._checks.alerts.is_sending(path)
-
-    def _recover_flights(self, run: ActiveRun) -> None:
-        """Recover the rows of ranks of this run that were never connected here."""
-        for flight in dead_flights(run.key, run.path.parent, copies=run.path / COPIES_FOLDER, but=run.recovered):
-            if flight.may_be_of(run.id):
-                run.recover_flight(flight)
 
     async def _await_ranks(self) -> None:
         """Wait a moment for ranks that end too, and for the launcher's report of it.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.recovery_lock import RecoveryLock
 from traceml.aggregator.registry import Registry
 from traceml.database.store.reader import StoreReader
@@ -51,10 +50,7 @@ def finish_flights(runs_dir: Path, silence_s: float | None = None, *, left_in: P
 
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:
-    for flight in dead_flights(run.key, run.path.parent, but=run.recovered):
-        if flight.may_be_of(run.id):
-            run.recover_flight(flight)
-
+    run.recover_flights()
     run.check_absent()
     if any(not stream.ended and stream.seen_here for stream in run.streams):
         run.close()
