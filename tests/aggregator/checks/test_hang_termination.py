@@ -25,6 +25,7 @@ def run_of(*streams: Any, attempt: int = 0) -> Any:
         ended=False,
         streams=streams,
         connected=(),
+        connected_ranks=(),
         live=live,
         store=SimpleNamespace(event=lambda *_: None),
         commit=lambda **_: None,
@@ -92,7 +93,7 @@ def abort_at_once(monkeypatch, run, report=None, meanwhile=lambda: None) -> None
 
     monkeypatch.setattr(hang_termination.asyncio, "sleep", sleep)
     monkeypatch.setattr(hang_termination, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
-    monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
+    monkeypatch.setattr(hang_termination, "snapshots_from_outside", lambda *_, **__: asyncio.to_thread(dict))
     asyncio.run(HungJobs(report).abort(run))
 
 

@@ -57,7 +57,8 @@ class HungJobs:
     async def abort(self, run: ActiveRun) -> None:
         """Write the report of a run, then end its processes by SIGTERM, and by SIGKILL those that stay."""
         _log.warning("run %s hangs and is ended, as on_hang is abort", run.id)
-        await self._snapshot_silent(run)
+        # Of ranks that cannot answer, once more: the snapshot before may be some seconds old.
+        await snapshots_from_outside(run, run.connected_ranks, is_last=True)
         run.commit(force=True)
         with fail_open(_log, "aggregator", f"no report of the hung run {run.id}", level=logging.ERROR):
             if self._report is not None:
@@ -78,11 +79,6 @@ class HungJobs:
         for pid, start_ticks in processes:  # not those of an attempt that has begun meanwhile
             if process_start_ticks(pid) == start_ticks is not None:
                 _kill(pid)
-
-    @staticmethod
-    async def _snapshot_silent(run: ActiveRun) -> None:
-        """Take a last snapshot of ranks that cannot answer: the one before may be some seconds old."""
-        await snapshots_from_outside(run, run.connected_ranks, is_last=True)
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""
