@@ -138,7 +138,10 @@ class StoreWriter:
 
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
-            buffer = self._begin(key, seq)
+            if buffer is not None:
+                self._finish(key)
+
+            buffer = self._buffers[key] = FrameBuffer(seq)
 
         buffer.add(n, data, first_step, last_step, packed)
 
@@ -234,13 +237,6 @@ class StoreWriter:
         finally:
             self._database.close()
             self._unlock()
-
-    def _begin(self, key: _Key, seq: int) -> FrameBuffer:
-        if key in self._buffers:
-            self._finish(key)
-
-        self._buffers[key] = FrameBuffer(seq)
-        return self._buffers[key]
 
     def _finish(self, key: _Key) -> None:
         self._encode(key, self._buffers.pop(key))
