@@ -31,6 +31,18 @@ def test_one_rank_has_no_table_of_ranks(tmp_path: Path) -> None:
     assert "| rank |" not in report_markdown(build_report(store_run(tmp_path / "a", Job(ranks=1))))
 
 
+def test_what_the_figures_rest_on_is_said(tmp_path: Path) -> None:
+    """As on the card and the page: times that are not the device's, and ranks that sent nothing."""
+    report = build_report(store_run(tmp_path / "a", Job(ranks=2)))
+    assert "No data" not in report_markdown(report)
+
+    report.steps.untimed_device, report.run.world_size = "mps", 3
+    shown = report_markdown(report)
+
+    assert "Device times: not measured on mps; phases show CPU time" in shown
+    assert "No data from rank 2 (of 3)" in shown
+
+
 def test_many_ranks_are_counted(tmp_path: Path) -> None:
     """A pull request is no place for a thousand lines; the slow one is among those that are shown."""
     shown = report_markdown(build_report(store_run(tmp_path / "a", Job(ranks=20), adds("forward", 20.0, (18,)))))

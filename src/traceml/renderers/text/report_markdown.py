@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from traceml.formatting import (
+    capitalized,
     duration_text,
     ms_text,
     part_words,
@@ -35,7 +36,7 @@ def report_markdown(report: Report, *, lines: bool = False) -> str:
         f"**{verdict.kind}: {plain_markdown(verdict.headline)}**",
         "",
         *_paragraphs(verdict.summary, _labeled("Next", verdict.next), _labeled("Gain", gain_sentence(verdict) or "")),
-        *_paragraphs(*view.remarks),
+        *_paragraphs(*view.remarks, *view.basis, capitalized(view.absent or "")),
         _outcome(view),
         *_parts("part of the run", "time", _time_rows(view)),
         *_parts("phase", "mean", _phase_rows(view)),
