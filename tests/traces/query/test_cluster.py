@@ -135,6 +135,18 @@ def test_same_answer(traces, here, query):
     assert here.submitted > 20, "files were cut"
 
 
+def test_times_in_nanoseconds(traces, here):
+    """The unit in a file's head holds for all of its parts: percentiles are not rounded to microseconds."""
+    unit = '{"name":"CM","ph":4,"args":{"name":"time_metric","value":"NS"}}\n'
+    path = traces / "unit" / "nanoseconds.pfw"
+    path.parent.mkdir()
+    path.write_text(
+        unit + "".join(lines(each | {"dur": 1001 + number % 997} for number, each in enumerate(events_of(9))))
+    )
+
+    assert summarize([path], cached=False, dask=here) == summarize([path], cached=False)
+
+
 def test_files_that_cannot_be_cut_are_read_whole(traces, here):
     """Damage inside a part makes the file one task, and the damage is reported as usual."""
     answer = summarize([traces / "damaged.pfw"], cached=False, dask=here)

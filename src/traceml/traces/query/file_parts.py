@@ -15,13 +15,13 @@ from typing import Any
 
 from traceml.errors import TraceMLError
 from traceml.traces.reader.chunk_source import open_source
-from traceml.traces.reader.chunks import TextBuffer
+from traceml.traces.reader.chunks import Chunk, TextBuffer
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
+from traceml.traces.reader.file_reader import FileReader, ScanAhead
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start, time_decimals
 from traceml.traces.reader.gzip_salvage import next_member
-from traceml.traces.reader.python_scanner import PythonScanner, Text
-from traceml.traces.reader.scan_result import ScanResult
+from traceml.traces.reader.python_scanner import PythonScanner
 from traceml.traces.reader.trace_files import GZIP_MAGIC, is_zstd
 from traceml.traces.reader.zstd_source import frame_starts
 
@@ -56,7 +56,7 @@ class PartBoundaries:
 
     head: bytes = b""  # text before its first whole event
     tail: bytes = b""  # text after its last one
-    closed: bool = False  # the array of events ends in the part; `tail` is the text after it
+    trailer: TrailerParser | None = None  # of the text after the array of events, if that ends in the part
     end: int = 0  # where the next part has to begin
     raw_bytes: int = 0  # size of the text
     events: int = 0
@@ -94,66 +94,37 @@ def read_part(part: FilePart, scanner: PythonScanner, take: Callable[[EventBatch
         IndivisibleError: the file has to be read in one go.
     """
     scanner.rows.decimals = part.decimals
-    reader = _PartReader(part, scanner)
-    for chunk in _chunks(part, reader.boundaries):
-        if (batch := reader.accept(chunk)) is not None:
+    facts, found = TraceFileFacts(Path(part.path), 0), PartBoundaries(end=part.begin)
+    reader = FileReader(facts, part.source, part.decimals)
+    for chunk in _chunks(part):
+        found.end = chunk.end
+        found.raw_bytes += len(chunk.text)
+        if part.begin and not reader.has_begun:
+            batch = _begin(part, reader, found, found.head + chunk.text, scanner)
+        else:
+            batch = reader.accept(chunk, ScanAhead.of(chunk.text, scanner) if reader.has_begun else None, scanner)
+
+        if facts.damage:
+            raise IndivisibleError(f"{part.path}: damage in a part")
+
+        if batch is not None:
             take(batch)
 
-    if not reader.begun:
+    if not reader.has_begun:
         raise IndivisibleError(f"{part.path}: a part without a whole event")
 
-    return reader.boundaries
+    found.tail, found.trailer = reader.tail, reader.trailer
+    found.events, found.header = facts.events, facts.header
+    return found
 
 
-class _PartReader:
-    """Joins the chunks of a part.
-
-    Attributes:
-        boundaries: completed while the part is read.
-        begun: the first whole event was found.
-    """
-
-    def __init__(self, part: FilePart, scanner: PythonScanner) -> None:
-        self._part, self._scanner = part, scanner
-        self.boundaries, self.begun = PartBoundaries(end=part.begin), False
-
-    def accept(self, chunk: Text) -> EventBatch | None:
-        """Take the next chunk, whose text is valid until the one after it; return its events."""
-        result = self._attached(chunk) if self.begun and not self.boundaries.closed else None
-        return self._joined(chunk) if result is None else self._batch(result, chunk)
-
-    def _attached(self, chunk: Text) -> ScanResult | None:
-        """Return the events of a chunk, scanned without a copy of it; None if that is not possible."""
-        start = find_start(chunk)
-        if start is None:
-            return None
-
-        seam = self.boundaries.tail + chunk[:start]
-        head = self._scanner.scan(seam, 0, wrapped=self._part.wrapped, final=False)
-        found = head.findings
-        if found.stop != len(seam) or found.damage or found.closed or found.searching:
-            return None
-
-        return self._scanner.scan(chunk, start, wrapped=self._part.wrapped, final=False).after(head)
-
-    def _joined(self, chunk: Text) -> EventBatch | None:
-        """Return the events of a chunk and of the text before it; None if none begins yet, or they ended."""
-        text = self.boundaries.tail = self.boundaries.tail + chunk
-        start = 0 if self.begun else _start(self._part, text, self.boundaries)
-        if start is None or self.boundaries.closed:
-            return None
-
-        self.begun = True
-        return self._batch(self._scanner.scan(text, start, wrapped=self._part.wrapped, final=False), text)
-
-    def _batch(self, result: ScanResult, text: Text) -> EventBatch:
-        findings = result.findings
-        if findings.damage or findings.searching:
-            raise IndivisibleError(f"{self._part.path}: damage in a part")
-
-        self.boundaries.tail, self.boundaries.closed = bytes(text[findings.stop :]), findings.closed
-        self.boundaries.events += result.events
-        return result.batch(self._part.source)
+def _begin(
+    part: FilePart, reader: FileReader, found: PartBoundaries, text: bytes, scanner: PythonScanner
+) -> EventBatch | None:
+    """Return the events of a part's first text, None when more text is needed; what is before them is its head."""
+    start = find_start(text)
+    found.head = text[:start]
+    return None if start is None else reader.begin_inside(text[start:], scanner, wrapped=part.wrapped)
 
 
 def join_parts(
@@ -168,10 +139,10 @@ def join_parts(
     Raises:
         IndivisibleError: the two do not fit.
     """
-    if right is None and (left.closed or not left.tail.strip()):
+    if right is None and (left.trailer is not None or not left.tail.strip()):
         return None
 
-    if left.closed or (right is not None and left.end != part.end):
+    if left.trailer is not None or (right is not None and left.end != part.end):
         raise IndivisibleError(f"{part.path}: the parts do not fit")
 
     text = left.tail + (right.head if right else b"")
@@ -190,44 +161,26 @@ def facts_of(path: Path, parts: Sequence[PartBoundaries], *, wrapped: bool) -> T
     facts = TraceFileFacts(path, path.stat().st_size, sum(part.events for part in parts))
     facts.raw_bytes = sum(part.raw_bytes for part in parts)
     facts.header = dict(parts[0].header)
-    if wrapped:
-        trailer = TrailerParser()
-        trailer.add(parts[-1].tail if parts[-1].closed else b"")
-        if not trailer.read(facts.header):
-            facts.damage = [FileDamage(facts.raw_bytes, "the object around traceEvents is not closed", 0)]
+    trailer = parts[-1].trailer
+    if wrapped and (trailer is None or not trailer.read(facts.header)):
+        facts.damage = [FileDamage(facts.raw_bytes, "the object around traceEvents is not closed", 0)]
 
     return facts
 
 
-def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[Text]:
-    """Yield the texts of a part's chunks, each valid until the next one."""
-    source, buffer = open_source(Path(part.path), part.begin, part.end), TextBuffer()
+def _chunks(part: FilePart) -> Iterator[Chunk]:
+    """Yield the chunks of a part, each valid until the next one."""
+    source, buffer, end = open_source(Path(part.path), part.begin, part.end), TextBuffer(), part.begin
     try:
         while (load := source.next_chunk(buffer)) is not None:
             chunk = load()
-            if chunk.damage or chunk.too_long or chunk.begin != boundaries.end:
+            if chunk.damage or chunk.too_long or chunk.begin != end:
                 raise IndivisibleError(f"{part.path}: its members cannot be distinguished")
 
-            boundaries.end = chunk.end
-            boundaries.raw_bytes += len(chunk.text)
-            yield chunk.text
+            end = chunk.end
+            yield chunk
     finally:
         source.close()
-
-
-def _start(part: FilePart, text: bytes, boundaries: PartBoundaries) -> int | None:
-    """Return where the first whole event of a part begins; None when more text is needed."""
-    if part.begin == 0:
-        header = HeaderParser()
-        start = header.find(text, final=False)
-        boundaries.header = header.header if header.wrapped else {}
-        return start
-
-    start = find_start(text)
-    if start is not None:
-        boundaries.head = text[:start]
-
-    return start
 
 
 def _member_starts(descriptor: int, size: int, step_bytes: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from traceml.traces.reader.chunks import Chunk
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
-from traceml.traces.reader.formats import HeaderParser, TrailerParser, time_decimals
+from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start
 from traceml.traces.reader.python_scanner import PythonScanner, Text
 from traceml.traces.reader.scan_result import ScanResult
 
@@ -24,26 +24,48 @@ class ScanAhead:
     start: int
     result: ScanResult
 
+    @classmethod
+    def of(cls, text: Text, scanner: PythonScanner) -> ScanAhead | None:
+        """Scan a chunk; None if there is no such place."""
+        start = find_start(text)
+        return None if start is None else cls(start, scanner.scan(text, start, wrapped=True, final=False))
+
 
 class FileReader:
     """Joins the chunks of one file, in order.
 
     Args:
         facts: facts about the file; completed while it is read.
+        decimals: decimals of a time in the file that make it nanoseconds.
 
     Attributes:
         position: where the next chunk has to begin.
+        tail: text that belongs in front of the next chunk.
+        trailer: of the text after the events, once they have ended.
     """
 
-    def __init__(self, facts: TraceFileFacts, source: int) -> None:
-        self.position = 0
-        self.decimals = time_decimals(facts.path)
+    def __init__(self, facts: TraceFileFacts, source: int, decimals: int) -> None:
+        self.position, self.decimals = 0, decimals
         self._facts, self._source = facts, source
         self._header: HeaderParser | None = HeaderParser()
-        self._trailer: TrailerParser | None = None
+        self.trailer: TrailerParser | None = None
         self._wrapped = self._searching = False
-        self._tail = b""  # text that belongs in front of the next chunk
+        self.tail = b""
         self._text_bytes = 0  # text so far, the tail included
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first event was found."""
+        return self._header is None
+
+    def begin_inside(self, text: bytes, scanner: PythonScanner, *, wrapped: bool) -> EventBatch | None:
+        """Take the first text of a part of a file, which begins with an event; return its events.
+
+        Args:
+            wrapped: the events are in an object.
+        """
+        self._header, self._wrapped, self._text_bytes = None, wrapped, len(text)
+        return self._scan(scanner, text, 0, final=False)
 
     def accept(self, chunk: Chunk, ahead: ScanAhead | None, scanner: PythonScanner) -> EventBatch | None:
         """Take the next chunk; return its events, None when it has none.
@@ -55,8 +77,8 @@ class FileReader:
         self._add_damage(chunk.damage)
         self._text_bytes += len(chunk.text)
         self._facts.raw_bytes = self._text_bytes
-        if self._trailer is not None:
-            self._trailer.add(bytes(chunk.text))
+        if self.trailer is not None:
+            self.trailer.add(bytes(chunk.text))
             return None
 
         if ahead is not None and self._header is None:
@@ -64,11 +86,11 @@ class FileReader:
             if result is not None:
                 return self._batch(result, chunk.text)
 
-        text, start = self._tail + chunk.text, 0
+        text, start = self.tail + chunk.text, 0
         if self._header is not None:
             found = self._read_header(text, final=False)
             if found is None:
-                self._tail = text
+                self.tail = text
                 return None
 
             start = found
@@ -77,17 +99,17 @@ class FileReader:
 
     def finish(self, scanner: PythonScanner) -> EventBatch | None:
         """Take the end of the file; return the events that were still open."""
-        start = 0 if self._header is None else self._read_header(self._tail, final=True) or 0
+        start = 0 if self._header is None else self._read_header(self.tail, final=True) or 0
         batch = None
-        if self._trailer is None and (self._tail or self._searching):
-            batch = self._scan(scanner, self._tail, start, final=True)
+        if self.trailer is None and (self.tail or self._searching):
+            batch = self._scan(scanner, self.tail, start, final=True)
 
         if self._text_bytes == 0 and not self._facts.damage:
             self._add_damage([FileDamage(0, "an empty file", 0)])
-        elif self._trailer is not None and (lost := self._trailer.other_bytes):
+        elif self.trailer is not None and (lost := self.trailer.other_bytes):
             what = "another object after that of traceEvents; it is not read: make it a file of its own"
             self._add_damage([FileDamage(self._text_bytes - lost, what, lost)])
-        elif self._wrapped and (self._trailer is None or not self._trailer.read(self._facts.header)):
+        elif self._wrapped and (self.trailer is None or not self.trailer.read(self._facts.header)):
             self._add_damage([FileDamage(self._text_bytes, "the object around traceEvents is not closed", 0)])
 
         return batch
@@ -109,7 +131,7 @@ class FileReader:
         if self._searching or (not self._wrapped and (findings.damage or findings.closed)):
             return None
 
-        seam = self._tail + text[: ahead.start]
+        seam = self.tail + text[: ahead.start]
         head = scanner.scan(seam, 0, wrapped=self._wrapped, final=False)
         before = head.findings
         if before.stop != len(seam) or before.damage or before.closed or before.searching:
@@ -126,10 +148,10 @@ class FileReader:
         """Record the findings in a text that ends where the text so far does; return its events."""
         begin, findings = self._text_bytes - len(text), result.findings
         self._add_damage([FileDamage(begin + each.offset, each.what, each.lost_bytes) for each in findings.damage])
-        self._tail, self._searching = bytes(text[findings.stop :]), findings.searching
+        self.tail, self._searching = bytes(text[findings.stop :]), findings.searching
         if findings.closed:
-            self._trailer, self._tail = TrailerParser(), b""
-            self._trailer.add(bytes(text[findings.stop :]))
+            self.trailer, self.tail = TrailerParser(), b""
+            self.trailer.add(bytes(text[findings.stop :]))
 
         self._facts.events += result.events
         if not result.events and not findings.metadata:

@@ -12,7 +12,7 @@ from traceml.traces.reader.chunk_source import open_source
 from traceml.traces.reader.chunks import Chunk, ChunkSource, TextBuffer
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.file_reader import FileReader, ScanAhead
-from traceml.traces.reader.formats import find_start
+from traceml.traces.reader.formats import time_decimals
 from traceml.traces.reader.python_scanner import PythonScanner
 
 __all__ = ["ReadPipeline"]
@@ -89,7 +89,7 @@ class ReadPipeline:
                 continue
 
             self._sources.add(source)
-            reader, first = FileReader(facts, place), True
+            reader, first = FileReader(facts, place, time_decimals(facts.path)), True
             while True:
                 buffer = self._buffers.pop() if self._buffers else TextBuffer()
                 load = source.next_chunk(buffer)
@@ -110,10 +110,7 @@ class ReadPipeline:
         if not task.first:
             scanner = self._scanners.pop() if self._scanners else self._make_scanner()
             scanner.rows.decimals = task.reader.decimals
-            start = find_start(task.chunk.text)
-            if start is not None:
-                task.ahead = ScanAhead(start, scanner.scan(task.chunk.text, start, wrapped=True, final=False))
-
+            task.ahead = ScanAhead.of(task.chunk.text, scanner)
             self._scanners.append(scanner)
 
         return task
