@@ -107,14 +107,20 @@ class _LaneTimes:
 
     def finish(self) -> None:
         """Close the open spans."""
-        lib = library()
-        if lib:
-            lanes = ctypes.c_int64(len(self._head))
-            nodes = (self._head, self._cursor, self._end, self._group, self._below, self._low, self._high)
-            lib.traceml_unnest(lanes, *(pointer(each) for each in nodes))
+        for lane in np.flatnonzero(self._head >= 0).tolist():
+            self._open[lane] = self._stack_of(lane)
 
         for lane, stack in self._open.items():
             self._pop(lane, stack, None)
+
+    def _stack_of(self, lane: int) -> list[tuple[int, int, int]]:
+        """Return what the library has left open in a lane, the innermost span last."""
+        stack, node = list[tuple[int, int, int]](), int(self._head[lane])
+        while node >= 0:
+            stack.append((int(self._start[node]), int(self._end[node]), int(self._group[node])))
+            node = int(self._below[node])
+
+        return stack[::-1]
 
     def self_ns(self, group: int) -> int:
         """Return the self time of a group; complete after `finish`."""

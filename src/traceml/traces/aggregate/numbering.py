@@ -81,13 +81,9 @@ class PairNumbering:
 
     def _plain(self, left: NDArray[np.int32], right: NDArray[np.int32]) -> NDArray[np.int32]:
         keys = (left.astype(np.int64) << 32) | (right.astype(np.int64) & 0xFFFFFFFF)
-        distinct, first, where = np.unique(keys, return_index=True, return_inverse=True)
-        numbers = np.empty(len(distinct), np.int32)
-        for place in np.argsort(first, kind="stable"):
-            numbers[place] = self._known.setdefault(int(distinct[place]), len(self._known))
-
+        numbers = [self._known.setdefault(key, len(self._known)) for key in keys.tolist()]
         if len(self._known) > self._used.value:
             self._keys = np.fromiter(self._known, np.int64, len(self._known))
             self._used.value = len(self._known)
 
-        return numbers[where]
+        return np.array(numbers, np.int32)

@@ -98,20 +98,15 @@ class OverlapTimes:
         columns = [np.ascontiguousarray(each) for each in (start, duration, unit, kind)]
         lib = library()
         if lib:
-            lib.traceml_overlap(
-                ctypes.c_int64(len(start)), *map(pointer, columns), *self._state(), self._timeline_state()
-            )
+            state = [pointer(each) for each in (self._seen, self._cursor, self._ends, self._masks)]
+            timeline = None if self.timeline is None else pointer(self.timeline.state)
+            lib.traceml_overlap(ctypes.c_int64(len(start)), *map(pointer, columns), *state, timeline)
         else:
             for row in zip(*(column.tolist() for column in columns), strict=True):
                 self._plain(*row)
 
     def finish(self) -> None:
         """Account for the open spans."""
-        lib = library()
-        if lib:
-            lib.traceml_finish_overlap(ctypes.c_int64(len(self._seen)), *self._state(), self._timeline_state())
-            return
-
         for unit in np.flatnonzero(self._seen).tolist():
             self._advance(unit, max(int(self._cursor[unit]), int(self._ends[unit].max())))
 
@@ -123,12 +118,6 @@ class OverlapTimes:
     def _reserve(self, units: int) -> None:
         self._seen, self._cursor = grown(self._seen, units), grown(self._cursor, units)
         self._ends, self._masks = grown(self._ends, units), grown(self._masks, units)
-
-    def _state(self) -> list[ctypes.c_void_p]:
-        return [pointer(each) for each in (self._seen, self._cursor, self._ends, self._masks)]
-
-    def _timeline_state(self) -> ctypes.c_void_p | None:
-        return None if self.timeline is None else pointer(self.timeline.state)
 
     def _plain(self, start: int, duration: int, unit: int, kind: int) -> None:
         if not self._seen[unit]:

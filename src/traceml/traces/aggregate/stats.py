@@ -8,9 +8,9 @@ because no two of them share a bucket. Above, rounding to whole microseconds dou
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -109,11 +109,10 @@ class GroupStat:
     squares: int = 0  # the sum of the squares of their durations, where it was asked for
     arguments: dict[str, ArgumentSum] = field(default_factory=dict)  # sums of arguments that were asked for, by key
 
-    def add(self, duration: int) -> None:
-        """Add one span."""
-        number = bucket(duration)
-        self._take(1, duration, duration, duration, {number: 1})
-        self.squares += duration * duration
+    def add(self, duration: int, spans: int = 1) -> None:
+        """Add one span, or several that took equally long."""
+        self._take(spans, spans * duration, duration, duration, {bucket(duration): spans})
+        self.squares += spans * duration * duration
 
     def merge(self, other: GroupStat) -> None:
         """Add the statistics of other spans of the same group."""
@@ -138,13 +137,14 @@ class GroupStatTable:
     """Statistics of numbered groups, computed from columns."""
 
     def __init__(self) -> None:
-        self.count = np.zeros(64, np.int64)
+        self._count = np.zeros(64, np.int64)
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
         self._least, self._most = np.full(64, _GREATEST, np.int64), np.full(64, -1, np.int64)
         self._few = np.zeros((64, _FEW), np.int64)  # the durations of a group with no more than these
         self._pages = np.zeros((64, OCTAVES), np.int32)  # by octave, the index of its cells + 1
         self._cells = np.zeros((256, CELLS), np.int64)
         self._used = ctypes.c_int64(0)
+        self._plain: defaultdict[int, GroupStat] = defaultdict(GroupStat)  # without the library
 
     def add(self, group: NDArray[np.int32], duration: NDArray[np.int64], groups: int) -> None:
         """Add spans.
@@ -153,25 +153,29 @@ class GroupStatTable:
             group: the number of each span's group.
             duration: nanoseconds, not negative.
         """
-        self._reserve(groups)
-        group, duration = np.ascontiguousarray(group, np.int32), np.ascontiguousarray(duration, np.int64)
         if library():
-            self._native(group, duration)
-        elif len(group):
-            self._plain(group, duration)
+            self._reserve(groups)
+            self._native(np.ascontiguousarray(group, np.int32), np.ascontiguousarray(duration, np.int64))
+        else:
+            rows = Counter(zip(group.tolist(), duration.tolist(), strict=True))
+            for (number, time_ns), spans in rows.items():
+                self._plain[number].add(time_ns, spans)
 
     def stat(self, group: int) -> GroupStat:
         """Return the statistics of one group, without its self time."""
-        if group >= len(self.count) or not self.count[group]:
+        if group in self._plain:
+            return replace(self._plain[group], counts=self._plain[group].counts.copy())
+
+        if group >= len(self._count) or not self._count[group]:
             return GroupStat()
 
         total = (int(self._high[group]) << 64) + int(self._low[group])
         counts = self._histogram(group)
-        return GroupStat(int(self.count[group]), total, int(self._least[group]), int(self._most[group]), 0, counts)
+        return GroupStat(int(self._count[group]), total, int(self._least[group]), int(self._most[group]), 0, counts)
 
     def _histogram(self, group: int) -> dict[int, int]:
-        if self.count[group] <= _FEW and not self._pages[group].any():
-            return dict(Counter(map(bucket, self._few[group, : self.count[group]].tolist())))
+        if self._count[group] <= _FEW:
+            return dict(Counter(map(bucket, self._few[group, : self._count[group]].tolist())))
 
         counts: dict[int, int] = {}
         for octave in np.flatnonzero(self._pages[group]):
@@ -181,14 +185,14 @@ class GroupStatTable:
         return counts
 
     def _reserve(self, groups: int) -> None:
-        self.count, self._low, self._high = (grown(each, groups) for each in (self.count, self._low, self._high))
+        self._count, self._low, self._high = (grown(each, groups) for each in (self._count, self._low, self._high))
         self._least, self._most = grown(self._least, groups, _GREATEST), grown(self._most, groups, -1)
         self._few, self._pages = grown(self._few, groups), grown(self._pages, groups)
 
     def _native(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
         lib = library()
         assert lib is not None
-        fixed = [pointer(each) for each in (group, duration, self.count, self._low, self._high)]
+        fixed = [pointer(each) for each in (group, duration, self._count, self._low, self._high)]
         fixed += [pointer(each) for each in (self._least, self._most, self._few, self._pages)]
         at, size = 0, ctypes.c_int64(len(group))
         while True:
@@ -199,48 +203,6 @@ class GroupStatTable:
                 return
 
             self._cells = grown(self._cells, len(self._cells) + 1)
-
-    def _plain(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
-        np.add.at(self.count, group, 1)
-        np.minimum.at(self._least, group, duration)
-        np.maximum.at(self._most, group, duration)
-        self._sum(group, duration)
-        self._distribute(group, duration)
-
-    def _sum(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
-        """Add up halves of 32 bits, which cannot overflow, and carry."""
-        low, high = np.zeros(len(self.count), np.int64), np.zeros(len(self.count), np.int64)
-        np.add.at(low, group, duration & 0xFFFFFFFF)
-        np.add.at(high, group, duration >> 32)
-        for each in np.flatnonzero(low | high):
-            total = (int(self._high[each]) << 64) + int(self._low[each]) + (int(high[each]) << 32) + int(low[each])
-            self._high[each], self._low[each] = total >> 64, total & (2**64 - 1)
-
-    def _distribute(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
-        exponent = np.maximum(_bit_lengths(duration) - 1, 6)
-        octave = np.where(duration < CELLS, 0, exponent - 6)
-        cell = np.where(duration < CELLS, duration, (duration >> np.maximum(exponent - 7, 0)) & (CELLS - 1))
-        keys = (group.astype(np.int64) * OCTAVES + octave) * CELLS + cell
-        for key, spans in zip(*np.unique(keys, return_counts=True), strict=True):
-            place, at = divmod(int(key), CELLS)
-            page = self._page(*divmod(place, OCTAVES))  # may replace `_cells` by a larger array
-            self._cells[page, at] += spans
-
-    def _page(self, group: int, octave: int) -> int:
-        if not self._pages[group, octave]:
-            self._cells = grown(self._cells, self._used.value + 1)
-            self._used.value += 1
-            self._pages[group, octave] = self._used.value
-
-        return int(self._pages[group, octave]) - 1
-
-
-def _bit_lengths(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the bit length of each value, by halves: these are exact in a float, the whole may not be."""
-    high, low = values >> 31, values & 0x7FFFFFFF
-    upper = np.frexp(high.astype(np.float64))[1].astype(np.int64)
-    lower = np.frexp(low.astype(np.float64))[1].astype(np.int64)
-    return np.where(high > 0, upper + 31, lower)
 
 
 class ArgumentSums:

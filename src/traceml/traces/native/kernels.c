@@ -174,20 +174,6 @@ int64_t traceml_nest(int64_t first, int64_t n, int32_t part, int32_t mask, const
   return n;
 }
 
-/* Account for the rest of the stack of every lane. */
-void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t *node_end,
-                    const int32_t *node_group, const int32_t *node_below, uint64_t *low, int64_t *high) {
-  for (int64_t l = 0; l < lanes; l++) {
-    int64_t at = cursor[l];
-    for (int32_t top = head[l]; top >= 0; top = node_below[top]) {
-      if (node_end[top] <= at) continue;
-      add_wide(&low[node_group[top]], &high[node_group[top]], node_end[top] - at);
-      at = node_end[top];
-    }
-    head[l] = -1;
-  }
-}
-
 /* Pair begins with ends of the same lane, in the order of time; open begins stay in the stacks.
  *
  * An end with a name closes the innermost begin of that name; begins above it stay open for ends that come later. Spans
@@ -320,16 +306,5 @@ void traceml_overlap(int64_t n, const int64_t *start, const int64_t *dur, const 
       extend(timeline, s);
       timeline->busy[CLASSES][(s >> timeline->shift) - timeline->base]++;
     }
-  }
-}
-
-void traceml_finish_overlap(int64_t units, const uint8_t *seen, int64_t *cursor, const int64_t *ends, int64_t *masks,
-                     Timeline *timeline) {
-  for (int64_t u = 0; u < units; u++) {
-    if (!seen[u]) continue;
-    int64_t last = cursor[u];
-    for (int c = 0; c < CLASSES; c++)
-      if (ends[u * CLASSES + c] > last) last = ends[u * CLASSES + c];
-    advance(&cursor[u], &ends[u * CLASSES], last, &masks[u << CLASSES], timeline);
   }
 }

@@ -21,8 +21,7 @@ _LOG = logging.getLogger("traceml")
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _RESULTS = {
     **dict.fromkeys(("traceml_find", "traceml_stats", "traceml_pairs", "traceml_nest", "traceml_match"), _I64),
-    **dict.fromkeys(("traceml_unnest", "traceml_overlap", "traceml_finish_overlap"), None),
-    **dict.fromkeys(("traceml_scanner_free", "traceml_copy_rows"), None),
+    **dict.fromkeys(("traceml_overlap", "traceml_scanner_free", "traceml_copy_rows"), None),
     **dict.fromkeys(("traceml_scanner_new", "traceml_scanner_texts"), _POINTER),
 }
 _ARGUMENTS = {
