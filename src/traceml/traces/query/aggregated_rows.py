@@ -18,12 +18,11 @@ from traceml.traces.query.event_filter import EventFilter
 from traceml.traces.query.fields import FieldContext, field_of
 from traceml.traces.query.labels import Labels
 from traceml.traces.reader.columns import FLOAT, INTEGER, ArgColumn, EventBatch
+from traceml.traces.reader.event_rows import AGGREGATED
 from traceml.traces.reader.reading import read
 
-__all__ = ["AGGREGATED", "aggregated_calls"]
+__all__ = ["aggregated_calls"]
 
-AGGREGATED = "A"
-"""Phase code of these rows, also where the file has dftracer's number 3."""
 _COUNT, _SUM = "dft_cnt", "dur_sum"
 
 

@@ -9,7 +9,7 @@ reads.group_by("name", "rank").agg("count", "sum", "p99").to_polars()
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,23 @@ class Traces:
         Yields:
             Columns name, cat, ph, pid, tid, args.KEY, ts_ns, dur_ns; begins and ends are events of their own.
         """
-        yield from _batches(self, args)
+        from traceml.traces.query.analysis import TraceQuery
+        from traceml.traces.query.event_filter import EventFilter
+        from traceml.traces.query.fields import FieldContext
+        from traceml.traces.query.frames import EVENT_FIELDS, decoded
+        from traceml.traces.query.labels import read_labels
+        from traceml.traces.reader.reading import read
+
+        query = TraceQuery(where=parse_where(self.where))
+        reading = read(self.files, args=[*args, *query.args], metadata=())
+        labels = read_labels(self.files, query.metadata) if query.needs_labels else None
+        context = FieldContext(reading.strings, self.files, labels)
+        chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
+        for batch in reading:
+            mask = chosen.rows(batch) if chosen else None
+            columns = decoded(batch, fields, context, mask)
+            if columns["ph"]:
+                yield columns
 
     def __iter__(self) -> Iterator[dict[str, list[Any]]]:
         return self.batches()
@@ -181,26 +197,6 @@ class AggregatedTraces:
     @property
     def _names(self) -> list[str]:
         return [*self.groups.by, *(measure.column for measure in self.measures)]
-
-
-def _batches(traces: Traces, args: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-    from traceml.traces.query.analysis import TraceQuery
-    from traceml.traces.query.event_filter import EventFilter
-    from traceml.traces.query.fields import FieldContext
-    from traceml.traces.query.frames import EVENT_FIELDS, decoded
-    from traceml.traces.query.labels import read_labels
-    from traceml.traces.reader.reading import read
-
-    query = TraceQuery(where=parse_where(traces.where))
-    reading = read(traces.files, args=[*args, *query.args], metadata=())
-    labels = read_labels(traces.files, query.metadata) if query.needs_labels else None
-    context = FieldContext(reading.strings, traces.files, labels)
-    chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
-    for batch in reading:
-        mask = chosen.rows(batch) if chosen else None
-        columns = decoded(batch, fields, context, mask)
-        if columns["ph"]:
-            yield columns
 
 
 def _all(batches: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]]:

@@ -104,8 +104,9 @@ def run_query(
 
 
 def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Progress | None) -> dict[str, Any]:
-    from traceml.traces.query.aggregated_rows import AGGREGATED, aggregated_calls
+    from traceml.traces.query.aggregated_rows import aggregated_calls
     from traceml.traces.query.result import result_of
+    from traceml.traces.reader.event_rows import AGGREGATED
 
     if dask is None:
         analysis, reader = run_query(query, files, progress)

@@ -18,7 +18,6 @@ __all__ = [
     "as_text",
     "cleaned",
     "encodable",
-    "is_metadata",
 ]
 
 AGGREGATED = "A"  # dftracer's phase code of a row with the number and the sum of many calls
@@ -55,11 +54,6 @@ def cleaned(event: dict[str, Any], *, plain: bool = False) -> dict[str, Any]:
             clean[key] = _number(clean[key])
 
     return clean
-
-
-def is_metadata(event: dict[str, Any]) -> bool:
-    """Return whether an event is metadata about others."""
-    return bool(event["ph"] == "M")
 
 
 class RowBuilder:

@@ -14,7 +14,7 @@ from typing import Any
 
 from traceml.traces.reader.chunks import GAP
 from traceml.traces.reader.columns import FileDamage, StringTable
-from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, cleaned, is_metadata
+from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, cleaned
 from traceml.traces.reader.scan_result import ColumnBuilder, ScanFindings, ScanResult
 
 __all__ = ["MAX_EVENT_BYTES", "CutOffError", "PythonScanner", "Text", "parse", "parse_ranges"]
@@ -106,7 +106,7 @@ class PythonScanner:
             findings.damage.append(FileDamage(begin, str(error), end - begin))
             return None
 
-        if is_metadata(event):
+        if event["ph"] == "M":
             if self._metadata is None or event.get("name") in self._metadata:
                 findings.metadata.append(event)
 
