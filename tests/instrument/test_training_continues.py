@@ -43,7 +43,6 @@ _GUARDS = frozenset(
     {
         "DeviceTimes.drain",
         "ForwardTimer.__call__",
-        "ModuleDiscovery.watch.<locals>.__setstate__",
         "ModuleDiscovery.watch.<locals>.on_registration",
         "Guard.__call__",
         "DeviceTimes.fail",

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
+from traceml.instrument.guard import Guard
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import OTHER, Began
@@ -25,7 +26,7 @@ __all__ = ["patch_graph_replays"]
 _FORWARD = int(Phase.FORWARD)
 
 
-def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
+def patch_graph_replays(patches: Patches, clock: StepClock, guard: Guard) -> None:
     """Time replays of graphs, and see the steps in them."""
     graph_type: Any = torch.cuda.CUDAGraph
     methods = vars(graph_type)
@@ -33,8 +34,8 @@ def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
         return
 
     captures = _Captures()
-    patches.wrap(graph_type, "capture_begin", _after(methods["capture_begin"], clock, captures.begun))
-    patches.wrap(graph_type, "capture_end", _after(methods["capture_end"], clock, captures.ended))
+    patches.follow(graph_type, "capture_begin", guard.wrap(captures.begun))
+    patches.follow(graph_type, "capture_end", guard.wrap(captures.ended))
     patches.wrap(graph_type, "replay", _timed_replay(methods["replay"], clock, captures.optimizer_of))
 
 
@@ -62,20 +63,6 @@ class _Captures:
     def optimizer_of(self, graph: Any) -> int:
         """Return the id of the optimizer whose step a graph holds; 0 if it holds none."""
         return self._optimizers.get(graph, 0)
-
-
-@uncounted
-def _after(original: Callable[..., Any], clock: StepClock, note: Callable[[Any], None]) -> Callable[..., Any]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        try:
-            note(self)
-        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
-
-        return result
-
-    return call
 
 
 @uncounted

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from traceml.instrument.importlib_bootstrap import uncounted
+
 __all__ = ["Patches"]
 
 _ABSENT = object()
@@ -21,6 +23,18 @@ class Patches:
         """Replace `owner.name` by a function; the function takes over the original's name and docstring."""
         functools.update_wrapper(wrapper, getattr(owner, name))
         self.replace(owner, name, wrapper)
+
+    @uncounted
+    def follow(self, owner: Any, name: str, after: Callable[[Any], object]) -> None:
+        """Call `after`, which must not raise, with the object whose method `owner.name` has returned."""
+        original = getattr(owner, name)
+
+        def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            after(self)
+            return result
+
+        self.wrap(owner, name, method)
 
     def wrap_in(self, modules: Sequence[Any], name: str, wrap: Callable[[Any], Any]) -> None:
         """Wrap the first module's function of this name, in each of the modules that hold it."""

@@ -28,7 +28,6 @@ from traceml.instrument.forward import (
 from traceml.instrument.graph_replays import patch_graph_replays
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.guard import Guard, guarded
-from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import patch_loaders
 from traceml.instrument.maintenance.overhead import HookOverhead
 from traceml.instrument.optimizer import (
@@ -106,7 +105,7 @@ class TorchHooks:
         patch_clipping(patches, clock)
         patch_autocast(patches, clock, self.guard.wrap(self._facts.autocast))
         if self._cuda is not None:
-            self.guard(patch_graph_replays, patches, clock)
+            self.guard(patch_graph_replays, patches, clock, self.guard)
 
     def patch_sharded_scaler(self, scaler_type: Any) -> None:
         """Read the losses of FSDP's scaler, and time its work on gradients: its methods do not call GradScaler's."""
@@ -143,31 +142,14 @@ class TorchHooks:
         if hasattr(sys.modules.get("torch.distributed.rpc"), "init_rpc"):  # else torch was built without it
             timed_calls.patch_remote_calls(self._patches, self._clock, lambda *_: self._facts.report(InfoKind.RPC))
 
-    @uncounted
     def watch_constructors(self) -> None:
-        """Search for models when an optimizer is created: the model exists then, and has not been called."""
-        optimizer_type: Any = torch.optim.Optimizer
-        original = optimizer_type.__init__
+        """Search for models when an optimizer is created: the model exists then, and has not been called.
 
-        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
-            original(optimizer, *args, **kwargs)
-            self._optimizer_made(optimizer)
-
-        self._patches.wrap(optimizer_type, "__init__", __init__)
-        self._watch_groups(optimizer_type)
+        Report it again when it is given more parameters, as those of unfrozen layers.
+        """
+        self._patches.follow(torch.optim.Optimizer, "__init__", self._optimizer_made)
+        self._patches.follow(torch.optim.Optimizer, "add_param_group", self._group_added)
         self.discovery.watch(self._patches)
-
-    @uncounted
-    def _watch_groups(self, optimizer_type: Any) -> None:
-        """Report an optimizer again that is given more parameters, as those of unfrozen layers."""
-        original = optimizer_type.add_param_group
-
-        def add_param_group(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(optimizer, *args, **kwargs)
-            self._group_added(optimizer)
-            return result
-
-        self._patches.wrap(optimizer_type, "add_param_group", add_param_group)
 
     @guarded
     def look_for_device(self) -> None:

@@ -160,19 +160,11 @@ def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
     return number
 
 
-@uncounted
 def patch_join(patches: Patches, clock: DividedStep, report: InfoSender) -> None:
     """Report the step that has the wait at the end of each `with Join(...)`."""
 
-    def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
-        def exit_(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if clock.is_training_thread():
-                report(InfoKind.JOINED, step=clock.step)
+    def report_step(_join: Any) -> None:
+        if clock.is_training_thread():
+            report(InfoKind.JOINED, step=clock.step)
 
-            return result
-
-        return exit_
-
-    join = sys.modules[MODULE].Join
-    patches.wrap(join, "__exit__", reporting(join.__exit__))
+    patches.follow(sys.modules[MODULE].Join, "__exit__", report_step)

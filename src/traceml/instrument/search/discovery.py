@@ -70,16 +70,11 @@ class ModuleDiscovery:
     @uncounted
     def watch(self, patches: Patches) -> None:
         """Collect the modules that are constructed, copied or unpickled."""
-        set_state = torch.nn.Module.__setstate__
 
-        def on_registration(module: Any, _name: str, _part: Any) -> None:
+        def on_registration(module: Any, *_: Any) -> None:
             if not is_dynamo_compiling() and len(self._pending) < _MAX_PENDING:
                 with fail_open(_log, "instrument", "a module is not searched for models", once=True):
                     self._pending.append(weakref.ref(module))
-
-        def __setstate__(module: Any, state: Any) -> None:  # noqa: N807 - name of the replaced method
-            set_state(module, state)
-            on_registration(module, "", None)
 
         for register in (
             torch.nn.modules.module.register_module_parameter_registration_hook,
@@ -87,7 +82,7 @@ class ModuleDiscovery:
         ):
             patches.on_undo(register(on_registration).remove)
 
-        patches.wrap(torch.nn.Module, "__setstate__", __setstate__)
+        patches.follow(torch.nn.Module, "__setstate__", on_registration)
 
     def models_with(self, module: Any) -> list[Any]:
         """Return the known models that are or have the module."""
