@@ -11,7 +11,7 @@ import contextvars
 import logging
 from _thread import get_ident
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
@@ -43,7 +43,6 @@ _log = logging.getLogger("traceml")
 _NO_TOKEN: Sequence[bool] = ()
 _training: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("traceml_training", default=_NO_TOKEN)
 on_training_thread = _training.get
-Function = TypeVar("Function", bound=Callable[..., Any])
 Began = tuple[int, int]
 """The enclosing phase, and the start of a phase."""
 
@@ -63,13 +62,6 @@ class _Sentinel:
 NOT_READY = _Sentinel("NOT_READY")  # nothing closes the step yet
 ON_FORWARD = _Sentinel("ON_FORWARD")  # the next training forward closes it
 CHECK_FORWARD = _Sentinel("CHECK_FORWARD")  # each forward must check whether it trains
-
-
-class Bind(Protocol):
-    """Gives a function the fields of a clock that it declares as free variables."""
-
-    def __call__(self, function: Function, /) -> Function:
-        """Return a copy of the function that shares them."""
 
 
 class PhaseTimer:
@@ -93,7 +85,7 @@ class PhaseTimer:
     needs_slow_commit: bool  # closing this step takes all rules: see `DividedStep.commit_slow`
     has_user_phases: bool  # this step has time in user phases
 
-    bind: Bind  # gives Python functions the fields
+    bind: Callable[..., Callable[..., Any]]  # gives Python functions the fields
     hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
     user_phase: Callable[[Any, int, int], Any] | None = None  # makes user phases in C; None: they are in Python
     enter_user: Callable[[Any, int, int], None]  # in Python: begins a user phase, given its bucket and its name's id

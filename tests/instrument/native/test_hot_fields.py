@@ -19,7 +19,7 @@ from traceml.instrument.step_clock import StepClock
 
 FOLDER = Path(traceml.instrument.__file__).parent
 STUB = FOLDER / "native" / "_hot_path.pyi"
-_FUNCTION = re.compile(r"\b(Callable|Bind)\b")
+_FUNCTION = re.compile(r"\bCallable\b")
 DECLARED = {
     name
     for cls in (PhaseTimer, DividedStep, StepClock)
