@@ -12,6 +12,7 @@ for the other ranks. It costs 12 us, and as much again for the slow paths around
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def patch_distributed_backward(patches: Patches, clock: StepClock) -> None:
     original = owner.backward
 
     def backward(context: Any, *args: Any, **kwargs: Any) -> Any:
-        return _slow_path(lambda _: original(context, *args, **kwargs), clock, _read_nothing, (), (), {})
+        return _slow_path(lambda _: original(context, *args, **kwargs), clock, _read_nothing, ())
 
     patches.wrap(owner, "backward", backward)
 
@@ -61,7 +62,7 @@ def timed_backward(
 ) -> Callable[..., None]:
     """Return a function that calls `original` and times it as a backward pass."""
     if clock.hook is not None:
-        return clock.hook(clock, _BACKWARD, original, _slow_backward(original, clock, read_loss), read_loss)
+        return clock.hook(clock, _BACKWARD, original, partial(_slow_path, original, clock, read_loss), read_loss)
 
     fail = clock.fail
     # Cells of the clock.
@@ -76,7 +77,7 @@ def timed_backward(
             return original(tensors, *args, **kwargs)
 
         if current != OTHER or needs_slow_backward or not on_training_thread():
-            return _slow_path(original, clock, read_loss, tensors, args, kwargs)
+            return _slow_path(original, clock, read_loss, tensors, *args, **kwargs)
 
         try:
             if not rows & loss_mask:
@@ -105,16 +106,6 @@ def timed_backward(
 
 
 @uncounted
-def _slow_backward(
-    original: Callable[..., None], clock: StepClock, read_loss: Callable[[Any], None]
-) -> Callable[..., None]:
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        return _slow_path(original, clock, read_loss, tensors, args, kwargs)
-
-    return backward
-
-
-@uncounted
 def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Callable[[Any], None]) -> Callable[..., Any]:
     """Return a function that calls `original`, which is `torch.autograd.grad`, and times it."""
 
@@ -124,10 +115,10 @@ def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Calla
 
         inputs = tuple(inputs) if isinstance(inputs, Iterator) else inputs
         if _differentiates_parameters(clock, inputs, kwargs):
-            return _slow_path(original, clock, read_loss, outputs, (inputs, *args), kwargs)
+            return _slow_path(original, clock, read_loss, outputs, inputs, *args, **kwargs)
 
         if _is_functorch_gradient(clock, inputs):  # its tensors are wrappers: nothing is read of them or hooked
-            return _slow_path(lambda _: original(outputs, inputs, *args, **kwargs), clock, _read_nothing, (), (), {})
+            return _slow_path(lambda _: original(outputs, inputs, *args, **kwargs), clock, _read_nothing, ())
 
         began = clock.enter(_BACKWARD)  # a penalty or an inner loop: a part of the step
         try:
@@ -194,9 +185,10 @@ def _slow_path(
     original: Callable[..., Any],
     clock: StepClock,
     read_loss: Callable[[Any], None],
+    /,
     tensors: Any,
-    args: Any,
-    kwargs: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run a backward pass inside another phase, on another thread, or with detailed measurement."""
     began = _begin(clock, read_loss, tensors)

@@ -27,6 +27,7 @@ from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.step_clock import StepClock
+from traceml.instrument.timed_calls import timed_call
 
 __all__ = [
     "is_wrapper",
@@ -132,7 +133,7 @@ def _restore_step(optimizer: weakref.ref[Any], step: weakref.ref[Any]) -> None:
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a method that calls `original` and times it as a step call."""
     if clock.hook is not None:
-        return clock.hook(clock, _OPTIMIZER, original, _slow_step(original, clock))
+        return clock.hook(clock, _OPTIMIZER, original, functools.partial(_slow_path, original, clock))
 
     fail = clock.fail
     # Cells of the clock.
@@ -156,7 +157,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             or first_loader is not usual_loader
             or not on_training_thread()
         ):
-            return _slow_path(original, clock, self, args, kwargs)
+            return _slow_path(original, clock, self, *args, **kwargs)
 
         try:
             t = monotonic_ns()
@@ -183,55 +184,30 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 @uncounted
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as optimizer work without a step call, such as clipping."""
+    timed = timed_call(original, _OPTIMIZER, clock)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if clock.current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
-            return original(*args, **kwargs)
-
-        try:
-            t = monotonic_ns()
-            clock.current = _OPTIMIZER
-            clock.open_slots[_OPTIMIZER] = t
-        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
-
-        try:
-            return original(*args, **kwargs)
-        finally:
-            try:
-                clock.optimizer_ns += monotonic_ns() - t
-                clock.current = OTHER
-                clock.open_slots[_OPTIMIZER] = 0
-            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-                clock.fail(error)
+        return (timed if clock.current == OTHER else original)(*args, **kwargs)
 
     return call
 
 
 @uncounted
-def _slow_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _slow_path(original, clock, self, args, kwargs)
-
-    return step
-
-
-@uncounted
-def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
-    """Run an optimizer step that differs from the usual loop."""
-    began = _begin(clock, optimizer)
+def _slow_path(original: Callable[..., Any], clock: StepClock, /, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an optimizer step that differs from the usual loop; `self`, which may be given by name, is the optimizer."""
+    began = _begin(clock, self)
     if began is None:
-        return original(optimizer, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     failed = True
-    closure = args[0] if args else kwargs.get("closure")
+    closure: Any = args[0] if args else kwargs.get("closure")
     has_closure = callable(closure) and not isinstance(closure, Module)  # a module is another kind of argument
     if has_closure:
         apart = _apart(closure, clock, began)
         args, kwargs = ((apart, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": apart})
 
     try:
-        result = original(optimizer, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         failed = False
         return result
     finally:
@@ -239,7 +215,7 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
             clock.flags |= _CLOSURES
             clock.needs_slow_commit = True
 
-        _end(clock, optimizer, began, failed=failed)
+        _end(clock, self, began, failed=failed)
         if has_closure:
             clock.last_optimizer = 0  # the next step takes this path, too
 

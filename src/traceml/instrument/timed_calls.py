@@ -96,7 +96,7 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
 
     work: Any = getattr(c10d, "Work", None)
     if work is not None:
-        patches.replace(work, "wait", _waiting_method(work.wait, clock))
+        patches.wrap(work, "wait", timed_call(work.wait, _COMM, clock))
 
 
 def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
@@ -122,7 +122,7 @@ def patch_remote_calls(patches: Patches, clock: StepClock, record: _Recorded) ->
 
     future, reference = sys.modules["torch"]._C.Future, vars(package)["RRef"].__base__  # what C++ returns
     for owner, name in ((future, "wait"), (reference, "to_here")):
-        patches.replace(owner, name, _waiting_method(getattr(owner, name), clock))
+        patches.wrap(owner, name, timed_call(getattr(owner, name), _COMM, clock))
 
     patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, record))
 
@@ -169,15 +169,3 @@ def _timed_copy(
                 clock.cancel(_H2D, began)  # only another dtype
 
     return copy
-
-
-@uncounted
-def _waiting_method(original: Any, clock: StepClock) -> Callable[..., Any]:
-    """Return a timed wait for a C type, whose instances bind only Python functions."""
-    timed = timed_call(original, _COMM, clock)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return timed(self, *args, **kwargs)
-
-    method.__name__, method.__doc__ = original.__name__, original.__doc__
-    return method
