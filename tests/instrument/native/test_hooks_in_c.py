@@ -396,12 +396,7 @@ def _without_faces(_name: str) -> ModuleType:
 
     real = importlib.import_module("traceml.instrument.native._hot_path")
     module = ModuleType("faceless")
-    module.LAYOUT, module.HotFields, module.Hook, module.type_changed = (
-        real.LAYOUT,
-        real.HotFields,
-        Hook,
-        lambda _: None,
-    )
+    module.LAYOUT, module.HotFields, module.Hook = real.LAYOUT, real.HotFields, Hook
     return module
 
 

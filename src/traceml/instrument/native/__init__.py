@@ -2,5 +2,3 @@
 
 Runs in the rank. May import what `instrument` may.
 """
-
-from __future__ import annotations

@@ -6,7 +6,6 @@ from typing import Any, Self
 LAYOUT: str
 
 def use_time(source: Callable[[], int] | None) -> None: ...
-def type_changed(changed: type[Any]) -> None: ...
 def metric_writer(
     entries: dict[str, list[int]],
     ring: Any,

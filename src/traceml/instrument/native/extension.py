@@ -8,6 +8,7 @@ the type's dictionary, which leaves the slots alone. (An assignment to the attri
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -76,7 +77,7 @@ def _add_methods(loaded: Any) -> bool:
 def _set_method(loaded: Any, name: str, method: Any) -> None:
     (attributes,) = gc.get_referents(loaded.Hook.__dict__)  # the dictionary behind the read-only view
     attributes[name] = method
-    loaded.type_changed(loaded.Hook)
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(loaded.Hook))
 
 
 def _no_call(*_: object) -> None:

@@ -96,16 +96,7 @@ static PyObject *method_commit(PyObject *self, PyObject *time) {
 static void disconnect(HotFields *hot) {
     hot->words = hot->count = NULL;
     Py_CLEAR(hot->mapped_slots);
-    PyBuffer_Release(&hot->slots_buffer); /* does nothing where it holds none */
-    PyBuffer_Release(&hot->ring_buffer);
-    PyBuffer_Release(&hot->count_buffer);
-}
-
-static int is_in_bounds(const HotFields *hot, long long offset, long long slot) {
-    long long rows_end = offset + (hot->mask + 1) * (long long)(STEPS_COLUMNS * sizeof(long long));
-    return hot->slots_buffer.len >= (SLOT_STEP + 1) * (Py_ssize_t)sizeof(long long)
-        && slot >= 0 && hot->count_buffer.len >= (slot + 1) * (Py_ssize_t)sizeof(long long)
-        && offset >= 0 && offset % (long long)sizeof(long long) == 0 && hot->mask >= 0 && hot->ring_buffer.len >= rows_end;
+    unmap_ring(&hot->memory);
 }
 
 static PyObject *method_connect(PyObject *self, PyObject *args) {
@@ -118,15 +109,7 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
         return NULL;
 
     disconnect(hot);
-    if (PyObject_GetBuffer(slots, &hot->slots_buffer, PyBUF_WRITABLE)
-        || PyObject_GetBuffer(buffer, &hot->ring_buffer, PyBUF_WRITABLE)
-        || PyObject_GetBuffer(count, &hot->count_buffer, PyBUF_WRITABLE))
-        return NULL;
-
-    if (!is_in_bounds(hot, offset, slot)) {
-        PyErr_SetString(PyExc_ValueError, "the ring does not fit into its memory");
-        return NULL;
-    }
+    if (map_ring(&hot->memory, slots, SLOT_STEP + 1, buffer, offset, hot->mask, STEPS_COLUMNS, count, slot)) return NULL;
 
     assign(&hot->mapped_slots, slots);
     assign(&hot->open_slots, slots);
@@ -134,9 +117,9 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
     assign(&hot->on_forward, on_forward);
     assign(&hot->check_forward, check_forward);
     assign(&hot->in_context, in_context);
-    hot->first_row = (long long *)((char *)hot->ring_buffer.buf + offset);
-    hot->words = hot->slots_buffer.buf;
-    hot->count = (long long *)hot->count_buffer.buf + slot;
+    hot->first_row = (long long *)((char *)hot->memory.rows.buf + offset);
+    hot->words = hot->memory.words.buf;
+    hot->count = (long long *)hot->memory.counts.buf + slot;
     return new_none();
 }
 
@@ -204,7 +187,7 @@ static int set_open_slots(PyObject *self, PyObject *slots, void *unused) {
     (void)unused;
     HotFields *hot = (HotFields *)self;
     assign(&hot->open_slots, slots);
-    hot->words = slots && slots == hot->mapped_slots ? hot->slots_buffer.buf : NULL;
+    hot->words = slots && slots == hot->mapped_slots ? hot->memory.words.buf : NULL;
     return 0;
 }
 

@@ -58,3 +58,25 @@ int is_in_context(HotFields *hot) {
     if (is_true < 0) PyErr_Clear();
     return is_true > 0;
 }
+
+int map_ring(RingMemory *memory, PyObject *slots, int words, PyObject *buffer, long long offset, long long mask,
+             int columns, PyObject *count, long long slot) {
+    const long long word = (long long)sizeof(long long), row = columns * word;
+    if (PyObject_GetBuffer(slots, &memory->words, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(buffer, &memory->rows, PyBUF_WRITABLE)
+        || PyObject_GetBuffer(count, &memory->counts, PyBUF_WRITABLE))
+        return -1;
+
+    if (memory->words.len >= words * word && slot >= 0 && slot < memory->counts.len / word && offset >= 0
+        && offset % word == 0 && offset <= memory->rows.len && mask >= 0 && mask < (memory->rows.len - offset) / row)
+        return 0;
+
+    PyErr_SetString(PyExc_ValueError, "the ring does not fit into its memory");
+    return -1;
+}
+
+void unmap_ring(RingMemory *memory) {
+    PyBuffer_Release(&memory->words); /* does nothing where it holds none */
+    PyBuffer_Release(&memory->rows);
+    PyBuffer_Release(&memory->counts);
+}

@@ -29,6 +29,11 @@ PyAPI_FUNC(PyObject *) PyWeakref_GetObject(PyObject *); /* later headers may lea
 #define COLD __attribute__((cold, noinline))
 #define LIKELY(truth) __builtin_expect(!!(truth), 1)
 
+/* Memory of the flight file: its words, the rows of a ring, and the words with the ring's counter. */
+typedef struct {
+    Py_buffer words, rows, counts;
+} RingMemory;
+
 /* A user phase that has begun: the phase around it, and when it began, or since when its time is not booked. */
 typedef struct {
     PyObject *phase;
@@ -56,7 +61,7 @@ typedef struct {
     PyObject *open_slots, *mapped_slots, *rare_times, *in_context, *sequence;
     OpenUserPhase *open_user_phases; /* innermost last */
     Py_ssize_t user_room;
-    Py_buffer slots_buffer, ring_buffer, count_buffer;
+    RingMemory memory;
 } HotFields;
 
 #pragma GCC visibility push(hidden) /* known to be in this library: found without the table of other libraries' names */
@@ -76,6 +81,11 @@ PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_account_user_phases(PyObject *self, PyObject *time);
 PyObject *method_end_user_phases(PyObject *self, PyObject *time);
+
+/* Map memory with at least this many words, and rows up to number `mask`. Returns 0, or -1 with an exception set. */
+COLD int map_ring(RingMemory *memory, PyObject *slots, int words, PyObject *buffer, long long offset, long long mask,
+                  int columns, PyObject *count, long long slot);
+COLD void unmap_ring(RingMemory *memory);
 
 /* Begin a phase; return 1, 0 if it does not count, or -1 with an exception set. */
 int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start);

@@ -8,7 +8,7 @@ typedef struct {
     PyObject *ring, *acquire, *release;
     long long *slots, *count, *first_row;
     long long mask, limit, experiment;
-    Py_buffer slots_buffer, ring_buffer, count_buffer;
+    RingMemory memory;
 } MetricWriter;
 
 static PyObject *new_truth(int truth) {
@@ -94,9 +94,7 @@ static PyObject *write_metric(PyObject *capsule, PyObject *const *args, Py_ssize
 /* ---- its making ---- */
 
 static void free_writer(MetricWriter *writer) {
-    PyBuffer_Release(&writer->slots_buffer); /* does nothing where it holds none */
-    PyBuffer_Release(&writer->ring_buffer);
-    PyBuffer_Release(&writer->count_buffer);
+    unmap_ring(&writer->memory);
     Py_CLEAR(writer->entries);
     Py_CLEAR(writer->ring);
     Py_CLEAR(writer->acquire);
@@ -105,31 +103,6 @@ static void free_writer(MetricWriter *writer) {
 }
 
 static void free_capsule(PyObject *capsule) { free_writer(PyCapsule_GetPointer(capsule, kind_of_writer)); }
-
-static int is_within(const MetricWriter *writer, long long offset, long long slot) {
-    const long long word = (long long)sizeof(long long), row = METRICS_COLUMNS * word;
-    return writer->slots_buffer.len >= (SLOT_LOGGED + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
-        && offset >= 0 && offset % word == 0 && offset <= writer->ring_buffer.len && writer->mask >= 0
-        && writer->mask < (writer->ring_buffer.len - offset) / row;
-}
-
-static int map_memory(MetricWriter *writer, PyObject *slots, PyObject *buffer, long long offset, PyObject *count,
-                      long long slot) {
-    if (PyObject_GetBuffer(slots, &writer->slots_buffer, PyBUF_WRITABLE)
-        || PyObject_GetBuffer(buffer, &writer->ring_buffer, PyBUF_WRITABLE)
-        || PyObject_GetBuffer(count, &writer->count_buffer, PyBUF_WRITABLE))
-        return -1;
-
-    if (!is_within(writer, offset, slot)) {
-        PyErr_SetString(PyExc_ValueError, "the ring does not fit into its memory");
-        return -1;
-    }
-
-    writer->slots = (long long *)writer->slots_buffer.buf;
-    writer->count = (long long *)writer->count_buffer.buf + slot;
-    writer->first_row = (long long *)((char *)writer->ring_buffer.buf + offset);
-    return 0;
-}
 
 PyObject *metric_writer(PyObject *module, PyObject *args) {
     static PyMethodDef method = {"write_metric", (PyCFunction)(void (*)(void))write_metric, METH_FASTCALL, NULL};
@@ -149,14 +122,17 @@ PyObject *metric_writer(PyObject *module, PyObject *args) {
     assign(&writer->ring, ring);
     assign(&writer->acquire, acquire);
     assign(&writer->release, release);
-    PyObject *capsule = map_memory(writer, slots, buffer, offset, count, slot)
-                            ? NULL
-                            : PyCapsule_New(writer, kind_of_writer, free_capsule);
+    PyObject *capsule = NULL;
+    if (!map_ring(&writer->memory, slots, SLOT_LOGGED + 1, buffer, offset, mask, METRICS_COLUMNS, count, slot))
+        capsule = PyCapsule_New(writer, kind_of_writer, free_capsule);
     if (!capsule) {
         free_writer(writer);
         return NULL;
     }
 
+    writer->slots = writer->memory.words.buf;
+    writer->count = (long long *)writer->memory.counts.buf + slot;
+    writer->first_row = (long long *)((char *)writer->memory.rows.buf + offset);
     PyObject *function = PyCFunction_NewEx(&method, capsule, NULL);
     Py_DECREF(capsule);
     return function;

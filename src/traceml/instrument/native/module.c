@@ -1,18 +1,8 @@
 /* The extension module: its types, and what it was compiled for. */
 #include "hot_path.h"
 
-/* The attribute cache of a type whose dictionary was changed directly is out of date. */
-static PyObject *type_changed(PyObject *module, PyObject *type) {
-    (void)module;
-    if (!PyType_Check(type)) return PyErr_Format(PyExc_TypeError, "not a type: %R", type);
-
-    PyType_Modified((PyTypeObject *)type);
-    return new_none();
-}
-
 static PyMethodDef functions[] = {
     {"use_time", use_time, METH_O, NULL},
-    {"type_changed", type_changed, METH_O, NULL},
     {"metric_writer", metric_writer, METH_VARARGS, NULL},
     {"passing_on", passing_on, METH_O, NULL},
     {"of_types", of_types, METH_VARARGS, NULL},
