@@ -37,11 +37,12 @@ _FACTOR = 2  # the last evaluation may take this many times as long as usual
 _log = logging.getLogger("traceml")
 
 
-class StepListener(Protocol):
-    """Receiver of the rare events of a clock."""
+class StepListener:
+    """Receiver of the rare events of a clock; this one does nothing."""
 
     def first_backward(self) -> bool:
         """Handle the start of the first backward pass; return whether a torch optimizer is alive."""
+        return True
 
     def find_new_models(self) -> None:
         """Handle a backward pass where no optimizer has stepped: it may be of a model that was made since the last."""
@@ -49,8 +50,9 @@ class StepListener(Protocol):
     def new_optimizer(self, optimizer: Any) -> None:
         """Handle the first step of an optimizer."""
 
-    def is_trained(self, module: Any) -> bool:
+    def is_trained(self, module: Any) -> bool:  # noqa: ARG002 - where no optimizer is known, any model is
         """Return whether an optimizer has parameters of the module."""
+        return True
 
     def maintain(self, forward_ns: int, backwards: int) -> None:
         """Handle the end of the first step, then of every 64th, given its forward time and backward passes."""
@@ -258,10 +260,8 @@ class DividedStep(PhaseTimer):
             function: returns the `StepFlag`s of the step that begins.
         """
         self.at_boundary = function
-        if function is not None:
-            self.slow_commits = self.needs_slow_commit = True
-        else:
-            self.slow_commits = False
+        self.slow_commits = function is not None
+        self.needs_slow_commit |= self.slow_commits
 
     def cross_boundary(self) -> None:
         """Call the function of `call_at_boundary`: a step has ended, and the next one has begun."""
@@ -354,16 +354,13 @@ class DividedStep(PhaseTimer):
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
-    def begin_first_step(self, t: int) -> None:
-        """Begin the first step."""
-        self._begin(t)
-
     def end_ready_part(self, t: int) -> None:
         """End the part of a ready step that belongs to it; the next request to any loader is one for the next step."""
         self._cut(t)
         self.part_loader = None
 
-    def _begin(self, t: int) -> None:
+    def begin_step(self, t: int) -> None:
+        """Begin a step, be it the first one."""
         self.open = True
         self.account_user_phases(t)
         self.first_part = None
@@ -650,4 +647,4 @@ class DividedStep(PhaseTimer):
         if self.device is not None:
             self.device.close(-1)
 
-        self._begin(t)
+        self.begin_step(t)

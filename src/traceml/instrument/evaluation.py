@@ -112,7 +112,7 @@ class EvaluationPeriod:
         clock = self._clock
         self._is_first = not clock.open
         if self._is_first:
-            clock.begin_first_step(t)
+            clock.begin_step(t)
         elif clock.step_call and not clock.ended.may_be_step:
             if clock.closing_trigger is ON_FORWARD:
                 clock.commit(t)
@@ -140,7 +140,7 @@ class EvaluationPeriod:
 
         if self._is_first and not self._is_continuous(t):
             self.forget()
-            clock.begin_first_step(t)
+            clock.begin_step(t)
             return
 
         if clock.prepares:

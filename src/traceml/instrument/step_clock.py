@@ -173,7 +173,7 @@ class StepClock(DividedStep):
             self._end_evaluation(t, is_between_epochs=loader is self.training_loader)
 
         if not self.open:
-            self._begin(t)
+            self.begin_step(t)
             self.part_loader = loader
             return
 
@@ -215,7 +215,7 @@ class StepClock(DividedStep):
     def _training_forward(self, t: int) -> None:
         """Handle a training forward, which may begin a step without a loader."""
         if not self.open:
-            self._begin(t)
+            self.begin_step(t)
             return
 
         closes = self.step_call and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
@@ -329,7 +329,7 @@ class StepClock(DividedStep):
         previous: int = self.current
         ident = id(optimizer)
         if not self.open:
-            self._begin(t)
+            self.begin_step(t)
         elif self.evaluation.start:
             self.evaluation.end(t)
 
@@ -387,7 +387,7 @@ class StepClock(DividedStep):
     def after_step(self, t: int, ident: int) -> None:
         """Handle the end of an optimizer step call: the step may close from here on."""
         if not self.open:
-            self._begin(t)
+            self.begin_step(t)
 
         if self.step_call:
             self.later_step_calls.add(ident)
@@ -548,7 +548,7 @@ class StepClock(DividedStep):
         self.inferred = self.has_no_optimizer and self.first_loader is not None
 
         if not self.open:
-            self._begin(monotonic_ns())
+            self.begin_step(monotonic_ns())
 
     def claim_thread(self) -> bool:
         """Make the current thread, which trains, the training thread; return whether it may be.
@@ -596,7 +596,7 @@ class StepClock(DividedStep):
 
             self.explicit = True
             self.usual_loader = NOT_READY
-            self._begin(t)
+            self.begin_step(t)
         elif self.evaluating and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
 
@@ -641,7 +641,7 @@ class StepClock(DividedStep):
 
         t = monotonic_ns()
         if self.pause_ends_step:
-            self._begin(t)
+            self.begin_step(t)
         else:
             self.part_start += t - self.paused_ns
 
@@ -680,18 +680,11 @@ class StepClock(DividedStep):
 
     def _end_of_last(self, t: int) -> int:
         """Return the end of the last step, whose waiting and saving after the loop is cut off."""
-        times = list(self.times)
-        usual = {
-            _COMM: usual_comm(self.ring, times[_COMM]),
-            _CHECKPOINT: usual_saving(self.ring, times[_CHECKPOINT]),
-        }
-        after = sum(times[phase] - usual_ns for phase, usual_ns in usual.items())
-        if after:
-            for phase, usual_ns in usual.items():
-                times[phase] = usual_ns
-
-            self.times = times
-
+        times = self.times
+        comm_ns, saving_ns = usual_comm(self.ring, times[_COMM]), usual_saving(self.ring, times[_CHECKPOINT])
+        after = times[_COMM] - comm_ns + times[_CHECKPOINT] - saving_ns
+        times[_COMM], times[_CHECKPOINT] = comm_ns, saving_ns
+        self.times = times
         timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
         return usual_end(self.ring, t - after, self._total_ns(t) - after, timed)
 

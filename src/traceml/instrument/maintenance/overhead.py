@@ -16,6 +16,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED, STEPS, USER_PHASES, Phase, Table, unpack_bits
 from traceml.instrument.clock_implementations import new_clock
+from traceml.instrument.divided_step import StepListener
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["HookOverhead", "entered_phases"]
@@ -37,7 +38,7 @@ class HookOverhead:
 
     def __init__(self, make_call: _MakeCall, flight: FlightFile) -> None:
         self._flight = flight
-        self._clock = new_clock(_scratch_flight(), _NullListener())
+        self._clock = new_clock(_scratch_flight(), StepListener())
         self._call = make_call(_nothing, self._clock, _nothing)
         self._samples: deque[int] = deque(maxlen=31)
 
@@ -108,22 +109,6 @@ def _row(flight: FlightFile, table: Table, back: int) -> tuple[int, ...]:
 
 def _nothing(_tensors: object) -> None:
     """Empty function in place of a backward pass."""
-
-
-class _NullListener:
-    """Listener that does nothing."""
-
-    def first_backward(self) -> bool:
-        return True
-
-    def find_new_models(self) -> None: ...
-
-    def new_optimizer(self, optimizer: object) -> None: ...
-
-    def is_trained(self, module: object) -> bool:
-        return module is not None
-
-    def maintain(self, forward_ns: int, backwards: int) -> None: ...
 
 
 def _scratch_flight() -> FlightFile:

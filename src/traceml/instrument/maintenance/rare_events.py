@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.flight.flight import FlightFile
 from traceml.database.info_kinds import InfoKind
 from traceml.instrument.clock_implementations import new_clock
+from traceml.instrument.divided_step import StepListener
 from traceml.instrument.facts.fact_reports import FactReports, Info
 from traceml.instrument.groups.default_group import DefaultGroup, OnGroup
 from traceml.instrument.guard import Guard
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["RareEvents"]
 
 
-class RareEvents:
-    """Listener of the clock that it makes; see `StepListener`.
+class RareEvents(StepListener):
+    """Listener of the clock that it makes.
 
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
