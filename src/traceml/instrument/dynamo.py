@@ -39,24 +39,24 @@ _marked: set[str] = set()  # modules: a mark outlives `uninstall`
 
 def skip_own_code() -> None:
     """Mark all loaded functions of this package; does nothing where torch has no such mark."""
-    mark = _marker()
-    if mark is None:
-        return
-
-    for name, module in _unmarked(_PACKAGE):
-        for code in _codes(module):
-            mark(code, name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)
+    _mark_functions(_PACKAGE)
 
 
 def skip_leaf_code(package: str) -> None:
     """Mark all loaded functions of another package that never call the user's code; see `skip_own_code`."""
+    _mark_functions(f"{package}.", are_leaves=True)
+
+
+def _mark_functions(prefix: str, *, are_leaves: bool = False) -> None:
     mark = _marker()
     if mark is None:
         return
 
-    for _, module in _unmarked(f"{package}."):
-        for code in _codes(module):
-            mark(code, True)
+    for name in [name for name in sys.modules.copy() if name.startswith(prefix) and name not in _marked]:
+        for code in _codes(sys.modules[name]):
+            mark(code, are_leaves or name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)
+
+        _marked.add(name)
 
 
 def uncompiled(function: F) -> F:
@@ -67,12 +67,6 @@ def uncompiled(function: F) -> F:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "traceml logs outside of compiled code"  # type: ignore[attr-defined]
     return function
-
-
-def _unmarked(prefix: str) -> Iterator[tuple[str, Any]]:
-    for name in [name for name in sys.modules.copy() if name.startswith(prefix) and name not in _marked]:
-        yield name, sys.modules[name]
-        _marked.add(name)
 
 
 def _marker() -> Callable[[CodeType, bool], None] | None:

@@ -180,7 +180,6 @@ class Instrumentation:
     @guarded
     def _patch_torch(self) -> None:
         from traceml.instrument.dynamo import skip_own_code
-        from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
         from traceml.instrument.native.extension import show_torch
         from traceml.instrument.torch_hooks import TorchHooks
 

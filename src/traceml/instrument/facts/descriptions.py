@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
+_GROUP_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
 _SEQUENCES = (2, 3)  # dimensions of a batch of sequences, of numbers and of vectors
 _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
@@ -223,7 +224,7 @@ def _dense_embeddings(module: Any) -> int:
 def _gradient_group(module: Any) -> dict[str, Any]:
     """Describe the ranks that average their gradients: how many they are, which, if they are not all, and the hook."""
     distributed = sys.modules.get("torch.distributed")
-    wrapper = _wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")
+    wrapper = next((each for each in module.modules() if type(each).__name__ in _GROUP_WRAPPERS), None)
     group = getattr(wrapper, "process_group", None)
     ranks = _sharding_ranks(module) if group is None or not distributed else distributed.get_process_group_ranks(group)
     if not ranks or distributed is None:
@@ -250,11 +251,6 @@ def _meshes(state: Any) -> list[list[int]]:
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in groups)
     return [mesh.mesh.flatten().tolist() for mesh in meshes if mesh is not None]
-
-
-def _wrapper_of(module: Any, *names: str) -> Any:
-    """Return the outermost wrapper of some classes around or in a module, None without one."""
-    return next((each for each in module.modules() if type(each).__name__ in names), None)
 
 
 def input_facts(

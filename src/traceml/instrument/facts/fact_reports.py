@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Any
 from traceml.clock import monotonic_ns
 from traceml.database.info_kinds import InfoKind
 from traceml.inspection.loaded_modules import loaded_module
+from traceml.instrument.facts.descriptions import (
+    batch_size_facts,
+    first_parameter,
+    input_facts,
+    loader_facts,
+    model_facts,
+    optimizer_facts,
+)
+from traceml.instrument.values.reductions import ReductionCounter
 
 if TYPE_CHECKING:
     from traceml.instrument.loader import LoaderToken
@@ -61,8 +70,6 @@ class FactReports:
 
         One like an earlier loader gets its number, and is not reported: a script may make them for each epoch.
         """
-        from traceml.instrument.facts.descriptions import loader_facts
-
         if self._on_info is None:
             return
 
@@ -103,8 +110,6 @@ class FactReports:
 
     def input(self, tensor: Any, model: Any, is_listed: bool) -> None:
         """Report the input of a model, which may be one of a list."""
-        from traceml.instrument.facts.descriptions import input_facts
-
         facts = input_facts(tensor, model, self._batch_size, is_listed=is_listed)
         is_first = facts["batch_first"] and not self._is_part(int(tensor.shape[0]))
         autocast = facts["autocast"] or self._autocast
@@ -119,8 +124,6 @@ class FactReports:
 
     def batch(self, batch: Any) -> None:
         """Report what a batch consists of, if it is the largest so far."""
-        from traceml.instrument.facts.descriptions import batch_size_facts
-
         known = self._reported.get(InfoKind.BATCH, {})
         sizes = batch_size_facts(batch)
         self.report(InfoKind.BATCH, **{name: max(size, known.get(name, 0)) for name, size in sizes.items()})
@@ -165,9 +168,6 @@ class FactReports:
 
     def model(self, module: Any) -> None:
         """Report a model, and count the reductions of its gradients from now on."""
-        from traceml.instrument.facts.descriptions import model_facts
-        from traceml.instrument.values.reductions import ReductionCounter
-
         self.report(InfoKind.MODEL, {"step": self._clock.step}, **model_facts(module))
         if self._clock.reductions is None:
             self._clock.reductions = ReductionCounter()
@@ -190,8 +190,6 @@ class FactReports:
 
     def optimizer(self, optimizer: Any) -> None:
         """Report an optimizer, and a training that begins with it: of other parameters, be they as many."""
-        from traceml.instrument.facts.descriptions import first_parameter, optimizer_facts
-
         step, first = self._clock.step, first_parameter(optimizer)
         self.report(InfoKind.OPTIMIZER, {"step": step}, **optimizer_facts(optimizer))
         if first is None or (self._trained is not None and not self.trains_others(optimizer)):
@@ -204,8 +202,6 @@ class FactReports:
 
     def trains_others(self, optimizer: Any) -> bool:
         """Return whether an optimizer has other parameters than the newest one that has stepped."""
-        from traceml.instrument.facts.descriptions import first_parameter
-
         first = first_parameter(optimizer)
         return first is not None and self._trained is not None and self._trained() is not first
 
