@@ -366,7 +366,7 @@ def test_status_is_the_interpreters() -> None:
 def test_a_watched_exit_is_read_and_written_as_before() -> None:
     """Its status is a plain attribute, also of the class and of what was raised before."""
     before, seen = SystemExit(4), []
-    watch = ExitWatch(lambda error, status: seen.append((error, status)))
+    watch = ExitWatch(lambda error, status: seen.append((error, status)), lambda **_: None, lambda *_: None)
     watch.install()
     try:
         leaving = SystemExit("text")

@@ -25,7 +25,7 @@ from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.inspection.user_files import PACKAGE_FOLDERS, display_path, is_package_file, is_user_file
@@ -59,19 +59,7 @@ _Quitter: Any = getattr(sys.modules.get("_sitebuiltins"), "Quitter", None)  # no
 
 Report = Callable[[BaseException | None, int], None]
 
-
-class OnExec(Protocol):
-    """A listener for `os.exec*`."""
-
-    def __call__(self, *, failed: bool) -> object:
-        """Note that the process becomes another program, or that it did not."""
-
-
 _Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty if unknown
-
-
-def _ignore_exec(*, failed: bool) -> None:
-    """Ignore that the process becomes another program."""
 
 
 class ExitWatch:
@@ -86,49 +74,36 @@ class ExitWatch:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
     """
 
-    def __init__(self, report: Report, on_exec: OnExec = _ignore_exec, on_leave: Report | None = None) -> None:
+    def __init__(self, report: Report, on_exec: Callable[..., object], on_leave: Report) -> None:
+        from traceml.instrument.patches import Patches  # not where only `status_of` is used
+
         self.interrupted = False
-        self._report, self._on_exec, self._on_leave = report, on_exec, on_leave or _ignore
-        self._of_os: dict[str, tuple[Any, Any]] = {}  # functions of `os` by name: the previous one, and ours
+        self._report, self._on_exec, self._on_leave = report, on_exec, on_leave
         self._previous_hook: Any = None
         self._previous_unraisable: Any = None
-        self._previous_exit: Any = None
-        self._quit: Any = None
-        self._previous_quit: Any = None
-        self._code = _ExitCode(self._exited)
+        self._patches, self._code = Patches(), _ExitCode(self._exited)
 
     def install(self) -> None:
         """Wrap both hooks, `sys.exit`, the built-in `exit` and `quit`, `SystemExit.code`, and functions of `os`."""
-        self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
-        self._previous_unraisable = sys.unraisablehook
-        sys.excepthook, sys.exit, sys.unraisablehook = self._hook, self._exit, self._unraisable
+        self._previous_hook, self._previous_unraisable = sys.excepthook, sys.unraisablehook
+        replace = self._patches.replace
+        replace(sys, "excepthook", self._hook)
+        replace(sys, "unraisablehook", self._unraisable)
+        replace(sys, "exit", self._exit)
         if _Quitter is not None:
-            self._previous_quit = previous = _Quitter.__call__
-            self._quit = _Quitter.__call__ = self._watched_quit(previous)
+            replace(_Quitter, "__call__", self._watched_quit(_Quitter.__call__))
 
         self._code.install()
-        self._of_os = {name: (previous := getattr(os, name), self._watched_exec(previous)) for name in _EXEC}
-        self._of_os["_exit"] = os._exit, self._watched_leave(os._exit)
-        for name, (_, watched) in self._of_os.items():
-            setattr(os, name, watched)
+        for name in _EXEC:
+            replace(os, name, self._watched_exec(getattr(os, name)))
+
+        replace(os, "_exit", self._watched_leave(os._exit))
 
     def uninstall(self) -> None:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
-        if sys.excepthook == self._hook:
-            sys.excepthook = self._previous_hook
-        if sys.unraisablehook == self._unraisable:
-            sys.unraisablehook = self._previous_unraisable
-        if sys.exit == self._exit:
-            sys.exit = self._previous_exit
-        if _Quitter is not None and _Quitter.__call__ is self._quit:
-            _Quitter.__call__ = self._previous_quit
-
-        for name, (previous, watched) in self._of_os.items():
-            if getattr(os, name) is watched:
-                setattr(os, name, previous)
-
+        self._patches.restore()
         self._code.uninstall()
-        self._report, self._on_exec, self._on_leave = _ignore, _ignore_exec, _ignore
+        self._report = self._on_exec = self._on_leave = _ignore
 
     def last_error(self) -> BaseException | None:
         """Return the exception that ended the main program, if a hook that replaced ours has printed it."""
@@ -274,7 +249,7 @@ def end_by_interrupt() -> None:
         eval("interrupt()", {"interrupt": interrupt})  # noqa: S307 - a text of our own
 
 
-def _ignore(_error: BaseException | None, _status: int) -> None:
+def _ignore(*_: object, **__: object) -> None:
     """Ignore a report after `uninstall`."""
 
 

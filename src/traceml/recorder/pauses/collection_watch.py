@@ -25,6 +25,7 @@ from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.thread_frames import running_line
 from traceml.instrument.native.extension import extension
+from traceml.instrument.patches import Patches
 from traceml.recorder.user_code import user_line
 
 __all__ = ["LONG_NS", "Collection", "CollectionWatch"]
@@ -77,8 +78,7 @@ class CollectionWatch:
         self._callback: Callable[..., None] = self._called
         self._began_ns = 0
         self._caller: tuple[CodeType, int, CodeType | None, int] | None = None
-        self._collect: Callable[..., int] | None = None
-        self._own_collect: Callable[..., int] | None = None
+        self._patches = Patches()
         self._long: deque[Collection] = deque(maxlen=_MAX_WAITING)
         self._short_ns = self._short = 0
         self._reported = 0, 0
@@ -90,16 +90,14 @@ class CollectionWatch:
             self._callback = native.passing_on((self._called, threading.main_thread().ident))
 
         gc.callbacks.append(self._callback)
-        self._collect, gc.collect = gc.collect, self._noting_collect(gc.collect)
-        self._own_collect = gc.collect
+        self._patches.replace(gc, "collect", self._noting_collect(gc.collect))
 
     def stop(self) -> None:
         """Time no more collections."""
         if self._callback in gc.callbacks:
             gc.callbacks.remove(self._callback)
 
-        if self._collect is not None and gc.collect is self._own_collect:  # else it was replaced again after us
-            gc.collect = self._collect
+        self._patches.restore()
 
     def drain_long(self) -> list[Collection]:
         """Return the long collections since the last call, at most 512."""
