@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from traceml.inspection.kernel_state import children_of, current_syscall, is_running, wait_state
+from traceml.inspection.kernel_state import children_of, current_syscall, is_running, read_text, wait_state
 from traceml.inspection.program_names import program_name
 
 __all__ = ["blocking_process", "file_lock_holder", "skip_shells"]
@@ -96,7 +96,4 @@ def _lock_holder(pid: int, locks: Path) -> int | None:
 
 
 def _lock_lines(locks: Path) -> list[list[str]]:
-    try:
-        return [line.split() for line in locks.read_text().splitlines()]
-    except OSError:
-        return []
+    return [line.split() for line in read_text(str(locks)).splitlines()]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from traceml.inspection.kernel_state import ProcessInfo, process_info
+from traceml.inspection.kernel_state import DEAD_STATES, ProcessInfo, process_info
 from traceml.inspection.program_names import program_name
 
 __all__ = ["MIN_CORES", "SHORT_LIVED", "BusyProcesses", "CoreUse"]
@@ -18,9 +18,6 @@ MIN_CORES = 0.1
 """Processes of one name are reported if they use this many cores or more."""
 SHORT_LIVED = "short-lived programs"
 """Name of what a rank has started and what has ended before it was seen."""
-
-
-_ENDED = frozenset("ZX")  # states of processes that have ended
 
 
 class CoreUse(NamedTuple):
@@ -99,7 +96,7 @@ def _used_s(
     Of a rank only the latter: it is the training.
     """
     counted_s = Counter[int]()  # what descendants that have ended had used before
-    living = {pid for pid, info in known.items() if info.state not in _ENDED}  # only these collect anything
+    living = {pid for pid, info in known.items() if info.state not in DEAD_STATES}  # only these collect anything
     for pid in before.keys() - known.keys():
         counted_s[_above(pid, living, before)] += before[pid].cpu_s + before[pid].collected_s  # type: ignore
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from traceml.inspection.kernel_state import read_text
+
 __all__ = [
     "ROOT",
     "OomPlace",
@@ -13,7 +15,6 @@ __all__ = [
     "cgroup_paths",
     "count_kills",
     "oom_counter",
-    "parent_folders",
 ]
 
 ROOT = "/sys/fs/cgroup"
@@ -25,14 +26,8 @@ OomPlace = Literal["group", "host"]
 
 def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
     """Return {controller: path}; the key of version 2 is ""."""
-    if text is None:
-        try:
-            text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-
     groups = {}
-    for line in text.splitlines():
+    for line in (read_text(f"/proc/{pid}/cgroup") if text is None else text).splitlines():
         parts = line.split(":", 2)
         if len(parts) == 3:
             groups.update(dict.fromkeys(parts[1].split(","), parts[2]))
@@ -40,7 +35,7 @@ def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, 
     return groups
 
 
-def parent_folders(root: str, path: str) -> list[str]:
+def _parent_folders(root: str, path: str) -> list[str]:
     """Return the folders from the group up to the root; inside a container only the root may be visible."""
     parts = [part for part in path.split("/") if part and part != ".."]
     return ["/".join([root, *parts[:n]]) for n in range(len(parts), -1, -1)]
@@ -54,8 +49,8 @@ def cgroup_folders(controller: str, groups: dict[str, str], root: str = ROOT) ->
         groups: the process's, as `cgroup_paths` returns them.
     """
     return [
-        *parent_folders(root, groups.get("", "/")),
-        *parent_folders(f"{root}/{controller}", groups.get(controller, "/")),
+        *_parent_folders(root, groups.get("", "/")),
+        *_parent_folders(f"{root}/{controller}", groups.get(controller, "/")),
     ]
 
 
@@ -95,10 +90,14 @@ class OomWatch:
         if path not in (self._path, self._host):
             self._path, self._before = path, count_kills(path)
 
+    def kills(self) -> int | None:
+        """Return the kills so far; None if they are not counted."""
+        now = count_kills(self._path)
+        return None if self._before is None or now is None else now - self._before
+
     def killed(self) -> OomPlace | None:
         """Return `group` after a kill in the process's group, `host` after one on the host; None without one."""
-        before, now = self._before, count_kills(self._path)
-        if before is None or now is None or now <= before:
+        if (self.kills() or 0) <= 0:
             return None
 
         return "host" if self._path == self._host else "group"
@@ -113,9 +112,5 @@ def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) ->
 
 def count_kills(path: Path) -> int | None:
     """Return the kills in a counter's file; None if it has none."""
-    try:
-        text = path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(_FIELD)), None)
+    lines = read_text(str(path)).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(_FIELD)), None)

@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple
@@ -23,6 +23,7 @@ __all__ = [
     "Rate",
     "UsageRates",
     "WaitState",
+    "ancestors_of",
     "awaited_descriptor",
     "children_of",
     "core_wait_ns",
@@ -33,6 +34,7 @@ __all__ = [
     "is_running",
     "process_info",
     "read_status",
+    "read_text",
     "thread_cpu_ns",
     "thread_here",
     "threads_of",
@@ -109,7 +111,7 @@ class WaitState(NamedTuple):
 
 def process_info(pid: int | str) -> ProcessInfo | None:
     """Return the facts of a process or thread, or None if there is none."""
-    text = _read(f"/proc/{pid}/stat")
+    text = read_text(f"/proc/{pid}/stat")
     if not text:
         return None
 
@@ -118,6 +120,13 @@ def process_info(pid: int | str) -> ProcessInfo | None:
     state, parent, group, terminal = fields[0], int(fields[1]), int(fields[2]), int(fields[4])
     cpu_s, collected_s = ((int(fields[at]) + int(fields[at + 1])) / _TICKS_PER_S for at in (11, 13))
     return ProcessInfo(int(pid), parent, state, group, terminal, cpu_s, collected_s)
+
+
+def ancestors_of(pid: int) -> Iterator[ProcessInfo]:
+    """Yield a process, its parent, and so on; those of other pid namespaces are not seen."""
+    while (info := process_info(pid)) is not None:
+        yield info
+        pid = info.parent
 
 
 def threads_of(pid: int) -> list[ProcessInfo]:
@@ -134,7 +143,7 @@ def thread_cpu_ns(thread: int, pid: int | None = None) -> int | None:
     if pid is None:
         return _own_thread_cpu_ns(thread)
 
-    fields = _read(f"/proc/{pid}/task/{thread}/schedstat").split()
+    fields = read_text(f"/proc/{pid}/task/{thread}/schedstat").split()
     return int(fields[0]) if fields else None
 
 
@@ -154,7 +163,7 @@ def _own_thread_cpu_ns(thread: int) -> int | None:
 
 def core_wait_ns(task: str) -> int:
     """Return how long a thread, `PID` or `PID/task/TID`, has waited for a core; 0 if unknown."""
-    fields = _read(f"/proc/{task}/schedstat").split()
+    fields = read_text(f"/proc/{task}/schedstat").split()
     return int(fields[1]) if len(fields) > 1 else 0
 
 
@@ -165,7 +174,7 @@ def read_status(pid: int, name: str, thread: int | None = None) -> str:
         name: the field's name, such as `SigCgt`.
         thread: one of its threads; by default the main one.
     """
-    for line in _read(f"/proc/{pid}/task/{thread or pid}/status").splitlines():
+    for line in read_text(f"/proc/{pid}/task/{thread or pid}/status").splitlines():
         field, _, value = line.partition(":")
         if field == name:
             return value.strip()
@@ -194,7 +203,7 @@ def wait_state(pid: int) -> WaitState:
     reads_terminal = _waits_for_input(call) and target.startswith(("/dev/tty", "/dev/pts/"))
     return WaitState(
         info.state,
-        _read(f"/proc/{pid}/wchan").strip("0\n "),
+        read_text(f"/proc/{pid}/wchan").strip("0\n "),
         _STREAMS.get(descriptor, target),
         reads_terminal,
         int(read_status(pid, "TracerPid") or 0),
@@ -252,7 +261,7 @@ class UsageRates:
 def children_of(pid: int) -> list[int]:
     """Return the ids of the processes that a process has started and that it has not collected yet."""
     threads = _names(f"/proc/{pid}/task")
-    return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
+    return [int(each) for thread in threads for each in read_text(f"/proc/{pid}/task/{thread}/children").split()]
 
 
 def uncollected_status(pid: int) -> int | None:
@@ -322,7 +331,7 @@ def io_bytes(process: int | str) -> tuple[int, int]:
     Args:
         process: its process id, or `PID/task/TID` for one of its threads.
     """
-    words = _read(f"/proc/{process}/io").split()
+    words = read_text(f"/proc/{process}/io").split()
     return (int(words[1]), int(words[3])) if len(words) > 3 else (0, 0)  # rchar, wchar
 
 
@@ -357,7 +366,7 @@ def current_syscall(thread: int) -> tuple[int, ...]:
 
     Empty too if its calls may not be read.
     """
-    words = _read(f"/proc/{thread}/syscall").split()
+    words = read_text(f"/proc/{thread}/syscall").split()
     if len(words) < 2 or not words[0].isdigit():
         return ()
 
@@ -467,7 +476,7 @@ def _link(path: str) -> str:
 def _peer(pid: int, inode: str) -> str:
     """Return `tcp ADDRESS:PORT` of the other end of a connection, or `connect ...`; empty for another socket."""
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in _read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
+        for line in read_text(f"/proc/{pid}/net/{table}").splitlines()[1:]:
             words = line.split()
             if words[9:10] == [inode] and (port := int(words[2].rpartition(":")[2], 16)):
                 kind = AwaitedKind.CONNECTING if words[3] == _CONNECTING else AwaitedKind.CONNECTION
@@ -490,9 +499,10 @@ def _names(folder: str) -> list[str]:
         return []
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """Return the text of a small file of the kernel; empty if it cannot be read."""
     try:
-        with _open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        with _open(path, "rb", buffering=0) as file:  # half the cost of a text file
+            return file.read().decode("utf-8", "replace")
     except OSError:
         return ""

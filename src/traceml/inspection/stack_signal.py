@@ -19,7 +19,14 @@ from pathlib import Path
 
 from traceml.clock import own_time as time
 from traceml.fail_open import fail_open
-from traceml.inspection.kernel_state import HALTED_STATES, process_info, read_status, thread_cpu_ns, threads_of
+from traceml.inspection.kernel_state import (
+    HALTED_STATES,
+    process_info,
+    read_status,
+    read_text,
+    thread_cpu_ns,
+    threads_of,
+)
 
 __all__ = [
     "STACK_SIGNAL",
@@ -100,7 +107,7 @@ def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
     if threads[0].state == "R":
         return pid
 
-    call = _system_call(pid)
+    call = read_text(f"/proc/{pid}/syscall").partition(" ")[0].strip()
     waits_safely = even_if_disturbed or bool(call and call not in _ENDED_EARLY.get(os.uname().machine, {call}))
     return threads[1].pid if len(threads) > 1 else pid if waits_safely else None
 
@@ -231,14 +238,6 @@ class SignaledStacks:
         ran_ns = thread_cpu_ns(self._target or self._pid, self._pid)
         is_waiting = read_status(self._pid, "State", self._target)[:1] in ("R", "T", "t")
         return is_waiting and ran_ns is not None and ran_ns - self._grown_ns < _HOLDS_NS
-
-
-def _system_call(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/syscall", encoding="ascii") as file:
-            return file.read().split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 _log = logging.getLogger("traceml")

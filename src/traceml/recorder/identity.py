@@ -7,14 +7,13 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from traceml.clock import process_start_ticks
 from traceml.formatting import shell_joined
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
-from traceml.inspection.kernel_state import process_info
+from traceml.inspection.kernel_state import ancestors_of
 from traceml.inspection.loaded_modules import multiprocessing_parent
 from traceml.inspection.program_names import python_module
 from traceml.inspection.script_time import script_age_ms
@@ -58,24 +57,13 @@ class Identity(NamedTuple):
 
     def hello(self, config: Config, flight: Path | None) -> Hello:
         """Return the hello for the aggregator."""
-        own = self.rank_identity
         return Hello(
             role="rank",
             run=self.job,
-            rank=own.rank,
-            world_size=own.world_size,
-            local_rank=own.local_rank,
-            attempt=own.attempt,
-            recorder=self.recorder,
-            parent=self.parent,
-            spawned_by=self.spawned_by,
-            run_id=config.run_id or "",
-            name=config.run_name or script_name(),
-            project=config.project,
             command=_command()[:4000],
             flight=str(flight or ""),
             runs_dir=_wanted_folder(config),
-            script_ms=0 if self.parent else script_age_ms(),
+            **self._shared(config),
         )
 
     def of_child(self, *, provisional: bool = False) -> Identity:
@@ -94,24 +82,30 @@ class Identity(NamedTuple):
 
     def facts(self, config: Config) -> dict[str, Any]:
         """Return the identity fields of the flight file."""
+        return {
+            "runs_dir": str(config.runs_dir),
+            "job": self.job,
+            "host": socket.gethostname(),
+            "hang_timeout_s": config.hang_timeout,
+            "on_hang": config.on_hang,
+            **self._shared(config),
+        }
+
+    def _shared(self, config: Config) -> dict[str, Any]:
+        """Return the fields that both have."""
         own = self.rank_identity
         return {
             "name": config.run_name or script_name(),
             "project": config.project,
             "run_id": config.run_id or "",
-            "runs_dir": str(config.runs_dir),
-            "job": self.job,
             "rank": own.rank,
             "world_size": own.world_size,
             "local_rank": own.local_rank,
             "attempt": own.attempt,
-            "host": socket.gethostname(),
             "recorder": self.recorder,
             "parent": self.parent,
             "spawned_by": self.spawned_by,
             "script_ms": 0 if self.parent else script_age_ms(),
-            "hang_timeout_s": config.hang_timeout,
-            "on_hang": config.on_hang,
         }
 
 
@@ -178,7 +172,8 @@ def _exported_parent() -> SpawnedFrom | None:
 
     try:
         facts = json.loads(os.environ[_PARENT])
-        if facts["pid"] != multiprocessing_parent() and facts["pid"] not in _ancestors():
+        above = (each.pid for each in ancestors_of(os.getpid()))
+        if facts["pid"] not in (multiprocessing_parent(), *above):
             return None
 
         recorder, job, parent = facts["identity"]
@@ -272,11 +267,3 @@ def _group_key(job: str, parent: int | None) -> str:
         return f"group-{socket.gethostname()}-{parent}-{process_start_ticks(parent)}"
 
     return job
-
-
-def _ancestors() -> Iterator[int]:
-    """Yield the pids of this process, its parent, and so on; those of other pid namespaces are not seen."""
-    pid = os.getpid()
-    while (info := process_info(pid)) is not None:
-        yield pid
-        pid = info.parent

@@ -39,6 +39,7 @@ _SAMPLE_S, _LEAVE_S = 0.005, 0.05
 _FETCH_S = 120.0  # a trace that nobody has read from for this long is removed
 _RECENT_STEPS = 16
 _MAX_SAMPLES = 20_000
+_TOTAL = STEPS.index["total_ns"]
 
 
 class CallSampler:
@@ -267,18 +268,9 @@ class ProfileServer:
 
     def _step_ns(self) -> int:
         """Return the mean duration of the last steps, 0 before there are two."""
-        rows = self._steps.appended
-        n = min(rows, _RECENT_STEPS)
-        return self._mean_ns(rows - n, n) if n > 1 else 0
-
-    def _mean_ns(self, first: int, n: int) -> int:
-        found = self._steps.read_from(first, n)
-        at = STEPS.index["total_ns"] * 8
-        whole = sum(
-            int.from_bytes(found.data[row + at : row + at + 8], "little")
-            for row in range(0, found.n * STEPS.row_bytes, STEPS.row_bytes)
-        )
-        return whole // max(found.n, 1)
+        found = self._steps.read_from(max(self._steps.appended - _RECENT_STEPS, 0), _RECENT_STEPS)
+        totals = [row[_TOTAL] for row in STEPS.struct.iter_unpack(found.data)]
+        return sum(totals) // len(totals) if len(totals) > 1 else 0
 
 
 def _compress(source: Path, target: Path) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import product
 
-from traceml.inspection.cgroups import ROOT, cgroup_folders, cgroup_paths, parent_folders
-from traceml.samplers.procfs import ProcFile, read_text
+from traceml.inspection.cgroups import ROOT, cgroup_folders, cgroup_paths
+from traceml.inspection.kernel_state import read_text
+from traceml.samplers.procfs import ProcFile
 
 __all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
+# Of versions 2 and 1: files with use and limit, and begin of the line of `memory.stat` with the reclaimable cache.
+_MEMORY_FILES = (
+    ("memory.current", "memory.max", "inactive_file "),
+    ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file "),
+)
 
 
 class CgroupMemory:
@@ -44,9 +51,9 @@ def limited_memory(root: str = ROOT, membership: str | None = None) -> CgroupMem
     Args:
         membership: text of /proc/self/cgroup.
     """
-    for folder, usage, limit_name, inactive in _memory_folders(root, membership):
+    for folder, (usage, limit_name, inactive) in product(_folders("memory", root, membership), _MEMORY_FILES):
         limit = read_text(f"{folder}/{limit_name}")
-        if limit is None or not limit.strip().isdigit() or int(limit) >= _NO_LIMIT:
+        if not limit.strip().isdigit() or int(limit) >= _NO_LIMIT:
             continue
 
         try:
@@ -60,7 +67,7 @@ def limited_memory(root: str = ROOT, membership: str | None = None) -> CgroupMem
 def cores(root: str = ROOT, membership: str | None = None) -> int:
     """Return the number of cores that this process may use, by its affinity and its CPU quota."""
     allowed = len(os.sched_getaffinity(0))
-    quota = _quota(root, cgroup_paths(membership))
+    quota = _quota(root, membership)
     return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
 
 
@@ -68,7 +75,7 @@ def limited_processes(root: str = ROOT, membership: str | None = None) -> tuple[
     """Return (file with the number of processes and threads, limit) of the innermost group that limits them."""
     for folder in _folders("pids", root, membership):
         limit = read_text(f"{folder}/pids.max")
-        if limit is not None and limit.strip().isdigit() and read_text(f"{folder}/pids.current") is not None:
+        if limit.strip().isdigit() and read_text(f"{folder}/pids.current"):
             return f"{folder}/pids.current", int(limit)
 
     return None
@@ -77,33 +84,20 @@ def limited_processes(root: str = ROOT, membership: str | None = None) -> tuple[
 def throttling(root: str = ROOT, membership: str | None = None) -> str | None:
     """Return the file that counts the periods in which the innermost group with a CPU quota was throttled."""
     paths = (f"{folder}/cpu.stat" for folder in _folders("cpu", root, membership))
-    return next((path for path in paths if "nr_periods" in (read_text(path) or "")), None)
+    return next((path for path in paths if "nr_periods" in read_text(path)), None)
 
 
 def _folders(controller: str, root: str, membership: str | None) -> list[str]:
     return cgroup_folders(controller, cgroup_paths(membership), root)
 
 
-def _quota(root: str, groups: dict[str, str]) -> float | None:
+def _quota(root: str, membership: str | None) -> float | None:
     shares = []
-    for folder in parent_folders(root, groups.get("", "/")):
-        words = (read_text(f"{folder}/cpu.max") or "").split()
-        if len(words) == 2 and words[0].isdigit():
+    for folder in _folders("cpu", root, membership):
+        text = read_text(f"{folder}/cpu.max")  # of version 2
+        text = text or f"{read_text(f'{folder}/cpu.cfs_quota_us')} {read_text(f'{folder}/cpu.cfs_period_us')}"
+        words = text.split()
+        if len(words) == 2 and words[0].isdigit():  # without a quota it is `max` or -1
             shares.append(int(words[0]) / int(words[1]))
 
-    for folder in parent_folders(f"{root}/cpu", groups.get("cpu", "/")):
-        quota, period = read_text(f"{folder}/cpu.cfs_quota_us"), read_text(f"{folder}/cpu.cfs_period_us")
-        if quota and period and int(quota) > 0:
-            shares.append(int(quota) / int(period))
-
     return min(shares, default=None)
-
-
-def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, str, str]]:
-    groups = cgroup_paths(membership)
-    second = parent_folders(root, groups.get("", "/"))
-    first = parent_folders(f"{root}/memory", groups.get("memory", "/"))
-    return [
-        *((folder, "memory.current", "memory.max", "inactive_file ") for folder in second),
-        *((folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ") for folder in first),
-    ]

@@ -10,15 +10,14 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 from traceml.clock import own_time as time
 from traceml.database.schema import LIMITS, Resource, Table
-from traceml.inspection.cgroups import cgroup_paths, count_kills, oom_counter
+from traceml.inspection.cgroups import OomWatch
+from traceml.inspection.kernel_state import read_text
 from traceml.samplers import cgroup
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.procfs import read_text
 
 __all__ = ["DeathCauses", "HostLimitsSampler", "LimitsSampler"]
 
@@ -105,7 +104,7 @@ class HostLimitsSampler(LimitsSampler):
         return None if self._group is None else (self._group.used_bytes(), self._group.limit_bytes)
 
     def _throttled(self) -> _Usage:
-        text = (read_text(self._cpu) or "") if self._cpu else ""
+        text = read_text(self._cpu) if self._cpu else ""
         fields = dict(line.split(None, 1) for line in text.splitlines() if " " in line)
         if "nr_periods" not in fields:
             return None
@@ -204,22 +203,20 @@ class DeathCauses:
     """Tells what may have killed a child of this process.
 
     Args:
-        counter: file in which the kernel counts processes that its out-of-memory killer ended; found if None.
+        watch: counts the kills of the kernel's out-of-memory killer.
     """
 
-    def __init__(self, counter: str | None = None) -> None:
-        self._counter = oom_counter(cgroup_paths()) if counter is None else Path(counter)
-        self._before = count_kills(self._counter)
+    def __init__(self, watch: OomWatch | None = None) -> None:
+        self._watch = watch or OomWatch()
 
     def facts(self) -> dict[str, Any]:
         """Return what is known: `oom_kills` since the start, memory, and shared memory with its use."""
         shared = file_system("/dev/shm")  # noqa: S108 - it is only measured
-        kills, memory = count_kills(self._counter), _memory_limit()
         known = {
-            "oom_kills": None if kills is None or self._before is None else kills - self._before,
+            "oom_kills": self._watch.kills(),
             "shm_bytes": shared[1] if shared else None,
             "shm_used_bytes": shared[0] if shared else None,
-            "memory_limit_bytes": memory,
+            "memory_limit_bytes": _memory_limit(),
         }
         return {key: value for key, value in known.items() if value is not None}
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 from typing import Any
 
-from traceml.inspection.kernel_state import process_info
+from traceml.inspection.kernel_state import ancestors_of, process_info
 from traceml.inspection.program_names import program_name
 from traceml.samplers.nvml import UNKNOWN, NvmlDevice
 
@@ -14,7 +14,6 @@ __all__ = ["DeviceSharing"]
 
 _MAX_SAMPLES = 512
 _NO_SAMPLES = 6  # NVML_ERROR_NOT_FOUND: no process has computed since
-_MAX_ANCESTORS = 64
 
 
 class _ProcessSample(ctypes.Structure):
@@ -83,17 +82,7 @@ class DeviceSharing:
         return self._descends(pid) or self._is_rank(pid)
 
     def _descends(self, pid: int) -> bool:
-        for _ in range(_MAX_ANCESTORS):
-            if pid == os.getpid():
-                return True
-
-            info = process_info(pid)
-            if info is None:
-                return False
-
-            pid = info.parent
-
-        return False
+        return any(each.pid == os.getpid() for each in ancestors_of(pid))
 
     def _is_rank(self, pid: int) -> bool:
         """Return whether the same parent has started a process from the same program."""

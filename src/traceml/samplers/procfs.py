@@ -10,7 +10,7 @@ import os
 
 from traceml.trusted_files import GuardedDescriptor
 
-__all__ = ["ProcFile", "open_if_visible", "read_text"]
+__all__ = ["ProcFile", "open_if_visible"]
 
 
 class ProcFile:
@@ -53,14 +53,5 @@ def open_if_visible(path: str, size: int) -> ProcFile | None:
     """Open a file that some kernels lack, and some containers hide; None if it cannot be opened."""
     try:
         return ProcFile(path, size)
-    except OSError:
-        return None
-
-
-def read_text(path: str) -> str | None:
-    """Return the text of a small file; None if it cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:  # half the cost of a text file
-            return file.read().decode("ascii", errors="replace")
     except OSError:
         return None

@@ -6,12 +6,10 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
-from traceml.clock import TICKS_PER_S
 from traceml.clock import own_time as time
 from traceml.database.schema import LOADER_WORKERS, Table
-from traceml.inspection.kernel_state import core_wait_ns, process_info
+from traceml.inspection.kernel_state import core_wait_ns, process_info, read_text
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.procfs import read_text
 
 __all__ = ["EAGER_READS", "Groups", "LoaderWorkersSampler"]
 
@@ -27,9 +25,6 @@ FAST_BYTES = 16 << 20
 """New memory of workers since their last readings that is worth a value of its own."""
 _UNKNOWN = -1
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_TICK_NS = 10**9 // TICKS_PER_S
-# Fields of /proc/PID/stat after the command's name, which is in parentheses and may contain any character.
-_PARENT, _USER_TICKS, _SYSTEM_TICKS = 1, 11, 12
 
 
 class _WorkerMemory(NamedTuple):
@@ -96,7 +91,7 @@ class LoaderWorkersSampler(Sampler):
             self._read_memory(t_ns, pids)
 
     def _row(self, t_ns: int, step: int, loader: int, pids: tuple[int, ...]) -> SampleRow | None:
-        alive = {pid: ticks for pid in pids if (ticks := self._ticks(pid)) is not None}
+        alive = {pid: cpu_s for pid in pids if (cpu_s := self._cpu_s(pid)) is not None}
         if not alive:
             return None
 
@@ -107,7 +102,7 @@ class LoaderWorkersSampler(Sampler):
             loader,
             pids[0],
             len(alive),
-            sum(alive.values()) * _TICK_NS,
+            round(sum(alive.values()) * 1e9),
             sum(core_wait_ns(str(pid)) for pid in alive),
             len(_cores(alive)),
             private,
@@ -128,14 +123,13 @@ class LoaderWorkersSampler(Sampler):
         private, anonymous = (sum(each[place] for each in known) + new_bytes for place in (0, 1))
         return max(private, 0), max(anonymous, 0)
 
-    def _ticks(self, pid: int) -> int | None:
+    def _cpu_s(self, pid: int) -> float | None:
         """Return the CPU time of a worker; None if it has ended, and its number may be another process's."""
-        text = read_text(f"/proc/{pid}/stat")
-        fields = text[text.rindex(")") + 2 :].split(None, _SYSTEM_TICKS + 1) if text else ()
-        if not fields or fields[0] == "Z" or int(fields[_PARENT]) != self._parents[pid]:
+        info = process_info(pid)
+        if info is None or info.state == "Z" or info.parent != self._parents[pid]:
             return None
 
-        return int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])
+        return info.cpu_s
 
     def _parent_of(self, pid: int) -> int:
         """Return the process that a worker must be a child of: this one, or the fork server that this one started."""
@@ -169,13 +163,13 @@ def _cores(pids: Iterable[int]) -> set[int]:
 
 def _resident_bytes(pid: int) -> int:
     """Return the resident memory of a process that is neither of a file nor shared memory; 0 if it has ended."""
-    fields = (read_text(f"/proc/{pid}/statm") or "").split(None, 3)
+    fields = read_text(f"/proc/{pid}/statm").split(None, 3)
     return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES if len(fields) > 2 else 0
 
 
 def _memory(pid: int) -> _WorkerMemory | None:
     """Return the private and the anonymous memory of a process; None if it has ended."""
-    fields = [line.split() for line in (read_text(f"/proc/{pid}/smaps_rollup") or "").splitlines()]
+    fields = [line.split() for line in read_text(f"/proc/{pid}/smaps_rollup").splitlines()]
     sizes = {line[0]: int(line[1]) * 1024 for line in fields if len(line) == 3 and line[2] == "kB"}
     if "Private_Dirty:" not in sizes:
         return None

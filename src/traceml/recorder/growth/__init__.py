@@ -2,7 +2,3 @@
 
 Runs in the rank, on the recorder's thread. May import what `recorder` may.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

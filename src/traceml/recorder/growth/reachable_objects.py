@@ -19,6 +19,7 @@ from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from traceml.clock import own_time as time
+from traceml.inspection.thread_frames import stack_frames
 from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
@@ -40,7 +41,7 @@ _ALWAYS_VISITED = 256  # variables that are visited also when a collection takes
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
 _MAX_OF_MODULES = 256  # variables of modules of which no code runs
-_MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and of others: pyplot saves a figure 30 calls deep
+_MAX_FRAMES, _MAX_STACK = 20, 220  # of the user's code, and of all: pyplot saves a figure 30 calls deep
 MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
@@ -129,7 +130,7 @@ def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Ite
     files: set[str] = set()
     names: set[str] = set()
     figures = pyplot_figures()
-    for user in _user_frames(frame, is_user):
+    for user in islice(filter(is_user, stack_frames(frame, _MAX_STACK)), _MAX_FRAMES):
         if figures is not None and not files:
             yield _Place(figures.value, figures.path, _MAX_DEPTH, user, of_dataset=False, kind=figures.kind)
 
@@ -198,19 +199,6 @@ def _module_name(value: Any) -> str:
 def _is_of(value: Any, kinds: type | tuple[type, ...]) -> bool:
     """Return whether an object is of a type, without code of the object: it may be a proxy of another."""
     return issubclass(type(value), kinds)
-
-
-def _user_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
-    """Yield the frames of the user's code, the innermost first."""
-    found = others = 0
-    while frame is not None and found < _MAX_FRAMES and others < _MAX_LIBRARY_FRAMES:
-        if is_user(frame):
-            found += 1
-            yield frame
-        else:
-            others += 1
-
-        frame = frame.f_back
 
 
 def _variables(frame: FrameType) -> dict[str, Any]:

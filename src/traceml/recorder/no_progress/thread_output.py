@@ -10,10 +10,9 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from traceml.clock import monotonic_ns
-from traceml.inspection.kernel_state import io_bytes
+from traceml.inspection.kernel_state import io_bytes, read_text
 
 __all__ = ["StoreThreads", "ThreadOutput"]
 
@@ -21,7 +20,7 @@ _WINDOW_NS = 10 * 10**9
 _MANY_BYTES = 100_000
 """What other threads write is progress if it is this much within a window."""
 
-_TASKS = Path("/proc/self/task")
+_TASKS = "/proc/self/task"
 _NAME = "pt_tcpstore"
 _LOOKS = 3  # a thread gets its name when it runs for the first time
 
@@ -50,16 +49,9 @@ class StoreThreads:
 
         if self._looks < _LOOKS:
             self._looks += 1
-            self._found = [task for task in tasks if _name(task).startswith(_NAME)]
+            self._found = [task for task in tasks if read_text(f"{_TASKS}/{task}/comm").startswith(_NAME)]
 
         return self._found
-
-
-def _name(task: str) -> str:
-    with suppress(OSError):
-        return (_TASKS / task / "comm").read_text("utf-8", "replace")
-
-    return ""
 
 
 class ThreadOutput:
