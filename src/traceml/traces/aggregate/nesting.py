@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.native.library import grown, library, pointer
+from traceml.traces.native.library import NodePool, grown, library, pointer
 
 __all__ = ["SelfTimes"]
 
-_NODES = 1 << 10
 _MAX_PARTS = 4
 _FEW = 1 << 14  # spans: fewer are not worth a change of threads
 _MANY = 256  # spans with the same start: from this number on, sorting them is faster than inserting each
@@ -84,10 +83,7 @@ class _LaneTimes:
         self._part, self._mask = ctypes.c_int32(part), ctypes.c_int32(mask)
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
         self._head, self._cursor = np.full(64, -1, np.int32), np.zeros(64, np.int64)
-        self._start, self._end = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int64)
-        self._group, self._below = np.zeros(_NODES, np.int32), np.arange(1, _NODES + 1, dtype=np.int32)
-        self._below[-1] = -1
-        self._free = ctypes.c_int32(0)
+        self._nodes = NodePool(np.int64, np.int64, np.int32)  # start, end, group
         self._open: dict[int, list[tuple[int, int, int]]] = {}  # without the library: lane -> (start, end, group)
 
     def add(self, columns: list[NDArray[Any]]) -> None:
@@ -115,12 +111,9 @@ class _LaneTimes:
 
     def _stack_of(self, lane: int) -> list[tuple[int, int, int]]:
         """Return what the library has left open in a lane, the innermost span last."""
-        stack, node = list[tuple[int, int, int]](), int(self._head[lane])
-        while node >= 0:
-            stack.append((int(self._start[node]), int(self._end[node]), int(self._group[node])))
-            node = int(self._below[node])
-
-        return stack[::-1]
+        start, end, group = self._nodes.values
+        nodes = self._nodes.stack(int(self._head[lane]))
+        return [(int(start[node]), int(end[node]), int(group[node])) for node in nodes][::-1]
 
     def self_ns(self, group: int) -> int:
         """Return the self time of a group; complete after `finish`."""
@@ -133,22 +126,13 @@ class _LaneTimes:
         given = [self._part, self._mask, *(pointer(column) for column in columns)]
         while True:
             lanes = [pointer(self._head), pointer(self._cursor)]
-            nodes = [pointer(each) for each in (self._start, self._end, self._group, self._below)]
-            sums = [ctypes.byref(self._free), pointer(self._low), pointer(self._high)]
+            nodes = [pointer(each) for each in (*self._nodes.values, self._nodes.below)]
+            sums = [ctypes.byref(self._nodes.free), pointer(self._low), pointer(self._high)]
             at = lib.traceml_nest(ctypes.c_int64(at), ctypes.c_int64(count), *given, *lanes, *nodes, *sums)
             if at == count:
                 return
 
-            self._grow()
-
-    def _grow(self) -> None:
-        """Double the pool of nodes; all existing ones are in use."""
-        size = len(self._start)
-        self._start, self._end = grown(self._start, size + 1), grown(self._end, size + 1)
-        self._group, self._below = grown(self._group, size + 1), grown(self._below, size + 1)
-        self._below[size:-1] = np.arange(size + 1, len(self._below), dtype=np.int32)
-        self._below[-1] = -1
-        self._free.value = size
+            self._nodes.grow()
 
     def _plain(self, start: int, duration: int, group: int, lane: int) -> None:
         if duration <= 0:

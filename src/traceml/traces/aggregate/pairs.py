@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from traceml.traces.aggregate.numbering import PairNumbering
 from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
-from traceml.traces.native.library import grown, library, pointer
+from traceml.traces.native.library import NodePool, grown, library, pointer
 
 __all__ = ["SpanMatcher", "Unpaired"]
 
-_NODES = 1 << 10
 _Open = tuple[int, int, int, int]  # begin, name, group, mark
 
 
@@ -45,12 +44,8 @@ class SpanMatcher:
         self.edges = edges or ExternalSorter()
         self._keys = PairNumbering()  # (lane, name)
         self._head, self._top = np.full(64, -1, np.int32), np.full(64, -1, np.int32)  # by lane, by key
-        self._ts, self._key = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
-        self._group, self._mark = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.uint8)
-        self._above, self._under = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.int32)
-        self._below = np.arange(1, _NODES + 1, dtype=np.int32)
-        self._below[-1] = -1
-        self._free = ctypes.c_int32(0)
+        # time, key, group, mark, the begin above it in its lane, and the one under it that has its key
+        self._nodes = NodePool(np.int64, np.int32, np.int32, np.uint8, np.int32, np.int32)
         self._open: dict[int, _OpenBegins] = {}  # by lane, without the library
         self.unpaired = Unpaired()
 
@@ -72,31 +67,20 @@ class SpanMatcher:
         self._head = grown(self._head, int(columns[2].max()) + 1, -1)
         self._top = grown(self._top, len(self._keys), -1)
         fixed = [pointer(each) for each in (*columns, self._head, self._top)]
-        tail = [ctypes.byref(self._free), *(pointer(each) for each in (*out, tally))]
+        tail = [ctypes.byref(self._nodes.free), *(pointer(each) for each in (*out, tally))]
         at = 0
         while True:
-            nodes = (self._ts, self._key, self._group, self._mark, self._below, self._above, self._under)
-            open_ = [pointer(each) for each in nodes]
+            values = [pointer(each) for each in self._nodes.values]
+            open_ = [*values[:4], pointer(self._nodes.below), *values[4:]]
             at = lib.traceml_match(ctypes.c_int64(at), ctypes.c_int64(count), *fixed, *open_, *tail)
             if at == count:
                 break
 
-            self._grow()
+            self._nodes.grow()
 
         self.unpaired.crossed += int(tally[1])
         self.unpaired.ends += int(tally[2])
         return tuple(each[: tally[0]] for each in out)
-
-    def _grow(self) -> None:
-        """Double the pool of open begins; all existing ones are in use."""
-        size = len(self._ts)
-        self._ts, self._key = grown(self._ts, size + 1), grown(self._key, size + 1)
-        self._group, self._mark = grown(self._group, size + 1), grown(self._mark, size + 1)
-        self._above, self._under = grown(self._above, size + 1), grown(self._under, size + 1)
-        self._below = grown(self._below, size + 1)
-        self._below[size:-1] = np.arange(size + 1, len(self._below), dtype=np.int32)
-        self._below[-1] = -1
-        self._free.value = size
 
     def _plain(self, columns: list[NDArray[Any]]) -> RowColumns:
         spans: list[tuple[int, int, int, int, int]] = []
@@ -113,13 +97,7 @@ class SpanMatcher:
 
     def _left_open(self) -> int:
         left = sum(len(begins) for begins in self._open.values())
-        for top in self._head.tolist():
-            node = top
-            while node >= 0:
-                left += 1
-                node = int(self._below[node])
-
-        return left
+        return left + sum(1 for top in self._head.tolist() for _ in self._nodes.stack(top))
 
 
 class _OpenBegins:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["LIBRARY", "find", "grown", "library", "pointer"]
+__all__ = ["LIBRARY", "NodePool", "find", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
 _VERSION = 8
+_NODES = 1 << 10
 _LOG = logging.getLogger("traceml")
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -87,3 +89,37 @@ def grown(array: NDArray[Any], size: int, fill: int = 0) -> NDArray[Any]:
         larger[len(array) :] = fill
 
     return larger
+
+
+class NodePool:
+    """Nodes of stacks that the library links.
+
+    Args:
+        types: of the values that a node has.
+
+    Attributes:
+        values: a column for each.
+        below: the next node of a node's stack, or of those that are free; -1 for none.
+        free: the first node that is free.
+    """
+
+    def __init__(self, *types: DTypeLike) -> None:
+        self.values: list[NDArray[Any]] = [np.zeros(_NODES, each) for each in types]
+        self.below = np.arange(1, _NODES + 1, dtype=np.int32)
+        self.below[-1] = -1
+        self.free = ctypes.c_int32(0)
+
+    def grow(self) -> None:
+        """Double the pool; all existing nodes are in use."""
+        size = len(self.below)
+        self.values = [grown(each, size + 1) for each in self.values]
+        self.below = grown(self.below, size + 1)
+        self.below[size:-1] = np.arange(size + 1, len(self.below), dtype=np.int32)
+        self.below[-1] = -1
+        self.free.value = size
+
+    def stack(self, node: int) -> Iterator[int]:
+        """Yield a node and those below it."""
+        while node >= 0:
+            yield node
+            node = int(self.below[node])
