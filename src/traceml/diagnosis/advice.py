@@ -548,14 +548,16 @@ def for_first_batches(what: str, facts: JobFacts) -> str:
     Args:
         what: a data set, or the line that reads it.
     """
-    smaller, other = "its share is smaller in a longer run", "Otherwise look at what it does only then."
+    cached = (
+        f"If {what} fills a cache then, or the files are in memory afterwards, its share is smaller in a longer run"
+    )
+    other = "Otherwise look at what it does only then."
     if facts.loader_workers:
-        return f"If {what} fills a cache then, or the files are in memory afterwards, {smaller}. {other}"
+        return f"{cached}. {other}"
 
     return (
-        f"If {what} fills a cache then, or the files are in memory afterwards, {smaller}, and loader workers "
-        "(num_workers) would fetch samples while the model computes. Each of them fills a cache of its own, and "
-        f"without persistent_workers=True anew in each epoch. {other}"
+        f"{cached}, and loader workers (num_workers) would fetch samples while the model computes. Each of them fills "
+        f"a cache of its own, and without persistent_workers=True anew in each epoch. {other}"
     )
 
 

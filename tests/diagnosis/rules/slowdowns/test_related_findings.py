@@ -50,3 +50,14 @@ def test_waits_of_the_first_epoch_alone_are_not_those_of_a_run_without_a_cache()
     assert found.kind is Kind.INPUT_BOUND
     assert " % of it is in the steps before 6" in found.summary
     assert found.next.startswith("If Photos fills a cache then")
+
+
+def test_what_every_nth_step_costs_is_not_what_the_others_do() -> None:
+    """The code of the other steps becomes longer from step 300 on, by little beside a plot in each 50th."""
+    job = Job(ranks=1, steps=400, own={"forward": 12.0, "backward": 20.0, "optimizer": 4.0, "other": 0.3})
+    plots = adds("other", 400.0, every=50)
+
+    found, *_ = diagnose(window_of(job, plots, adds_in(slice(300, 400), "other", 2.5)), JobFacts(world_size=1))
+
+    assert found.evidence["every_n_steps"] == 50
+    assert "in the steps from" not in found.summary

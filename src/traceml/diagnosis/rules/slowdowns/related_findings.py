@@ -37,7 +37,6 @@ HELD_SHARE = 0.7
 """A part of the run that has this share of a cost is told,"""
 MAX_PART = 0.5
 """if it has no more than this share of the steps."""
-_COSTS = {Kind.INPUT_BOUND, Kind.H2D_BOUND, Kind.RESIDUAL_HEAVY}
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {*CORE_WAITS, "others_cores", "memory_share"}
 
@@ -70,8 +69,8 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
 
     The first epoch reads files that are cached afterwards; a second training has a data set of its own.
     """
-    part = cost.phase
-    if cost.kind not in _COSTS or part is None or not bins.parts_ns.get(part, np.zeros(1)).any():
+    part, is_of_all_steps = cost.phase, "phase_ms" in cost.evidence  # not of every n-th step, or of new workers
+    if not is_of_all_steps or part is None or not bins.parts_ns.get(part, np.zeros(1)).any():
         return cost
 
     alone = bins.of_part(part, work)
