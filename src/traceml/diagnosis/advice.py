@@ -37,7 +37,7 @@ __all__ = [
     "AS_MUCH_IN_EACH_STEP", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT", "FOR_UNMEASURED_JITTER",
     "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR", "WITHOUT_ANOMALIES",
     "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
-    "for_first_batches", "for_jitter", "for_long_stage", "for_longer_passes", "for_more_work", "for_own_code",
+    "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code",
     "for_rank_without_core", "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group",
     "for_straggler", "in_threads", "longer_limit", "waiting_text",
 ]  # fmt: skip
@@ -635,23 +635,23 @@ def _host_of(ranks: tuple[int, ...], facts: JobFacts) -> str | None:
     return hosts.pop() if len(hosts) == 1 else None
 
 
-def for_longer_passes(ranks: tuple[int, ...]) -> str:
-    """Return advice on ranks whose forward and backward alone take far longer than those of the others."""
-    has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
-    return (
-        f"See whether {ranks_text(ranks)} {has} more to compute: larger or longer batches, other layers, or what the "
-        f"others send to {it}, such as the tokens of an expert (all_to_all). Otherwise look at {its} number of threads "
-        f"(OMP_NUM_THREADS), and at what shares {its} cores."
-    )
+def for_more_work(ranks: tuple[int, ...], *, is_known: bool) -> str:
+    """Return advice on ranks that compute far longer than the others.
 
-
-def for_more_work(ranks: tuple[int, ...]) -> str:
-    """Return advice on ranks that compute far longer than the others in every part of the step."""
+    Args:
+        is_known: whether it is more work, by their CPU time; else a slower host may be a cause, too.
+    """
     has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
+    sent = f"what the others send to {it}, such as the tokens of an expert (all_to_all)"
+    if is_known:
+        return (
+            f"{capitalized(ranks_text(ranks))} {has} more to compute: compare the sizes of {its} batches with the "
+            f"others', and {sent}. Give all ranks the same amount."
+        )
+
     return (
-        f"{capitalized(ranks_text(ranks))} {has} more to compute: compare the sizes of {its} batches with the others', "
-        f"and what the others send to {it}, such as the tokens of an expert (all_to_all). Give all ranks the same "
-        f"amount."
+        f"See whether {ranks_text(ranks)} {has} more to compute: larger or longer batches, other layers, or {sent}. "
+        f"Otherwise look at {its} number of threads (OMP_NUM_THREADS), and at what shares {its} cores."
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from traceml.diagnosis.facts.machine_use import MachineUse
 from traceml.formatting import bytes_text, cores_text, factor_text, percent_text
 
-__all__ = ["CORE_WAITS", "DISK_READS", "SideChange", "changes", "core_wait", "larger_batches"]
+__all__ = ["CORE_WAITS", "SideChange", "changes", "core_wait", "larger_batches"]
 
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change,"""
@@ -25,8 +25,6 @@ MAJOR_FAULTS = 20.0
 """So many pages per second that are read back from a disk are a change."""
 
 
-DISK_READS = "disk_read_bytes_per_s"
-"""Name of the host's reads of disks."""
 CORE_WAITS = ("cpu_wait_share", "workers_wait_share")
 """Names of the shares of time that the training, or its loader workers, waited for a core."""
 
@@ -47,12 +45,22 @@ _CORES = "End or move what else runs on the host then (`top` names it), or give 
 
 
 def changes(
-    before: MachineUse, then: MachineUse, *, memory_of: str = "host", use_of: str = "the training"
+    before: MachineUse,
+    then: MachineUse,
+    *,
+    memory_of: str = "host",
+    use_of: str = "the training",
+    may_read: bool = True,
 ) -> list[SideChange]:
-    """Return what else changed with the steps, the likeliest cause first."""
+    """Return what else changed with the steps, the likeliest cause first.
+
+    Args:
+        may_read: whether what became longer may wait for disks.
+    """
     waited = core_wait("cpu_wait_share", use_of, before.waited, then.waited)
-    found = (waited, _others(before, then), _clock(before, then), _swap(before, then))
-    return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
+    read = _disk(before, then) if may_read else None
+    found = (waited, _others(before, then), _clock(before, then), _swap(before, then), read)
+    return [each for each in (*found, _memory(before, then, memory_of)) if each is not None]
 
 
 def larger_batches(before: float, then: float, *, explains_all: bool = False) -> SideChange:
@@ -121,7 +129,7 @@ def _disk(before: MachineUse, then: MachineUse) -> SideChange | None:
 
     text = f"the host read {bytes_text(int(now))}/s from its disks (otherwise {bytes_text(int(usual))}/s)"
     advice = "Files were read from disks and no longer from the page cache: smaller files, or more memory."
-    return SideChange(DISK_READS, text, usual, now, advice)
+    return SideChange("disk_read_bytes_per_s", text, usual, now, advice)
 
 
 def _memory(before: MachineUse, then: MachineUse, owner: str) -> SideChange | None:

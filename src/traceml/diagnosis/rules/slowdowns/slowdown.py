@@ -18,7 +18,6 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.slowdowns.coinciding_changes import (
     CORE_WAITS,
-    DISK_READS,
     SideChange,
     changes,
     core_wait,
@@ -187,10 +186,8 @@ def _use(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> list[Side
         facts.samples.use(*slow, ranks=ranks),
         memory_of="container" if is_limited else "host",
         use_of=ranks_text(ranks) if ranks else "the training",
+        may_read=not computes_longer(steps),
     )
-    if computes_longer(steps):
-        found = [each for each in found if each.name != DISK_READS]
-
     # Workers that have no core make batches late, while the training has its own.
     is_of_data = most_grown(steps, facts) == "input_wait"
     waits = (facts.workers_waited(*each) if is_of_data else None for each in (usual, slow))

@@ -199,22 +199,19 @@ def _cause(work: OwnWork, facts: JobFacts, rows: Rows, usual: OtherRanks) -> tup
     ):
         return None
 
-    part, everywhere = _blamed_part(work, facts, rows, usual, excess)
-    if part is None or (everywhere and not persists(over, work, _least_share(work, rows, usual, everywhere))):
-        return None
-
-    return part, everywhere
-
-
-def _least_share(work: OwnWork, rows: Rows, usual: OtherRanks, everywhere: bool) -> float:
-    """Return the share of the step from which on an excess is reported: a slow host slows down the optimizer, too."""
-    return EVERYWHERE_SHARE if everywhere and not only_passes_are_slower(work, rows, usual.rows) else EXCESS_SHARE
+    part, everywhere = _blamed_part(work, facts, rows, usual, over)
+    return None if part is None else (part, everywhere)
 
 
 def _blamed_part(
-    work: OwnWork, facts: JobFacts, rows: Rows, usual: OtherRanks, excess: float
+    work: OwnWork, facts: JobFacts, rows: Rows, usual: OtherRanks, over: Floats
 ) -> tuple[str | None, bool]:
-    """Return (the part to blame or None, whether the ranks are slower in everything)."""
+    """Return (the part to blame or None, whether the ranks are slower in everything).
+
+    Args:
+        over: the ranks' own work beyond that of the others, by step.
+    """
+    excess = float(over.mean())
     by_part = _excess_by_part(work, rows, usual)
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
@@ -228,13 +225,15 @@ def _blamed_part(
     alike = _is_slow_host(by_part, part, positive) or is_slower_overall(work, rows, usual, part)
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
-    may_be_host = seldom or (without_core and not more_ns)
-    floor = EVERYWHERE_SHARE if may_be_host else _least_share(work, rows, usual, everywhere)
+    # A slow host slows down the optimizer, too.
+    is_host = everywhere and not only_passes_are_slower(work, rows, usual.rows)
+    least = EVERYWHERE_SHARE if is_host else EXCESS_SHARE
+    floor = EVERYWHERE_SHARE if seldom or (without_core and not more_ns) else least
     chance = everywhere and facts.oversubscribed and not more_ns
     if chance and facts.threads == 1:  # other threads may explain it; torch's, where there are several, do not
         chance = background_threads(facts, work.ranks_of(rows)) is None
 
-    if explained_ns < floor * work.step_ns or chance:
+    if explained_ns < floor * work.step_ns or chance or (everywhere and not persists(over, work, least)):
         return None, everywhere
 
     return part, everywhere

@@ -220,7 +220,7 @@ def _reason(
     is_loading, why = late.part == "input_wait", ""
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.only_passes:
-        action = advice.for_longer_passes(ranks)
+        action = advice.for_more_work(ranks, is_known=False)
     elif len(lines) > 1:
         action = advice.for_own_code(ranks, facts, lines)
 
@@ -249,6 +249,6 @@ def _reason(
     if not why and run is not None and facts.oversubscribed and more_work_ns(work, facts, late.rows, late.excess_ns):
         why = f" {capitalized(ranks_text(ranks))} used {factor_text(run[0] / run[1])} the CPU time of the others."
         if late.everywhere and run[0] >= FAR_MORE_WORK * run[1]:
-            action = advice.for_more_work(ranks)
+            action = advice.for_more_work(ranks, is_known=True)
 
     return why, action
