@@ -546,7 +546,7 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
 
     is_its_code = line.function.startswith(tuple(f"{name}." for name in loader.samplers))
     # Beside workers the training process has no other code of the data set; what surrounds the loader may have its own.
-    if not is_its_code and not (loader.num_workers and _computes_beside_workers(facts, line)):
+    if not is_its_code and not (_all_have_workers(facts, loader) and _computes_beside_workers(facts, line)):
         return None
 
     more = "more workers" if loader.num_workers else "workers"
@@ -554,6 +554,12 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
         f"The sampler runs in the training process, so {more} will not help: make {line.place} cheaper, or draw the "
         "indices of many batches at once."
     )
+
+
+def _all_have_workers(facts: JobFacts, loader: LoaderFacts) -> bool:
+    """Return whether the training's loader has workers on each rank; without them a process has the data set's code."""
+    of_ranks = (facts.loader_of(rank, loader.number or 0) for rank in facts.loaders)
+    return bool(loader.num_workers) and all(each is None or each.num_workers for each in of_ranks)
 
 
 def _computes_beside_workers(facts: JobFacts, line: BlamedLine) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
@@ -38,16 +39,19 @@ def epochs(every: int = 1, drain_ns: int = 0) -> np.ndarray:
     return rows
 
 
-def found(lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0) -> Finding:
+def found(
+    lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0, *, of_rank_1: int | None = None
+) -> Finding:
     """Return what is said of a run whose steps of 14 ms wait 30 ms for data."""
     loader = LoaderFacts(
         dataset="Rows", length=1_000_000, num_workers=workers, batch_size=16, persistent_workers=True,
-        samplers=["Weighted"],
+        samplers=["Weighted"], number=0,
     )  # fmt: skip
+    loaders = {0: [loader]} if of_rank_1 is None else {0: [loader], 1: [replace(loader, num_workers=of_rank_1)]}
     window = window_of(ALONE, adds("input_wait", 30))
     return next(
         each
-        for each in diagnose(window, JobFacts(loader=loader, lines=lines, epochs=rows))
+        for each in diagnose(window, JobFacts(loader=loader, loaders=loaders, lines=lines, epochs=rows))
         if each.kind is Kind.INPUT_BOUND
     )
 
@@ -102,6 +106,14 @@ def test_a_sampler_that_computes_has_a_line_and_no_advice_on_workers() -> None:
     assert "train.py:9 Balanced.draw" in finding.next
     assert "more workers will not help" in finding.next
     assert "workers_advised" not in finding.evidence
+
+
+@pytest.mark.parametrize("of_rank_1", [0, 2])
+def test_a_rank_without_workers_has_the_code_of_its_data_set(of_rank_1: int) -> None:
+    """Where the other rank has workers, that code is no sampler."""
+    finding = found(seen("Rows.decode", None), epochs(every=110), 2, of_rank_1=of_rank_1)
+
+    assert finding.next.startswith("The sampler runs in the training process") is (of_rank_1 > 0)
 
 
 @pytest.mark.parametrize(
