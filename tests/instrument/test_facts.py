@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -130,6 +130,29 @@ def test_detection_of_anomalies_is_reported_while_it_is_on(traced: Traced) -> No
 
     assert rows == [True]
     assert [row["on"] for row in traced.info if row["kind"] == "anomaly_detection"] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("begin", "on"),
+    [
+        (torch.autograd.detect_anomaly, [True]),
+        (lambda: torch.autograd.set_detect_anomaly(True), [True]),
+        (lambda: torch.autograd.set_detect_anomaly(False), []),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_detection_in_a_part_of_each_step_is_reported(traced: Traced, begin: Callable[[], Any], on: list[bool]) -> None:
+    """It is off whenever a step ends, as in `with detect_anomaly(): loss.backward()`."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(130):
+        with begin():
+            loss = model(x).sum()
+            loss.backward()
+
+        optimizer.step()
+
+    assert [row["on"] for row in traced.info if row["kind"] == "anomaly_detection"] == on
 
 
 def test_a_profiler_is_reported_while_it_records(traced: Traced) -> None:

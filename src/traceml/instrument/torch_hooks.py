@@ -104,6 +104,9 @@ class TorchHooks:
         patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
         patch_clipping(patches, clock)
         patch_autocast(patches, clock, self.guard.wrap(self._facts.autocast))
+        for manager in (torch.autograd.detect_anomaly, torch.autograd.set_detect_anomaly):
+            patches.follow(manager, "__enter__", self.guard.wrap(lambda _: self._facts.look_for_detection()))
+
         if self._cuda is not None:
             self.guard(patch_graph_replays, patches, clock, self.guard)
 

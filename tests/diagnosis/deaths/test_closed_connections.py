@@ -268,6 +268,7 @@ def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
         ("other", 2, "an extension"),
         ("comm", 1, "an ext"),
         ("backward", 2, "If it names gloo, the ranks gave one collective different sizes"),
+        ("backward", 2, "as those of async_save, which need a process group of their own"),
         ("backward", 1, "an ext"),
     ):
         ended = RankExit(rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase=phase)

@@ -252,8 +252,10 @@ def _for_abort_in_backward(ended: RankExit, _facts: JobFacts) -> str:
     call = f"the call at {ended.place}" if ended.place else "native code"
     return (
         f"Read `terminate called` in the output of rank {ended.rank}. If it names gloo, the ranks gave one collective "
-        "different sizes, or called collectives in different orders: look at communication hooks, and at parameters "
-        f"that only some ranks use. Otherwise {call} crashed in an extension, or in a library of another version."
+        "different sizes, or called collectives in different orders: look at communication hooks, at parameters that "
+        "only some ranks use, and at threads that call collectives beside the training, as those of async_save, which "
+        f"need a process group of their own. Otherwise {call} crashed in an extension, or in a library of another "
+        "version."
     )
 
 

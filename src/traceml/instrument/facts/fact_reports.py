@@ -33,6 +33,7 @@ _COUNTED = 8  # from here on only powers of two are reported
 _MAX_LOADERS = 64  # whose facts are compared with those of later ones
 _MAX_BEGINS = 256  # trainings whose first step is reported: a script may make a model for each step
 _PART_BYTES = 1 << 28  # a file of this size may be a part of the checkpoint of any model
+_DETECTION_STEPS = 64  # after the last one with detection of anomalies, this is over
 _WHOLE = 4  # calls with as many samples before a backward pass: views, or the networks of a GAN
 
 
@@ -51,6 +52,7 @@ class FactReports:
         self._loaders: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self._autocast = False  # `torch.autocast` was on in the training
         self._begins = 0  # trainings that have begun after the first step
+        self._detected: int | None = None  # the last step in which autograd detected anomalies
         self._trained: Any = None  # weak reference to a parameter of the newest optimizer
 
     def report(self, kind: InfoKind, /, at: Info | None = None, **facts: Any) -> None:
@@ -207,10 +209,17 @@ class FactReports:
 
     def debugging(self) -> None:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
-        torch = loaded_module("torch")  # a script may have steps without it
         profiler = sys.modules.get("torch.autograd.profiler")
-        self._switch(InfoKind.ANOMALY_DETECTION, is_on=torch is not None and bool(torch.is_anomaly_enabled()))
+        self.look_for_detection()
+        is_on = self._detected is not None and self._clock.step - self._detected < _DETECTION_STEPS
+        self._switch(InfoKind.ANOMALY_DETECTION, is_on=is_on)
         self._switch(InfoKind.PROFILER, is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))
+
+    def look_for_detection(self) -> None:
+        """Note whether autograd detects anomalies now: it may be on in a part of each step alone."""
+        torch = loaded_module("torch")  # a script may have steps without it
+        if torch is not None and torch.is_anomaly_enabled():
+            self._detected = self._clock.step
 
     def _switch(self, kind: InfoKind, *, is_on: bool) -> None:
         if is_on or kind in self._reported:
