@@ -320,6 +320,19 @@ def test_computation_can_only_become_cheaper(library, is_told):
     assert ("fewer calls of torch's functions" in found.next) == is_told
 
 
+@pytest.mark.parametrize(
+    "library", ["/lib/copy.py:128 deepcopy", "/lib/torch/nn/parameter.py:74 Parameter.__deepcopy__"]
+)
+def test_a_copied_model_is_to_be_copied_into_tensors_that_exist(library):
+    """To keep the best weights so far is no work that workers of a loader could do."""
+    rest = SampledLine(0, "forward", "/me/train.py", 5, "forward", None, 40)
+    lines = (SampledLine(0, "other", "/me/train.py", 70, "keep", library, 80), rest)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30))
+    found = next(each for each in diagnose(window, JobFacts(lines=lines)) if each.phase == "other")
+
+    assert found.next.startswith("train.py:70 keep mostly copies objects (copy.deepcopy): copy weights into tensors")
+
+
 @pytest.mark.parametrize("loader", [LoaderFacts(num_workers=0), None])
 def test_a_script_without_a_loader_is_told_of_no_loader(loader):
     """Its line may step an environment that it has made itself."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
+    DEEP_COPIES,
     PICKLING,
     TORCH,
     WAITS_FOR_OTHERS,
@@ -346,6 +347,12 @@ def _for_line(
         how = f"use fewer operations, on whole tensors in place of loops, or torch.compile: {more}"
         rest = f"Otherwise take it {out}" if is_update else "If it only measures or logs, run it every n-th step."
         return f"Make {line.place} cheaper. If it {role}, {how}. {rest} `traceml report --lines` shows the other lines."
+
+    if calls_code(facts.lines, part, line, DEEP_COPIES):
+        return (
+            f"{line.place} mostly copies objects (copy.deepcopy): copy weights into tensors that exist (Tensor.copy_), "
+            "or less often, as after an evaluation. `traceml report --lines` shows the other lines."
+        )
 
     unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
     calls_torch, is_on_cuda = calls_code(facts.lines, part, line, TORCH), "cuda" in (facts.model.device or "")

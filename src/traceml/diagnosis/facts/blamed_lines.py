@@ -36,7 +36,8 @@ from traceml.diagnosis.facts.sampled_shares import (
 from traceml.formatting import line_text
 
 __all__ = [
-    "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH", "WAITS_FOR_OTHERS",
+    "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH",
+    "WAITS_FOR_OTHERS",
     "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model", "calls_trainer",
     "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model", "is_of_ranks_alone", "is_waiting",
     "leading_lines", "line_beside_imports", "lines_of_ranks_alone", "main_library", "main_line_share",
@@ -93,6 +94,8 @@ LOADERS = LibraryCode(re.compile(r"(^|/)torch/utils/data/"))
 """Loaders, whose code in torch makes the batches."""
 PROGRAMS = LibraryCode(re.compile(r"(^|/)subprocess\.py:"))
 """The waiting for a program that was started."""
+DEEP_COPIES = LibraryCode(re.compile(r"(^|/)(copy\.py:|torch/\S+ \w+\.__deepcopy__)"))
+"""Copies of whole objects, as of a model."""
 COLLECTIVES = LibraryCode(re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:"))
 """Collectives, and the making of process groups."""
 PICKLING = LibraryCode(
