@@ -53,7 +53,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import EvaluationModeSteps, LoaderFacts
 from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -191,6 +191,9 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "DUPLICATE_DATA": lambda: found(Job(ranks=4), batches=history(*([[5, 6, 7, 8]] * 4))),
     "NO_GRADIENT_SYNC": lambda: found(
         Job(ranks=2, steps=60, grouped=False), batches=group_of_two(), latest=(59, 59), state="finished"
+    ),
+    "EVAL_MODE": lambda: found(
+        ALONE, evaluation_mode=EvaluationModeSteps("Net", ["BatchNorm2d", "Dropout"], 100, 500), latest=(599,)
     ),
     "NUMERIC": lambda: found(
         Job(ranks=2), losses=losses_of([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, NAN, NAN, NAN, NAN]), latest=(79, 79)

@@ -97,6 +97,10 @@ class InfoKind(StrEnum):
     TRAINING_BEGINS = "training_begins", "an optimizer of other parameters begins to step", "step"
     COMPILATION = "compilation", "time that torch.compile took in the whole run", "seconds graphs"
     ANOMALY_DETECTION = "anomaly_detection", "autograd's detection of anomalies is on, or off again", "on"
+    EVALUATION_MODE = (
+        "evaluation_mode", "a model was trained in eval(), in so many steps since the first of them",
+        "model:text layers:list step:int steps:int",
+    )  # fmt: skip
     PROFILER = "profiler", "torch's profiler records, or has ended", "on"
     OWN_UPDATE = "own_update", "a function that reads gradients outside the phases", "file function"
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"

@@ -96,6 +96,7 @@ class Kind(StrEnum):
         "NO_GRADIENT_SYNC",
         KindRule("The ranks never exchange gradients: each trains its own model", Severity.WARNING),
     )
+    EVAL_MODE = "EVAL_MODE", KindRule("The model is trained in eval()", cost_of="")
     NUMERIC = "NUMERIC", KindRule(headlines.not_finite, Severity.CRITICAL, critical_first=True, cost_of=_STEPS)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(headlines.near_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(headlines.leak, critical_first=True)

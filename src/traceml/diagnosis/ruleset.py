@@ -32,6 +32,7 @@ from traceml.diagnosis.rules.correctness import (
     repeated_by_workers,
     same_order,
     steps_skipped,
+    trained_in_evaluation_mode,
     trainings_not_finite,
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
@@ -201,6 +202,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         duplicate_data(facts),
         repeated_by_workers(facts),
         never_synchronized(facts),
+        trained_in_evaluation_mode(facts),
         *outside_steps(window, facts, hung=ended is not None and ended.kind is Kind.HANG),
         stopped_ranks(window, facts),
         same_order(facts),

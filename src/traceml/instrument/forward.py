@@ -322,12 +322,15 @@ def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, cls: ty
 
 
 @uncounted
-def patch_training_mode(patches: Patches, clock: StepClock, on_evaluation: Callable[[Any], None]) -> None:
+def patch_training_mode(
+    patches: Patches, clock: StepClock, on_training: Callable[[Any], None], on_evaluation: Callable[[Any, bool], None]
+) -> None:
     """Tell the clock of `Module.train()`, which ends an evaluation.
 
     Args:
-        on_evaluation: called with a module that changes to evaluation mode: a timed one, or one that does not change
-            as a part of another.
+        on_training: called with a module that changes to training mode, and not as a part of another.
+        on_evaluation: called with a module that changes to evaluation mode, a timed one, or one that does not change
+            as a part of another, and whether it does.
     """
     original = torch.nn.Module.train
     is_part = False
@@ -340,8 +343,10 @@ def patch_training_mode(patches: Patches, clock: StepClock, on_evaluation: Calla
         try:
             if mode:
                 clock.begin_training_mode()
+                if not is_part:
+                    on_training(self)
             elif clock.thread and (is_instrumented(self) or not is_part):
-                on_evaluation(self)
+                on_evaluation(self, is_part)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 

@@ -16,6 +16,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.info_kinds import InfoKind
 from traceml.instrument import device, timed_calls
 from traceml.instrument.backward import patch_backward, timed_backward
+from traceml.instrument.facts.evaluation_mode import EvaluationMode
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.forward import (
     patch_checkpoint_sequential,
@@ -61,6 +62,7 @@ class TorchHooks:
         discovery: the timed models.
         batches: sizes and fingerprints of the inputs.
         overhead: the measured cost of the hooks.
+        evaluation_mode: models that are trained in `eval()`.
         sizes: of what collectives carry; None where torch was built without them.
     """
 
@@ -85,6 +87,7 @@ class TorchHooks:
         )
         self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
         self.overhead = HookOverhead(timed_backward, flight)
+        self.evaluation_mode = EvaluationMode(clock, self._is_trained_model, facts.evaluation_mode)
         self.sizes: CollectiveSizes | None = None
         self._compiled_models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._timer = timer_maker(clock, self.batches.measure)
@@ -98,7 +101,7 @@ class TorchHooks:
         patch_compile(patches, self._timer, self.guard.wrap(self._compiled))
         patch_scripting(patches)
         patch_checkpoint_sequential(patches, clock, self.batches.measure)
-        patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
+        patch_training_mode(patches, clock, self.guard.wrap(self.evaluation_mode.end), self._evaluates)
         patch_backward(patches, clock, self.losses.read)
         patch_scale(patches, clock, self.losses.read_unscaled, torch.amp.GradScaler)
         patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
@@ -166,6 +169,16 @@ class TorchHooks:
     def _on_model(self, module: Any) -> None:
         patch_own_call(self._patches, self._clock, self.batches.measure, type(module))
         self._facts.model(module)
+
+    @guarded
+    def _evaluates(self, module: Any, is_part: bool) -> None:
+        self.discovery.evaluates(module)
+        if not is_part:
+            self.evaluation_mode.begin(module)
+
+    def _is_trained_model(self, module: Any) -> bool:
+        models = self.discovery.models_with(module)
+        return len(models) == 1 and models[0] is module and self.discovery.is_trained(module)
 
     def _compiled(self, module: Any) -> None:
         """Report models again whose modules compile themselves, each once."""

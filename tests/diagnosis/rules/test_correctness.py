@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from traceml.diagnosis.rules.correctness import (
     never_synchronized,
     repeated_by_workers,
     same_order,
+    trained_in_evaluation_mode,
 )
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
@@ -247,3 +249,27 @@ def test_an_order_that_repeats_is_told_of_the_trainings_loader(trained: int, tol
     if found is not None:
         assert found.headline == "Each epoch has the same order: set_epoch is not called"
         assert found.severity is Severity.INFO  # never in the place of a limit
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "severity", "advice"),
+    [
+        (100, 500, "warning", "after each evaluation"),
+        (100, 30, "info", "after each evaluation"),
+        (0, 600, "info", "from_pretrained returns a model in eval()"),
+    ],
+)
+def test_training_in_evaluation_mode_is_told_with_its_steps(first, steps, severity, advice):
+    """From the first step on it may be meant, as without dropout in reinforcement learning."""
+    builder = JobFactsBuilder()
+    for each in (20, steps):
+        builder.info(
+            0, {"kind": "evaluation_mode", "model": "Net", "layers": ["Dropout"], "step": first, "steps": each}
+        )
+
+    found = trained_in_evaluation_mode(msgspec.structs.replace(builder.build(), latest=(599,)))
+
+    assert found.severity == severity
+    assert found.summary.startswith(f"Net was in eval() in {steps} of 600 training steps")
+    assert found.evidence == {"since_step": first, "steps": steps, "layers": ["Dropout"]}
+    assert advice in found.next

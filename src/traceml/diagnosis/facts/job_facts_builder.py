@@ -30,6 +30,7 @@ from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS, LazyLines, LazyWo
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import (
+    EvaluationModeSteps,
     LoaderFacts,
     ModelFacts,
     TrainedModels,
@@ -191,6 +192,14 @@ class JobFactsBuilder:
         if isinstance(row.get("number"), int):
             self._facts["same_order"] = self._facts.get("same_order", frozenset()) | {row["number"]}
 
+    def _take_evaluation_mode(self, _rank: int, row: Mapping[str, Any]) -> None:
+        known = self._facts.get("evaluation_mode")
+        if all(row.get(name) is not None for name in EvaluationModeSteps.__struct_fields__) and (
+            known is None or row["steps"] > known.steps
+        ):
+            fields = {name: row[name] for name in EvaluationModeSteps.__struct_fields__}
+            self._facts["evaluation_mode"] = EvaluationModeSteps(**fields)
+
     def _take_own_update(self, _rank: int, row: Mapping[str, Any]) -> None:
         place = str(row.get("file")), str(row.get("function"))
         self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
@@ -228,6 +237,7 @@ class JobFactsBuilder:
         InfoKind.COLLECTIVES: lambda self, rank, row: self.batches.collective(rank, row),
         InfoKind.COMPILATION: lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         InfoKind.ANOMALY_DETECTION: lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
+        InfoKind.EVALUATION_MODE: _take_evaluation_mode,
         InfoKind.PROFILER: _take_profiler,
         InfoKind.ROLLOUTS: lambda self, *_: self._facts.update(collects=True),
         InfoKind.RPC: lambda self, *_: self._facts.update(rpc=True),

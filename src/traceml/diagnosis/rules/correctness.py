@@ -14,7 +14,7 @@ from traceml.formatting import capitalized, count_text, percent_text, plural, ra
 
 __all__ = [
     "duplicate_data", "loss_not_finite", "never_synchronized", "repeated_by_workers", "same_order", "steps_skipped",
-    "trainings_not_finite",
+    "trained_in_evaluation_mode", "trainings_not_finite",
 ]  # fmt: skip
 
 MIN_LOST_STEPS = 3
@@ -222,6 +222,28 @@ def never_synchronized(facts: JobFacts) -> Finding | None:
             else "Wrap the model in DistributedDataParallel, or average the gradients by all_reduce after backward"
         ),
         evidence={"ranks": world_size, "steps": steps},
+    )
+
+
+def trained_in_evaluation_mode(facts: JobFacts) -> Finding | None:
+    """Return the finding about a model that is trained in `eval()`; a remark if it is so from the first step on."""
+    found, steps = facts.evaluation_mode, facts.last_step + 1
+    if found is None:
+        return None
+
+    share = min(found.steps / max(steps, 1), 1.0)
+    never = found.step == 0
+    how = "before the loop: from_pretrained returns a model in eval()" if never else "after each evaluation"
+    return Finding.of(
+        Kind.EVAL_MODE,
+        severity=Severity.WARNING if share >= WARNING_SHARE and not never else Severity.INFO,
+        summary=(
+            f"{found.model} was in eval() in {count_text(found.steps)} of {count_text(steps)} training steps "
+            f"({percent_text(share)}), from step {count_text(found.step)} on: its layers of {', '.join(found.layers)} "
+            "work there as in an evaluation."
+        ),
+        next=f"Call its train() {how}. If that is meant, as to keep what BatchNorm has learned, nothing needs fixing.",
+        evidence={"since_step": found.step, "steps": found.steps, "layers": list(found.layers)},
     )
 
 

@@ -111,6 +111,7 @@ class RareEvents(StepListener):
         if hooks is None:
             return
 
+        self.guard(hooks.evaluation_mode.look)
         if hooks.sizes is not None and clock.sequence is not None:
             hooks.sizes.report(clock.sequence())
 
@@ -123,6 +124,7 @@ class RareEvents(StepListener):
         self._report_use()
         if self.torch_hooks is not None:
             self.guard(self.torch_hooks.losses.finish)
+            self.guard(self.torch_hooks.evaluation_mode.look, is_last=True)
 
         if self.clock.device is not None:
             self.guard(self.clock.device.drain)

@@ -10,7 +10,7 @@ import msgspec
 
 from traceml.database.info_kinds import InfoKind
 
-__all__ = ["LoaderFacts", "ModelFacts", "TrainedModels", "is_first_trained"]
+__all__ = ["EvaluationModeSteps", "LoaderFacts", "ModelFacts", "TrainedModels", "is_first_trained"]
 
 
 class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +54,15 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     def place(self) -> str:
         """Class to which the script gives these arguments: `DataLoader` or `TrainingArguments`."""
         return "TrainingArguments" if self.trainer == "transformers" else "DataLoader"
+
+
+class EvaluationModeSteps(msgspec.Struct, frozen=True):
+    """Steps in which a model was trained in `eval()`."""
+
+    model: str  # its class
+    layers: Sequence[str]  # classes of its layers that work differently in training
+    step: int  # first of the steps
+    steps: int
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,114 @@
+"""Training in `eval()`, in which dropout and batch normalization do not work as in training.
+
+As after an evaluation without `model.train()`, or of a model that `from_pretrained` has returned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from traceml.instrument.step_clock import StepClock
+
+__all__ = ["EvaluationMode"]
+
+_LEAST_UPDATES = 20  # what is trained in fewer steps in a row is trained so on purpose
+_MOST = 4  # models in `eval()` that are watched, and classes of layers that are reported
+
+
+class EvaluationMode:
+    """Counts the steps in which models were trained in `eval()`.
+
+    Each update of a parameter in place raises its version: that of a model that is only evaluated, or kept as it is
+    while another one is trained, stays the same. Averaged weights are updated in place, too, but by no optimizer.
+
+    Args:
+        is_trained: whether an optimizer has a model's parameters, and the model is no part of another one.
+        report: takes the class of a model, its layers, the first of the steps, and their number so far.
+    """
+
+    def __init__(
+        self,
+        clock: StepClock,
+        is_trained: Callable[[Any], bool],
+        report: Callable[[str, list[str], int, int], None],
+    ) -> None:
+        self._clock, self._is_trained, self._report = clock, is_trained, report
+        self._watched: list[_WatchedModel] = []
+        self._first: int | None = None
+        self._steps = self._next_step = 0
+
+    def begin(self, model: Any) -> None:
+        """Note a model that changes to evaluation as a whole."""
+        trainable = (each for each in model.parameters() if each.requires_grad and not each.is_inference())
+        parameter = next(trainable, None)
+        self._watched = [each for each in self._watched if each.model() is not None and each.model() is not model]
+        if parameter is not None and len(self._watched) < _MOST:
+            since = self._clock.step
+            self._watched.append(_WatchedModel(weakref.ref(model), weakref.ref(parameter), parameter._version, since))
+
+    def end(self, changed: Any) -> None:
+        """Note a module that changes to training: the other parts of its model are in `eval()` on purpose then."""
+        watched, self._watched = self._watched, []
+        for each in watched:
+            if each.has(changed):
+                self._count(each)
+            else:
+                self._watched.append(each)
+
+    def look(self, *, is_last: bool = False) -> None:
+        """Report the steps up to now: at each call in which their number may have grown by a quarter, and the last."""
+        step = self._clock.step
+        if is_last or step >= self._next_step:
+            self._next_step = step + step // 4
+            self._watched = [self._count(each) for each in self._watched]
+
+    def _count(self, watched: _WatchedModel) -> _WatchedModel:
+        """Report the steps of a model since the last look; return it with this look."""
+        model, updates = watched.model(), watched.updates()
+        if model is None or updates < watched.least_updates or not self._is_trained(model):
+            return watched
+
+        layers = sorted({type(each).__name__ for each in model.modules() if _differs(each)})[:_MOST]
+        if not layers:
+            return watched
+
+        if self._first is None:
+            self._first = watched.since
+
+        step = self._clock.step
+        self._steps += step - watched.since
+        self._report(type(model).__name__, layers, self._first, self._steps)
+        return watched._replace(version=watched.version + updates, since=step, least_updates=1)
+
+
+class _WatchedModel(NamedTuple):
+    """A model that is in evaluation."""
+
+    model: Callable[[], Any]  # weak reference, as the next one
+    parameter: Callable[[], Any]  # one that may be trained
+    version: int  # of the parameter when its steps were last counted
+    since: int  # step of that time
+    least_updates: int = _LEAST_UPDATES  # with fewer, it is not told
+
+    def updates(self) -> int:
+        """Return how often the parameter was updated."""
+        parameter = self.parameter()
+        return 0 if parameter is None else int(parameter._version) - self.version
+
+    def has(self, module: Any) -> bool:
+        """Return whether a module is the model or a part of it."""
+        model = self.model()
+        return model is not None and any(each is module for each in model.modules())
+
+
+def _differs(layer: Any) -> bool:
+    """Return whether a layer works differently in training."""
+    if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+        return bool(layer.track_running_stats)
+
+    return isinstance(layer, torch.nn.modules.dropout._DropoutNd) and layer.p > 0

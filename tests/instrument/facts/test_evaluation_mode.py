@@ -1,0 +1,156 @@
+"""Training in `eval()`: models that are updated in it are told, and no others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, sgd, train
+
+
+def model(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), *(layers or (nn.Dropout(0.5),)), nn.Linear(8, 2))
+
+
+def train_for(steps: int, net: nn.Module, optimizer: Any) -> None:
+    for (x,) in data(steps):
+        train(net, optimizer, x)
+
+
+def evaluate(net: nn.Module, *, forgets: bool = True) -> None:
+    net.eval()
+    with torch.no_grad():
+        for (x,) in data(3):
+            net(x)
+
+    if not forgets:
+        net.train()
+
+
+def told(traced: Traced) -> list[tuple[str, list[str], int, int]]:
+    return [
+        (row["model"], row["layers"], row["step"], row["steps"])
+        for row in traced.info
+        if row["kind"] == "evaluation_mode"
+    ]
+
+
+def test_a_model_that_stays_in_evaluation_is_told_with_its_first_step(traced: Traced) -> None:
+    """From an evaluation without `train()` up to the end of the run, or to the next epoch's `train()`."""
+    net = model(nn.Dropout(0.5), nn.BatchNorm1d(8))
+    optimizer = sgd(net)
+    train_for(30, net, optimizer)
+    evaluate(net)
+    train_for(40, net, optimizer)
+    net.train()
+    assert told(traced)[-1] == ("Sequential", ["BatchNorm1d", "Dropout"], 30, 40)
+
+    train_for(30, net, optimizer)
+    evaluate(net)
+    train_for(130, net, optimizer)
+    traced.finish()
+
+    assert told(traced)[-1] == ("Sequential", ["BatchNorm1d", "Dropout"], 30, 40 + 130)
+    assert len(told(traced)) < 6
+
+
+@pytest.mark.parametrize(
+    "layers", [(nn.ReLU(),), (nn.Dropout(0.0),), (nn.BatchNorm1d(8, track_running_stats=False),)], ids=str
+)
+def test_layers_that_work_alike_in_both_modes_are_none(traced: Traced, layers: tuple[nn.Module, ...]) -> None:
+    """A model without dropout needs no `train()`."""
+    net = model(*layers)
+    optimizer = sgd(net)
+    evaluate(net)
+    train_for(130, net, optimizer)
+
+    assert not told(traced)
+
+
+def kept_frozen(net: nn.Module) -> Callable[[], None]:
+    """Return the step of another model, which follows the training of this one."""
+    first, other = sgd(net), model()
+    train_for(30, net, first)
+    net.eval()
+
+    def rest() -> None:
+        train_for(130, other, sgd(other))
+        assert first.param_groups  # it is kept, as by a script's global name
+
+    return rest
+
+
+def evaluated_each_epoch(net: nn.Module) -> Callable[[], None]:
+    """Return epochs with an evaluation each, that end it by `train()`."""
+
+    def epochs() -> None:
+        optimizer = sgd(net)
+        for _ in range(3):
+            train_for(40, net, optimizer)
+            evaluate(net, forgets=False)
+
+    return epochs
+
+
+def fixed_statistics(net: nn.Module) -> Callable[[], None]:
+    """Return epochs that keep one layer in `eval()`, of a model in training."""
+
+    def epochs() -> None:
+        optimizer = sgd(net)
+        for _ in range(3):
+            net.train()
+            net[2].eval()  # type: ignore[index]
+            train_for(40, net, optimizer)
+
+    return epochs
+
+
+def averaged(net: nn.Module) -> Callable[[], None]:
+    """Return epochs that average the weights in a copy, which is evaluated."""
+
+    def epochs() -> None:
+        optimizer, average = sgd(net), copy.deepcopy(net)
+        train_for(3, net, optimizer)
+        evaluate(average)
+        for _ in range(120):
+            train_for(1, net, optimizer)
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), net.parameters(), strict=True):
+                    mean.lerp_(value, 0.1)
+
+    return epochs
+
+
+def trained_head(net: nn.Module) -> Callable[[], None]:
+    """Return a fine-tuning that has the last layer alone in training."""
+    net.eval()
+    net[-1].train()  # type: ignore[index]
+    return lambda: train_for(130, net, sgd(net))
+
+
+@torch.inference_mode()
+def made_for_inference(net: nn.Module) -> Callable[[], None]:
+    """Return the training of one model beside another, whose parameters have no versions."""
+    made = model()
+    made(torch.randn(2, 4))
+    made.eval()
+    return lambda: train_for(130, net, sgd(net))
+
+
+@pytest.mark.parametrize(
+    "prepare", [kept_frozen, evaluated_each_epoch, fixed_statistics, averaged, trained_head, made_for_inference]
+)
+def test_models_that_are_in_evaluation_on_purpose_are_not_told(
+    traced: Traced, prepare: Callable[[nn.Module], Callable[[], None]]
+) -> None:
+    """What is in `eval()` and not updated, or a part of a model in training, is no mistake."""
+    prepare(model(nn.Dropout(0.5), nn.BatchNorm1d(8)))()
+    traced.finish()
+
+    assert not told(traced)
