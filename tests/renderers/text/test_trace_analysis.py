@@ -80,6 +80,19 @@ def test_every_section_is_there():
     assert "trainer" not in shown, "ranks are known: processes are left to --json"
 
 
+def test_a_narrow_screen_shows_the_whole_timeline():
+    """Neighboring bins share a column, and the title says how long one is; the first bins were left out."""
+    data = answer()
+    fine = data["report"]["timeline"]["bins"]
+    fine[0] = {**fine[0], "spans": 700}
+
+    shown = text(data, viewport=Viewport(width=60), sections=("timeline",))
+
+    assert "Timeline: 30 bins of 2.00 ms" in shown
+    [spans] = [line for line in shown.splitlines() if line.startswith("spans begun")]
+    assert spans.removeprefix("spans begun").strip() == "█" + "▁" * 29
+
+
 def test_only_some_sections():
     """An analysis by fields shows its groups."""
     shown = text(answer(), sections=["groups"])

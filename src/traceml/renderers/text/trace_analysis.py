@@ -18,6 +18,7 @@ SECTIONS = ("groups", "aggregated", "overlap", "io", "kernels", "operators", "pr
 _MAX_WIDTH = 140
 _BESIDE_BAR = 54  # columns of a line with a bar that are not the bar
 _UNIT_LABEL = 18
+_KIND_LABEL = 15
 _ROWS = 8  # of the smaller tables
 _WIDE = 100  # columns from which on all numbers are shown
 _KINDS = (
@@ -206,7 +207,7 @@ def _overlap(overlap: Mapping[str, Any] | None, viewport: Viewport) -> Iterator[
 
 def _share_line(label: str, time_us: float, total_us: float, viewport: Viewport, style: str) -> Text:
     width = min(40, max(8, viewport.width - _BESIDE_BAR))
-    line = Text(label.ljust(15)).append(bar(time_us / total_us, width, viewport, style=style))
+    line = Text(label.ljust(_KIND_LABEL)).append(bar(time_us / total_us, width, viewport, style=style))
     return line.append(f" {percent_text(time_us / total_us):>6} {_time(time_us):>8}")
 
 
@@ -261,14 +262,15 @@ def _timeline(timeline: Mapping[str, Any] | None, viewport: Viewport) -> Iterato
     if not timeline or len(timeline["bins"]) < 2:
         return
 
-    bins = timeline["bins"]
-    yield Text(f"Timeline: {len(bins)} bins of {_time(timeline['bin_us'])}", style="dim")
-    rows = [(key, label, style) for key, label, style in _KINDS if any(each[key] for each in bins)]
+    fine = timeline["bins"]
+    joined = -(-len(fine) // max(1, viewport.width - _KIND_LABEL))  # on a narrow screen neighbors share a column
+    bins = [fine[at : at + joined] for at in range(0, len(fine), joined)]
+    yield Text(f"Timeline: {len(bins)} bins of {_time(timeline['bin_us'] * joined)}", style="dim")
+    rows = [(key, label, style) for key, label, style in _KINDS if any(each[key] for each in fine)]
     if not rows:
         rows = [("host_us", "host", "cyan"), ("host_comm_us", "communication", "red"), ("other_us", "other", "")]
 
-    width = min(viewport.width - 15, len(bins))
     for key, label, style in [*rows, ("spans", "spans begun", "")]:
-        values = [each[key] for each in bins]
+        values = [sum(each[key] for each in column) for column in bins]
         if any(values):
-            yield Text(label.ljust(15)).append(sparkline(values, width, viewport), style=style)
+            yield Text(label.ljust(_KIND_LABEL)).append(sparkline(values, len(values), viewport), style=style)
