@@ -72,5 +72,7 @@ def test_a_rank_without_progress_is_in_no_part():
     found.take_snapshot(RankSnapshot(rank=0, at_ns=131 * S))
     assert found.open_part(0) == "steps"
 
-    found.take_snapshot(RankSnapshot(rank=0, at_ns=(121 + int(found.timeout_s)) * S))
+    process = np.zeros(1, PROCESS.dtype)  # a row each second, while snapshots come ever more rarely
+    process["t_ns"], process["step"] = (121 + int(found.timeout_s)) * S, 10
+    found.process_rows(0, process)
     assert found.open_part(0) is None

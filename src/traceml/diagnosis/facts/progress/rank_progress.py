@@ -176,7 +176,7 @@ class ProgressHistory:
             return None
 
         ended_ns = int(self._ends[rank]) if rank < len(self._ends) else 0
-        if activity.current is not None and activity.newest_ns - ended_ns > self.timeout_s * _NS_PER_S:
+        if activity.current is not None and (activity.seen_ns or 0) - ended_ns > self.timeout_s * _NS_PER_S:
             return None
 
         if activity.evaluating_ns > ended_ns:
