@@ -122,7 +122,7 @@ def test_what_is_not_there_is_reported_with_what_is(runs, tmp_path):
     with pytest.raises(RunNotFoundError, match="contains no runs"):
         find_run(None, tmp_path / "empty")
 
-    with pytest.raises(RunNotFoundError, match="there is no folder"):
+    with pytest.raises(RunNotFoundError, match=r"there is no folder .*--runs-dir"):
         find_run(None, tmp_path / "nothing")
 
 

@@ -222,7 +222,7 @@ def _latest(runs_dir: Path) -> Path:
 
 def _what_exists(runs_dir: Path, names: list[str]) -> str:
     if not runs_dir.is_dir():
-        return f"there is no folder {runs_dir}"
+        return f"there is no folder {runs_dir} (name that of your runs with --runs-dir or TRACEML_RUNS_DIR)"
 
     return f"{runs_dir} contains {_some(names)}" if names else f"{runs_dir} contains no runs"
 

@@ -38,7 +38,7 @@ def test_a_job_of_the_usual_aggregator_is_found(elsewhere: Path, tmp_path: Path)
 @pytest.mark.usefixtures("elsewhere")
 def test_a_job_of_another_folder_than_the_named_one_is_not_meant(tmp_path: Path) -> None:
     """Its stacks would be taken for those of a job that has just ended."""
-    with pytest.raises(RunNotFoundError, match=f"no job is running in {tmp_path / 'runs'}"):
+    with pytest.raises(RunNotFoundError, match=rf"no job is running in {tmp_path / 'runs'}.*--runs-dir"):
         running_job(None, load(runs_dir=tmp_path / "runs"), only_there=True)
 
 

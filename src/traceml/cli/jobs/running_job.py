@@ -118,7 +118,7 @@ def _newest(places: list[Path]) -> Path:
             return max(running, key=_age).path
 
     where = " or ".join(map(str, places))
-    hint = "Start one with `traceml run SCRIPT`"
+    hint = "Start one with `traceml run SCRIPT`, or name the folder of its runs with --runs-dir"
     if infos:
         latest = max(infos, key=_age)
         hint = f"The latest, {latest.id}, has ended ({latest.state}): {report_command(latest.path)}"
