@@ -300,6 +300,7 @@ def test_bad_arguments_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["profile", "--steps", "0"]) == 2
     assert cli.main(["profile", "--cpu", "-o", "x.png"]) == 2
     assert cli.main(["profile", "--on-finding", "--steps", "7"]) == 2
+    assert cli.main(["profile", "--cpu", "--ranks", "1"]) == 2
     assert "FILE.html" in capsys.readouterr().err
 
 

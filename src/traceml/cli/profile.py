@@ -240,6 +240,12 @@ def _flame_graph(options: ProfileOptions, config: Config) -> int:
     if options.output and not options.output.endswith((".html", ".json")):
         raise UsageError(f"-o {options.output}: a flame graph is FILE.html (a page) or FILE.json (for speedscope.app)")
 
+    meant = ProfileOptions(options.run, cpu=True, output=options.output, json=options.json, runs_dir=options.runs_dir)
+    if options != meant:
+        raise UsageError(
+            "--cpu draws all samples of all ranks: it takes no --ranks, --steps, --timeout, --limit-mb, --stacks"
+        )
+
     run_dir = find_run(options.run, config.runs_dir)
     path = Path(options.output or f"{run_dir.name}.flame.html")
     report = current_report(run_dir)
