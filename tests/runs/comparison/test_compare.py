@@ -110,7 +110,7 @@ def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
 
 
 def test_other_models_are_no_comparison(tmp_path):
-    """Another model is not comparable; another batch size is a remark."""
+    """Another model is not comparable; another batch size is a remark. Of an unknown model nothing is said."""
     for name, parameters, batch in (("a", 10, 32), ("b", 20, 64)):
         (tmp_path / name).mkdir()
         with StoreWriter(tmp_path / name / STORE_NAME) as writer:
@@ -126,6 +126,9 @@ def test_other_models_are_no_comparison(tmp_path):
     assert {"batch size: 32 in A, 64 in B", "parallelism: none in A, ddp in B", "torch.compile: yes in A, no in B"} <= {
         *found["remarks"]
     }
+
+    unknown = compare_runs(tmp_path / "a", store_run(tmp_path / "c", Job(ranks=1, steps=200, grouped=False)))
+    assert "torch.compile" not in " ".join(unknown.to_dict()["remarks"])
 
 
 @pytest.mark.parametrize(("forward_ms", "outcome", "change"), [(10.0, "faster", -0.29), (33.0, "slower", 0.53)])

@@ -247,10 +247,11 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str, samples: tuple[flo
         sizes = f"{samples[0]:g} in A, {samples[1]:g} in {letter}"
         remarks.append(f"samples in a step: {sizes}; the time per sample is compared")
 
+    models = (a.report.setup.model, b.report.setup.model)
+    of_models = (("torch.compile", "compiled"), ("parallelism", "parallel")) if all(models) else ()
     pairs = (
         ("batch size", a.report.setup.batch_size, b.report.setup.batch_size),
-        ("torch.compile", a.report.setup.model.get("compiled"), b.report.setup.model.get("compiled")),
-        ("parallelism", a.report.setup.model.get("parallel"), b.report.setup.model.get("parallel")),
+        *((what, *(model.get(name) for model in models)) for what, name in of_models),
         ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
     )
     remarks += [
