@@ -130,11 +130,14 @@ def test_what_cannot_be_told_is_not(compared):
 @pytest.mark.parametrize("width", [60, 80, 200])
 @pytest.mark.parametrize("pair", [("a", "slow"), ("a", "wide"), ("a", "short")], ids="-".join)
 def test_it_fits_the_terminal(compared, pair, width):
-    """No line is wider than the terminal, nor than 100 columns, in plain ASCII."""
+    """No line is wider than the terminal, nor than 100 columns, in plain ASCII; a figure that is cut shows it."""
     shown = _shown(compared(*pair), width)
 
     assert max(len(line) for line in shown.splitlines()) <= min(width, 100)
     assert shown.isascii()
+    whole = {line for line in _shown(compared(*pair), 100).splitlines() if line.startswith((" mean ", " p"))}
+    table = [line for line in shown.splitlines() if line.startswith((" mean ", " p"))]
+    assert [line for line in table if line not in whole and not line.endswith("...")] == []
 
 
 @pytest.mark.parametrize("width", [60, 70, 80, 200])

@@ -44,11 +44,7 @@ def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     width = min(viewport.width, _MAX_WIDTH)
     rows = compared_rows(comparisons.comparisons)
     lines = [*_table(rows, viewport), *_values(comparisons.comparisons), *_notes(rows, width)]
-    for line in lines:
-        line.no_wrap = True
-        line.truncate(width)
-
-    return Group(*lines)
+    return Group(*(viewport.cut(line, _MAX_WIDTH) for line in lines))
 
 
 def compared_rows(comparisons: Sequence[Comparison]) -> list[ComparedRow]:

@@ -162,11 +162,7 @@ def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
         *_rank_rows(comparison),
         *_rest(comparison),
     ]
-    for line in lines:
-        line.no_wrap = True
-        line.truncate(width)
-
-    return Group(*lines)
+    return Group(*(viewport.cut(line, _MAX_WIDTH) for line in lines))
 
 
 def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Text]:
