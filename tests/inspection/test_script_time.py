@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from traceml.inspection import script_time
-from traceml.inspection.script_time import note_end_of_run, script_age_ms
+from traceml.inspection.script_time import note_end_of_run, note_script, script_age_ms
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "__main__", made)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.setattr(script_time, "_pid_of_ended", 0)
+    monkeypatch.setattr(script_time, "_pid_of_script", 0)
     return made
 
 
@@ -32,6 +33,15 @@ def test_it_is_the_age_of_the_process() -> None:
     age_s = script_age_ms() / 1000
 
     assert before_s - created_s - 2 <= age_s <= time.time() - created_s + 2
+
+
+def test_a_script_may_not_be_the_main_module_yet(main: ModuleType) -> None:
+    """With a tracker, a rank of `traceml run` or `launch` often connects before."""
+    main.__file__ = None
+    assert script_age_ms() == 0
+
+    note_script()
+    assert script_age_ms() > 0
 
 
 def test_another_process_may_have_its_number_in_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from traceml.clock import own_time as time
 from traceml.inspection.loaded_modules import multiprocessing_parent
 from traceml.inspection.user_files import is_user_file
 
-__all__ = ["is_interactive", "note_end_of_run", "script_age_ms"]
+__all__ = ["is_interactive", "note_end_of_run", "note_script", "script_age_ms"]
 
-_pid_of_ended = 0
+_pid_of_ended = _pid_of_script = 0
 
 
 def script_age_ms() -> int:
@@ -30,6 +30,12 @@ def script_age_ms() -> int:
     return max(int((time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / TICKS_PER_S) * 1000), 0)
 
 
+def note_script() -> None:
+    """Note that this process was started for a script or a function, also while its main module is still ours."""
+    global _pid_of_script
+    _pid_of_script = os.getpid()
+
+
 def note_end_of_run() -> None:
     """Note that the next run of this process begins later than the process."""
     global _pid_of_ended
@@ -42,6 +48,9 @@ def is_interactive() -> bool:
 
 
 def _runs_script() -> bool:
+    if _pid_of_script == os.getpid():
+        return True
+
     if is_interactive():
         return False
 

@@ -129,7 +129,9 @@ def start_for_script() -> None:
     """Start tracing for a script that does not call `init`; a failure is logged, and the script runs untraced."""
     with fail_open(_log, "session", "the script runs without tracing"):
         from traceml import settings
+        from traceml.inspection.script_time import note_script
 
+        note_script()
         config = settings.load(on_missing="warn")
         if config.enabled:
             start(config, wait=False)
