@@ -211,9 +211,14 @@ def test_the_choice_of_a_tracker_is_said(
     assert "hunter2" not in str(rows)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool) -> None:
-    """Trackers of the settings get the run itself, unless the script begins an experiment in its place."""
+@pytest.mark.parametrize(
+    ("explicit", "name", "shown"), [(False, "named", "named"), (False, "", "script0"), (True, "named", "mine")]
+)
+def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool, name: str, shown: str) -> None:
+    """Trackers of the settings get the run itself, unless the script begins an experiment in its place.
+
+    Its name is that of the run, by default the script's, and not the id that `traceml run` gives.
+    """
     finish(
         script(
             """
@@ -227,12 +232,13 @@ def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool)
         """,
             explicit,
             TRACEML_BACKEND="jsonl",
-            TRACEML_RUN_NAME="named",
+            TRACEML_RUN_ID="20250102-030405-script-abcd",
+            **({"TRACEML_RUN_NAME": name} if name else {}),
         )
     )
 
     (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
-    assert (row["name"], row["backends"]) == ("mine" if explicit else "named", ["jsonl"])
+    assert (row["name"], row["backends"]) == (shown, ["jsonl"])
     assert (row["experiment"] == 0) is not explicit
 
 

@@ -130,7 +130,7 @@ class ExperimentLoggers:
             if not chosen.backends:
                 return None
 
-            name = config.run_name or config.run_id or script_name()
+            name = config.run_name or script_name()
             about = {"id": config.run_id or "", "name": name, "tags": {}}
             row = about | announcement(config, chosen.backends, chosen.options)
             self.note_backends(self.root.experiment, chosen.backends)
