@@ -51,10 +51,7 @@ def _runs_script() -> bool:
     if _pid_of_script == os.getpid():
         return True
 
-    if is_interactive():
-        return False
-
-    if multiprocessing_parent() is not None:
+    if is_interactive() or multiprocessing_parent() is not None:
         return False
 
     file = getattr(sys.modules.get("__main__"), "__file__", None)

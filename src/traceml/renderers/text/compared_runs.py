@@ -41,9 +41,9 @@ class ComparedRow(NamedTuple):
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
     """Return the table of runs for a terminal, at most 120 columns wide."""
     comparisons = printable_copy(comparisons)
-    width = min(viewport.width, _MAX_WIDTH)
     rows = compared_rows(comparisons.comparisons)
-    lines = [*_table(rows, viewport), *_values(comparisons.comparisons), *_notes(rows, width)]
+    notes = _notes(rows, min(viewport.width, _MAX_WIDTH))
+    lines = [*_table(rows, viewport), *_values(comparisons.comparisons), *notes]
     return Group(*(viewport.cut(line, _MAX_WIDTH) for line in lines))
 
 

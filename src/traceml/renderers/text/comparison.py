@@ -152,9 +152,8 @@ def compared_sentences(comparison: Comparison) -> list[str]:
 def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
     """Return the comparison for a terminal, at most 100 columns wide."""
     comparison = printable_copy(comparison)
-    width = min(viewport.width, _MAX_WIDTH)
     lines = [
-        *_head(comparison, width, viewport),
+        *_head(comparison, min(viewport.width, _MAX_WIDTH), viewport),
         Text(),
         *_times(comparison),
         Text(),

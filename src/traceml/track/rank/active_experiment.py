@@ -127,14 +127,11 @@ class ExperimentLoggers:
 
         with fail_open(_log, "track", "the run could not be announced to its trackers"):
             chosen = storable_trackers(config)
-            if not chosen.backends:
-                return None
-
-            name = config.run_name or script_name()
-            about = {"id": config.run_id or "", "name": name, "tags": {}}
-            row = about | announcement(config, chosen.backends, chosen.options)
-            self.note_backends(self.root.experiment, chosen.backends)
-            return row
+            if chosen.backends:
+                about = {"id": config.run_id or "", "name": config.run_name or script_name(), "tags": {}}
+                row = about | announcement(config, chosen.backends, chosen.options)
+                self.note_backends(self.root.experiment, chosen.backends)
+                return row
 
         return None
 

@@ -90,11 +90,6 @@ class _RankActivity(msgspec.Struct):
         """The newest snapshot; None if there has been progress since."""
         return self.snapshot if self.over_ns is None else None
 
-    @property
-    def newest_ns(self) -> int:
-        """Time of the newest snapshot, or of the end of its pause."""
-        return max(self.snapshot.at_ns if self.snapshot is not None else 0, self.over_ns or 0)
-
     def saw(self, t_ns: int) -> None:
         """Note the timestamp of a row."""
         self.seen_ns = max(self.seen_ns or 0, t_ns)
@@ -235,7 +230,8 @@ class ProgressHistory:
         if snapshot.in_step and not snapshot.ended and is_longer and user_line(snapshot) is not None:
             activity.longest = snapshot
 
-        if snapshot.at_ns < activity.newest_ns:
+        newest_ns = activity.snapshot.at_ns if activity.snapshot is not None else 0
+        if snapshot.at_ns < max(newest_ns, activity.over_ns or 0):
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
             before = activity.current
