@@ -61,6 +61,7 @@ class StepHistory(msgspec.Struct, frozen=True):
 
         parts = _of_longest(work)
         waiting = np.maximum(work.step - sum(parts.values()), 0)
+        parts["comm"] = waiting + parts.get("comm", 0)
         if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
             numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
 
@@ -69,9 +70,7 @@ class StepHistory(msgspec.Struct, frozen=True):
             first_step=first + numbers * width,
             steps=np.diff([*starts, ends[-1]]),
             step_ns=usual(work.step),
-            parts_ns={
-                name: usual(values) for name, values in {**parts, "comm": waiting + parts.get("comm", 0)}.items()
-            },
+            parts_ns=dict(zip(parts, usual(np.array(list(parts.values()))), strict=True)),
             ranks=work.ranks if single else np.empty(0, np.int64),
             own_ns=usual(work.own) if single else np.empty((0, 0)),
             elements=usual(window.elements.sum(axis=0)) if window.elements.size else np.empty(0),
