@@ -30,7 +30,8 @@ def double(x):
 
 if __name__ == "__main__":
     names = sorted(name for name in globals() if name.startswith("__"))
-    print(sys.argv, sys.path[0], __file__, __doc__, __package__, __spec__ and __spec__.name, __annotations__, names)
+    print(sys.argv, sys.path[0], __file__, __doc__, __package__, __spec__ and __spec__.name, names)
+    print(inspect.get_annotations(sys.modules["__main__"]))
     print(type(pickle.loads(pickle.dumps(Thing()))) is Thing, sys.modules["__main__"].double is double)
     print(inspect.getsource(double), inspect.getfile(Thing), sys.flags.safe_path)
     what = sys.argv[1] if len(sys.argv) > 1 else ""

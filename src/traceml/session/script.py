@@ -100,8 +100,10 @@ def _execute(program: _Program) -> None:
         __package__=program.spec.parent if program.spec is not None else None,
         __spec__=program.spec,
         __cached__=program.spec.cached if program.spec is not None else None,
-        __annotations__={},
     )
+    if sys.version_info < (3, 14):  # a later one makes them when they are read, unless they are there
+        names["__annotations__"] = {}
+
     _earlier_main.append(sys.modules["__main__"])
     sys.modules["__main__"] = module
     if "__mp_main__" in sys.modules:  # its name in spawned processes, if multiprocessing was imported before
