@@ -521,7 +521,7 @@ def test_no_descriptor_of_ours_has_the_number_of_a_closed_standard_stream(run_sc
     """A daemon's may be closed: what a library printed there went into the tables of the recorder."""
     done = run_script(
         """
-        import os, traceml
+        import ctypes, os, traceml  # libffi keeps a file open from then on
 
         os.closerange(0, 3)
         traceml.init()

@@ -260,7 +260,7 @@ def test_workers_ahead_of_a_training_that_stands_still_are_not_waited_for(run_sc
         import time, torch, traceml
         from torch.utils.data import DataLoader
         traceml.init()
-        for batch in DataLoader(torch.ones(64, 4), batch_size=4, num_workers=2):
+        for batch in DataLoader(torch.ones(64, 4), batch_size=4, num_workers=2, multiprocessing_context="fork"):
             time.sleep(3600)
         """
     # A busy machine may start the workers in more than the second after which a snapshot comes.
@@ -295,7 +295,7 @@ def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> No
                 return torch.ones(4)
 
         LOCK.acquire()
-        for batch in DataLoader(Locked(), batch_size=4, num_workers=2):
+        for batch in DataLoader(Locked(), batch_size=4, num_workers=2, multiprocessing_context="fork"):
             pass
         """
     # The one before its stack is known, and those of workers that a busy machine starts late, come first.
