@@ -569,8 +569,8 @@ import os, sys, torch
 from torch.utils.data import DataLoader
 model = torch.nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-workers = {"num_workers": 1, "persistent_workers": True} if "keeps" in sys.argv[2] else {}
-loader = DataLoader(torch.randn(400, 8), batch_size=8, **workers)
+workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+loader = DataLoader(torch.randn(400, 8), batch_size=8, **(workers if "keeps" in sys.argv[2] else {}))
 for step, x in enumerate(loader):
     optimizer.zero_grad()
     model(x).sum().backward()
