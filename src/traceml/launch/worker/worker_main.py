@@ -181,7 +181,8 @@ def _set_up_process(request: Fork, out: int, err: int, stacks_file: int) -> None
 
     _line_buffer_c()
     os.set_inheritable(stacks_file, False)
-    faulthandler.enable(2)
+    # From Python 3.14 on the C stack would follow, and the shown last lines of a worker be that alone.
+    faulthandler.enable(2, **({"c_stack": False} if sys.version_info >= (3, 14) else {}))
     stack_signal.register(stacks_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in request.unset:
