@@ -50,13 +50,21 @@ def left() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("end", "how"), [(killed, {"signal": signal.SIGKILL}), (left, {"code": 3})])
-def test_a_worker_that_dies_is_noted_and_torch_raises_as_before(traced: Traced, end, how) -> None:
+@pytest.mark.parametrize(
+    ("end", "how", "method"),
+    [
+        (killed, {"signal": signal.SIGKILL}, "fork"),
+        (left, {"code": 3}, "fork"),
+        (killed, {"signal": signal.SIGKILL}, "forkserver"),
+    ],
+)
+def test_a_worker_that_dies_is_noted_and_torch_raises_as_before(traced: Traced, end, how, method) -> None:
     """Process, number and signal or status are known, also where the script catches the exception."""
+    options = {"batch_size": 2, "collate_fn": list}  # a tensor needs its worker
     with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
-        list(DataLoader(Dying(end), batch_size=2, num_workers=2, collate_fn=list))  # a tensor needs its worker
+        list(DataLoader(Dying(end), num_workers=2, multiprocessing_context=method, **options))
 
-    lost = traced.instrumentation.lost_workers[0]
+    (lost,) = traced.instrumentation.lost_workers
     assert {name: lost.get(name) for name in how} == how
     assert (lost["worker"], lost["workers"]) == (1, 2)  # sample 10 is in batch 5
     assert str(lost["pid"]) in str(raised.value)

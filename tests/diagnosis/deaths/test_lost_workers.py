@@ -60,6 +60,14 @@ def test_the_rank_ended_because_of_the_worker_that_was_noted():
     assert "ended no process here" in finding.next
 
 
+@pytest.mark.parametrize(("how", "says"), [("", "Look in the output"), (" with exit code 3", "os._exit or sys.exit")])
+def test_how_an_unknown_worker_ended_is_not_guessed(how, says):
+    """Torch tells no status of a worker whose queue it has found empty."""
+    finding = rank_lost(JobFacts(exits=(ended(f"RuntimeError: DataLoader worker (pid 7) exited unexpectedly{how}"),)))
+
+    assert says in finding.next
+
+
 @pytest.mark.parametrize("kills", [0, 1])
 def test_a_worker_that_the_kernel_killed_is_told_with_its_memory(kills):
     """That of all workers, as the limit is for them all; another kill says nothing of memory."""

@@ -112,6 +112,9 @@ def for_worker(lost: LostWorker) -> str:
     if lost.signal is not None:
         return "Find out what sent the signal to the worker: a kill command, or the scheduler."
 
+    if lost.code is None:
+        return "Look in the output for what ended it, and in dmesg for the kernel's out-of-memory killer."
+
     return "The dataset or a library that it uses called os._exit or sys.exit: run with num_workers=0 to see where."
 
 

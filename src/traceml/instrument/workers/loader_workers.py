@@ -1,7 +1,8 @@
 """Worker processes of the data loaders that are being read, the batch that the rank waits for, and workers that die.
 
 torch's handler of SIGCHLD raises in the training process, which the script may catch. Once the script has ended, the
-handler would interrupt the report of its end: then it does not raise.
+handler would interrupt the report of its end: then it does not raise. A worker that a fork server started is no child
+of the training process: torch finds it dead when its batch is overdue.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 _pids: dict[weakref.ref[Any], WorkersOfLoader] = {}
 _log = logging.getLogger("traceml")
 _PID = re.compile(r"\(pid (\d+)\)")
+_UNRECORDED = "the death of a loader worker is not recorded"
 
 
 class WorkersOfLoader(NamedTuple):
@@ -130,32 +132,50 @@ def watch_workers(patches: Patches, clock: StepClock, lost: deque[dict[str, Any]
             nothing more is done with them here.
     """
     from torch.utils.data._utils import signal_handling
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
     handling: Any = signal_handling
     check = handling._error_if_any_worker_fails
+    mark = _MultiProcessingDataLoaderIter._mark_worker_as_unavailable
+    noted: set[int] = set()
+
+    def note(pid: int, message: str, status: int | None) -> None:
+        if pid not in noted:
+            noted.add(pid)
+            lost.append(_facts(pid, message, status, clock))
 
     def _error_if_any_worker_fails() -> None:
         try:
             check()
         except RuntimeError as error:
-            with fail_open(_log, "instrument", "the death of a loader worker is not recorded", once=True):
-                lost.append(_facts(str(error), clock))
+            with fail_open(_log, "instrument", _UNRECORDED, once=True):
+                found = _PID.search(str(error))
+                pid = int(found[1]) if found else 0
+                note(pid, str(error), uncollected_status(pid))
 
             if not clock.open_slots[Slot.EXIT_START]:
                 raise
 
+    def _mark_worker_as_unavailable(self: Any, worker_id: int, shutdown: bool = False) -> None:
+        with fail_open(_log, "instrument", _UNRECORDED, once=True):
+            process = self._workers[worker_id]
+            if not shutdown and process.exitcode:
+                message = f"DataLoader worker (pid {process.pid}) exited unexpectedly"
+                note(process.pid, message, process.exitcode)
+
+        mark(self, worker_id, shutdown)
+
     patches.wrap(handling, "_error_if_any_worker_fails", _error_if_any_worker_fails)
+    patches.wrap(_MultiProcessingDataLoaderIter, "_mark_worker_as_unavailable", _mark_worker_as_unavailable)
 
 
-def _facts(text: str, clock: StepClock) -> dict[str, Any]:
-    found = _PID.search(text)
-    pid = int(found[1]) if found else 0
-    facts: dict[str, Any] = {"t_ns": monotonic_ns(), "pid": pid, "message": text.strip()[:200]}
+def _facts(pid: int, message: str, status: int | None, clock: StepClock) -> dict[str, Any]:
+    facts: dict[str, Any] = {"t_ns": monotonic_ns(), "pid": pid, "message": message.strip()[:200]}
     step = clock.open_slots[Slot.STEP]
     if step >= 0:
         facts["step"] = step
 
-    return facts | _number(pid) | _status(pid)
+    return facts | _number(pid) | _ended(status)
 
 
 def _number(pid: int) -> dict[str, Any]:
@@ -166,9 +186,8 @@ def _number(pid: int) -> dict[str, Any]:
     return {}
 
 
-def _status(pid: int) -> dict[str, Any]:
-    """Return the signal or the exit status of a child, which stays there for torch to collect."""
-    status = uncollected_status(pid)
+def _ended(status: int | None) -> dict[str, int]:
+    """Return the signal or the exit status of a process."""
     if status is None:
         return {}
 
