@@ -147,6 +147,7 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
     # From one step to the next, as longer episodes; what a script keeps makes one pass longer, or code outside of it.
     may_be_work = change.shape == "growth" and PASSES.issubset(where.parts)
     meanwhile = "".join(f" {'And' if at else 'Meanwhile'} {each.text}." for at, each in enumerate(beside[:2]))
+    since = evidence.get("since_step", int(steps.bins.first_step[-1]))
     is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or not is_other)
     return Finding.of(
         Kind.SLOWDOWN,
@@ -154,7 +155,7 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
         ranks=ranks,
         phase=part,
         summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + meanwhile,
-        next=beside[0].advice if is_beside else _advice(change.shape, where, ranks, facts),
+        next=beside[0].advice if is_beside else _advice(change.shape, since, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1.0 if is_meant or may_be_work else speedup_of_share(share),
@@ -224,16 +225,17 @@ def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | No
     return f"Until step {until} {longer}" if change.shape == "first" else f"From step {since} to step {until} {longer}"
 
 
-def _advice(shape: str, where: SlowParts, ranks: tuple[int, ...], facts: JobFacts) -> str:
+def _advice(shape: str, since: int, where: SlowParts, ranks: tuple[int, ...], facts: JobFacts) -> str:
     """Return what to do: by how steps changed, then by the line, then by the phase.
 
     Args:
         shape: of the change, as in `LevelChange`.
+        since: step from which on they are slow, the last ones where they grow.
         where: what became slower.
         ranks: that alone became slower; empty for all.
     """
     part = where.parts[0] if len(where.parts) == 1 else None
-    known = _for_shape(shape, part, where, facts)
+    known = _for_shape(shape, since, part, where, facts)
     if known is not None:
         return known
 
@@ -250,10 +252,14 @@ def _advice(shape: str, where: SlowParts, ranks: tuple[int, ...], facts: JobFact
     return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
 
 
-def _for_shape(shape: str, part: str | None, where: SlowParts, facts: JobFacts) -> str | None:
+_DENORMAL_STEPS = 300
+"""In fewer steps without gradients, averages that lose a tenth in each do not shrink to denormal numbers."""
+
+
+def _for_shape(shape: str, since: int, part: str | None, where: SlowParts, facts: JobFacts) -> str | None:
     """Return the advice on what makes a part slower in this way; None if nothing is known of it."""
     denormals = flush_denormals(facts)
-    if part == "optimizer" and shape in ("growth", "stays") and denormals:
+    if part == "optimizer" and shape in ("growth", "stays") and since >= _DENORMAL_STEPS and denormals:
         return (
             f"{denormals} If that changes nothing, look at what else changes in {phases_text(where.parts, None)} then."
         )
