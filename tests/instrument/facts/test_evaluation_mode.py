@@ -60,6 +60,19 @@ def test_a_model_that_stays_in_evaluation_is_told_with_its_first_step(traced: Tr
     assert len(told(traced)) < 6
 
 
+def test_steps_of_an_earlier_process_are_not_counted(traced: Traced) -> None:
+    """A training that is resumed at step 1000, of a model that was loaded in `eval()`."""
+    net = model()
+    optimizer = sgd(net)
+    train_for(1, net, optimizer)
+    net.eval()
+    traced.instrumentation.clock.continue_at(1000)
+    train_for(130, net, optimizer)
+    traced.instrumentation.close_open_step()
+
+    assert told(traced)[-1][3] == 130
+
+
 @pytest.mark.parametrize(
     "layers", [(nn.ReLU(),), (nn.Dropout(0.0),), (nn.BatchNorm1d(8, track_running_stats=False),)], ids=str
 )

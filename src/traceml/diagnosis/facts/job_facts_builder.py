@@ -193,12 +193,11 @@ class JobFactsBuilder:
             self._facts["same_order"] = self._facts.get("same_order", frozenset()) | {row["number"]}
 
     def _take_evaluation_mode(self, _rank: int, row: Mapping[str, Any]) -> None:
+        found: dict[str, Any] = {name: row.get(name) for name in EvaluationModeSteps.__struct_fields__}
         known = self._facts.get("evaluation_mode")
-        if all(row.get(name) is not None for name in EvaluationModeSteps.__struct_fields__) and (
-            known is None or row["steps"] > known.steps
-        ):
-            fields = {name: row[name] for name in EvaluationModeSteps.__struct_fields__}
-            self._facts["evaluation_mode"] = EvaluationModeSteps(**fields)
+        if None not in found.values() and (known is None or found["steps"] > known.steps):
+            found["layers"] = [str(each) for each in row["layers"]]
+            self._facts["evaluation_mode"] = EvaluationModeSteps(**found)
 
     def _take_own_update(self, _rank: int, row: Mapping[str, Any]) -> None:
         place = str(row.get("file")), str(row.get("function"))

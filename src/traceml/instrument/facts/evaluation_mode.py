@@ -48,8 +48,11 @@ class EvaluationMode:
         parameter = next(trainable, None)
         self._watched = [each for each in self._watched if each.model() is not None and each.model() is not model]
         if parameter is not None and len(self._watched) < _MOST:
-            since = self._clock.step
-            self._watched.append(_WatchedModel(weakref.ref(model), weakref.ref(parameter), parameter._version, since))
+            self._watched.append(
+                _WatchedModel(
+                    weakref.ref(model), weakref.ref(parameter), self._clock.step, parameter._version, self._clock.rows
+                )
+            )
 
     def end(self, changed: Any) -> None:
         """Note a module that changes to training: the other parts of its model are in `eval()` on purpose then."""
@@ -80,10 +83,10 @@ class EvaluationMode:
         if self._first is None:
             self._first = watched.since
 
-        step = self._clock.step
-        self._steps += step - watched.since
+        rows = self._clock.rows
+        self._steps += rows - watched.rows
         self._report(type(model).__name__, layers, self._first, self._steps)
-        return watched._replace(version=watched.version + updates, since=step, least_updates=1)
+        return watched._replace(version=watched.version + updates, rows=rows, least_updates=1)
 
 
 class _WatchedModel(NamedTuple):
@@ -91,8 +94,9 @@ class _WatchedModel(NamedTuple):
 
     model: Callable[[], Any]  # weak reference, as the next one
     parameter: Callable[[], Any]  # one that may be trained
+    since: int  # step
     version: int  # of the parameter when its steps were last counted
-    since: int  # step of that time
+    rows: int  # of the steps then: a training that is resumed counts its steps on
     least_updates: int = _LEAST_UPDATES  # with fewer, it is not told
 
     def updates(self) -> int:
