@@ -87,7 +87,7 @@ class TorchHooks:
         )
         self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
         self.overhead = HookOverhead(timed_backward, flight)
-        self.evaluation_mode = EvaluationMode(clock, self._is_trained_model, facts.evaluation_mode)
+        self.evaluation_mode = EvaluationMode(clock, self._is_trained_model, facts.report)
         self.sizes: CollectiveSizes | None = None
         self._compiled_models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._timer = timer_maker(clock, self.batches.measure)

@@ -37,11 +37,11 @@ from traceml.formatting import line_text
 
 __all__ = [
     "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH",
-    "WAITS_FOR_OTHERS",
-    "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model", "calls_trainer",
-    "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model", "is_of_ranks_alone", "is_waiting",
-    "leading_lines", "line_beside_imports", "lines_of_ranks_alone", "main_library", "main_line_share",
-    "of_longest_startup", "outside_line", "own_line", "own_line_share", "runs_forward", "threads_line", "workers_line",
+    "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model",
+    "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
+    "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "lines_of_ranks_alone",
+    "main_library", "main_line_share", "of_longest_startup", "outside_line", "own_line", "own_line_share",
+    "runs_forward", "threads_line", "workers_line",
 ]  # fmt: skip
 
 LEADING_RATIO = 2.0

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from traceml.database.info_kinds import InfoKind, InfoSender
+
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
 
@@ -28,15 +30,10 @@ class EvaluationMode:
 
     Args:
         is_trained: whether an optimizer has a model's parameters, and the model is no part of another one.
-        report: takes the class of a model, its layers, the first of the steps, and their number so far.
+        report: appends a row of `info`.
     """
 
-    def __init__(
-        self,
-        clock: StepClock,
-        is_trained: Callable[[Any], bool],
-        report: Callable[[str, list[str], int, int], None],
-    ) -> None:
+    def __init__(self, clock: StepClock, is_trained: Callable[[Any], bool], report: InfoSender) -> None:
         self._clock, self._is_trained, self._report = clock, is_trained, report
         self._watched: list[_WatchedModel] = []
         self._first: int | None = None
@@ -85,7 +82,13 @@ class EvaluationMode:
 
         rows = self._clock.rows
         self._steps += rows - watched.rows
-        self._report(type(model).__name__, layers, self._first, self._steps)
+        self._report(
+            InfoKind.EVALUATION_MODE,
+            model=type(model).__name__,
+            layers=layers,
+            step=self._first,
+            steps=self._steps,
+        )
         return watched._replace(version=watched.version + updates, rows=rows, least_updates=1)
 
 

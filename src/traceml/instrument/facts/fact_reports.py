@@ -207,10 +207,6 @@ class FactReports:
         first = first_parameter(optimizer)
         return first is not None and self._trained is not None and self._trained() is not first
 
-    def evaluation_mode(self, model: str, layers: list[str], step: int, steps: int) -> None:
-        """Report that a model was trained in `eval()`."""
-        self.report(InfoKind.EVALUATION_MODE, model=model, layers=layers, step=step, steps=steps)
-
     def debugging(self) -> None:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
         profiler = sys.modules.get("torch.autograd.profiler")
