@@ -166,7 +166,10 @@ def _jump(values: Floats) -> LevelChange | None:
     if _alike(outside, usual, slow) >= _alike(inside, usual, slow):  # it comes and goes, as at the begin of each epoch
         return None
 
-    if _alike(inside, slow, usual) > _MAX_USUAL_SHARE * len(inside):  # it does so within the part
+    usual_inside = _alike(inside, slow, usual)
+    if usual_inside > _MAX_USUAL_SHARE * len(inside) or usual_inside >= _alike(
+        outside, slow, usual
+    ):  # it does so there
         return None
 
     spread = max(_spread(_around_medians(inside, outside)), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)

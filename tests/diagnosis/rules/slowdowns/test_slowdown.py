@@ -894,6 +894,18 @@ def test_what_comes_in_each_epoch_is_no_change(epochs: tuple[int, ...], told: bo
     assert bool(slowdown(run, JobFacts())) is told
 
 
+@pytest.mark.parametrize(("fast", "told"), [((0, 1), True), ((0, 1, 8, 9, 16, 17, 24, 25), False)])
+def test_steps_that_are_fast_at_the_begin_of_each_epoch_did_not_become_slower(
+    fast: tuple[int, ...], told: bool
+) -> None:
+    """The data of one worker lasts four times as long as that of the others: the end of each epoch waits for it."""
+    step_ns = np.full(32, 33.0 * MS)
+    step_ns[[*fast]] = 8.0 * MS
+    run = StepHistory(np.arange(32) * WIDTH, np.full(32, WIDTH), step_ns, {"input_wait": step_ns})
+
+    assert bool(slowdown(run, JobFacts())) is told
+
+
 @pytest.mark.parametrize(("last_ms", "told"), [(150.0, False), (80.0, True)])
 def test_a_run_that_ends_in_a_series_of_long_steps_did_not_become_slower(last_ms: float, told: bool) -> None:
     """There were such series before: the steps that are long at times are told. Those of another length are others."""
