@@ -36,7 +36,7 @@ from traceml.diagnosis.rules.correctness import (
     trainings_not_finite,
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
-from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
+from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes, without_largest_batches
 from traceml.diagnosis.rules.devices import device_contention, device_faults, throttled, without_changes_by_others
 from traceml.diagnosis.rules.gil_contention import gil_contention
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
@@ -329,7 +329,8 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
     """Find what steps cost, and when they became slower."""
     whole = as_one_training(window, work, facts.other_models)
     without_explained, explained = _without_explained(window, whole, facts)
-    found = [*_costs(window, without_explained, whole, facts, work.step_ns), *explained]
+    costs = _costs(window, without_explained, whole, facts, work.step_ns)
+    found = [*without_largest_batches(costs, explained), *explained]
     if history is None or history is window or len(history) < MIN_STEPS:
         return _with_slowdown(found, window, without_explained, facts, only_now=history is not None)
 

@@ -10,8 +10,9 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.data_imbalance import with_batch_sizes
+from traceml.diagnosis.rules.data_imbalance import with_batch_sizes, without_largest_batches
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps
@@ -116,6 +117,21 @@ def test_batches_that_are_larger_than_their_work_is_longer_explain_a_late_rank(l
 
     assert told.startswith("Give rank 1 as much data per step")
     assert (late.next in told) is not is_all
+
+
+@pytest.mark.parametrize(
+    ("ranks", "share", "ratio", "told"),
+    [((1,), 0.16, 4.0, False), ((1,), 0.5, 4.0, True), ((2,), 0.16, 4.0, True), ((1,), 0.16, None, True)],
+)
+def test_a_rank_with_the_largest_batches_is_not_called_slow_beside_it(ranks, share, ratio, told) -> None:
+    """Backward is not measured in all steps: what is left of a rank's longer one follows the size, too."""
+    evidence = {} if ratio is None else {"size_ratio": ratio}
+    late = Finding.of(
+        Kind.COMPUTE_STRAGGLER, ranks=ranks, phase="backward", summary="", next="", evidence=evidence, cost_share=share
+    )
+    larger = Finding.of(Kind.DATA_IMBALANCE, ranks=(1,), summary="", next="", evidence={}, cost_share=0.3)
+
+    assert without_largest_batches([late], [larger]) == ([late] if told else [])
 
 
 def test_a_slow_rank_is_found_among_uneven_batches():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -16,7 +16,7 @@ from traceml.diagnosis.steps.speedup import new_step_times, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import factor_text, gain_text, ns_text, percent_text, ranks_text
 
-__all__ = ["data_imbalance", "with_batch_sizes"]
+__all__ = ["data_imbalance", "with_batch_sizes", "without_largest_batches"]
 
 MIN_VARIATION = 0.05
 """Standard deviation of the batches' sizes, as share of their mean, from which on they differ."""
@@ -94,6 +94,17 @@ def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
         next=_EVEN_RANKS.format(ranks_text(finding.ranks)) + (f" Then: {finding.next}" if more else ""),
         evidence={**finding.evidence, "size_ratio": ratio},
     )
+
+
+def without_largest_batches(found: Sequence[Finding], explained: Sequence[Finding]) -> list[Finding]:
+    """Return findings without those about ranks that a finding about batches names as having the largest ones.
+
+    Work follows the size by a line only nearly: what is left of theirs beside it looks like a slow rank.
+    """
+    of_ranks = {each.ranks: each.cost_share for each in explained if each.kind is Kind.DATA_IMBALANCE}
+    return [
+        each for each in found if "size_ratio" not in each.evidence or each.cost_share >= of_ranks.get(each.ranks, 0.0)
+    ]
 
 
 def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
