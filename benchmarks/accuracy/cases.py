@@ -236,6 +236,7 @@ _HABITS = (
         steps=200,
         unsaid=("num_workers=",),
     ),
+    _habit("few_shards", "INPUT_BOUND", phase="input_wait", steps=600, unsaid=("num_workers=",)),
     _habit("mixup_in_collate", "INPUT_BOUND", phase="input_wait", function="blend", steps=200),
     _habit("prefetch_thread", "INPUT_BOUND", phase="input_wait", function="prefetch_thread", steps=150),
     _habit("prefetch_thread_that_keeps_up", steps=150),

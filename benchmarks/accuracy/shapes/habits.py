@@ -10,7 +10,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
 
 torch.manual_seed(0)
 
@@ -88,6 +88,25 @@ def slow_sampler(workers=1):
 
 def slow_sampler_without_workers():
     slow_sampler(0)
+
+
+class Shards(IterableDataset):
+    """Two files, whose samples come from a slow disk."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for _ in range(worker.id, 2, worker.num_workers):
+            for sample in range(800):
+                time.sleep(0.004)
+                yield torch.full((64,), sample / 800), sample % 10
+
+
+def few_shards():
+    """Two of the four workers have no data at all."""
+    model = net(64, 256)
+    loader = DataLoader(Shards(), 8, num_workers=4)
+    for _ in range(3):
+        fit(model, torch.optim.SGD(model.parameters(), 0.01), loader)
 
 
 def mixup_in_collate():

@@ -68,7 +68,8 @@ class InfoKind(StrEnum):
     LOADER = (
         "loader", "a data loader gave an iterator, or `trace_data` got an iterable",
         ("loader:text dataset:text length:int in_memory num_workers:int batch_size:int pin_memory persistent_workers "
-         "prefetch_factor start_method:text objects:list samplers:list is_undivided trainer:text number:int"),
+         "prefetch_factor start_method:text objects:list samplers:list is_iterable is_undivided trainer:text "
+         "number:int"),
     )  # fmt: skip
     LOADERS_MADE = (
         "loaders_made", "number of loaders of one data set so far", "dataset:text length:int num_workers:int made",
@@ -76,6 +77,10 @@ class InfoKind(StrEnum):
     TRAINING_LOADER = "training_loader", "number of the loader whose batches are trained on", "number"
     BATCH = "batch", "tensors and bytes of the largest of some batches, as a loader returns them", "tensors bytes"
     SAME_ORDER = "same_order", "a shuffling DistributedSampler gives the same order in each epoch", "number"
+    WORKER_SAMPLES = (
+        "worker_samples", "how often each worker of a loader, by its number, was seen to make a batch so far",
+        "number:int samples:list",
+    )  # fmt: skip
     WORKER_LOST = (
         "worker_lost", "a loader worker has died",
         "pid message step worker workers signal code oom_kills shm_bytes shm_used_bytes memory_limit_bytes",

@@ -237,7 +237,7 @@ class RankTracing:
         with fail_open(_log, "recorder", "the lines of loader workers are not sampled"):
             from traceml.instrument.workers.loader_workers import worker_pids
 
-            self._worker_lines = WorkerLines(self._flight, worker_pids, interval_s)
+            self._worker_lines = WorkerLines(self._flight, worker_pids, interval_s, self._note)
             self._thread.every_cycle(self._worker_lines)
 
     def _sample_lines(self) -> None:

@@ -12,6 +12,7 @@ from tests.diagnosis.rules.test_cpu_contention import samples
 from traceml.database.schema import EPOCHS, FINGERPRINTS, LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -170,6 +171,43 @@ def test_several_workers_that_read_the_same_are_told_to_divide_it():
     facts = JobFacts(loader=replace(FOLDER, num_workers=2), batches=batches, epochs=epochs)
 
     assert "get_worker_info" in for_input(facts, pipeline(298, 30, cores=8, workers=2)).text
+
+
+@pytest.mark.parametrize(
+    ("samples", "iterable", "says", "gain"),
+    [
+        ((100, 100), True, "Only 2 of the 4 workers have samples of Folder to make. Give all", 2.0),
+        ((0, 0, 90), True, "Only 1 of the 4 workers has samples of Folder to make. Give all", 4.0),
+        ((6, 5, 8, 120), True, "Folder divides its samples unevenly: one of the 4 workers does 86 % of their wo", 3.45),
+        ((30, 33, 28, 31), True, "num_workers=", None),
+        ((100, 100), False, "num_workers=", None),  # batches of a data set with an index go to the workers in turns
+        ((25, 25), True, "num_workers=", None),
+    ],
+)
+def test_workers_without_samples_are_told_and_no_more_of_them(samples, iterable, says, gain):
+    """An iterable data set with fewer shards than workers, or with one that is far longer."""
+    loader = replace(FOLDER, num_workers=4, is_iterable=iterable, worker_samples=samples)
+
+    advised = for_input(JobFacts(loader=loader), pipeline(298, 3, cpu=0.1, cores=8, workers=4))
+
+    assert says in advised.text
+    assert ("num_workers=" in advised.text) is (gain is None)
+    assert gain is None or advised.gain == pytest.approx(gain, rel=0.01)
+
+
+def test_work_of_workers_is_added_up_over_the_loaders_of_the_training():
+    """A script may make its loader anew for each epoch; that of the evaluation has another length."""
+    builder = JobFactsBuilder(1)
+    for number, length in enumerate((600, 50, 600)):
+        builder.info(0, {"kind": "loader", "number": number, "num_workers": 4, "length": length})
+
+    for number, seen in ((0, [3, 1]), (1, [9, 9, 9, 9]), (0, [6, 2]), (2, [0, 0, 5]), (2, [True, "x"])):
+        builder.info(0, {"kind": "worker_samples", "number": number, "samples": seen})
+
+    builder.info(0, {"kind": "training_loader", "number": 2})
+    loader = builder.build().loader
+    assert loader is not None
+    assert loader.worker_samples == (6, 2, 5)
 
 
 @pytest.mark.parametrize(("method", "told"), [("__getitem__", True), ("__getitems__", False)])

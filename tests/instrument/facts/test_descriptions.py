@@ -141,7 +141,8 @@ def in_order(lines):
 )
 def test_a_stream_that_each_worker_would_read_is_known(dataset, is_undivided):
     """A library's own data sets divide themselves, or hold others that do."""
-    assert loader_facts(DataLoader(dataset))["is_undivided"] is is_undivided
+    described = loader_facts(DataLoader(dataset))
+    assert (described["is_iterable"], described["is_undivided"]) == (True, is_undivided)
 
 
 def divide(worker):
@@ -165,7 +166,8 @@ def test_a_function_of_the_script_may_divide_a_stream_as_a_worker_begins(functio
 
 def test_data_by_index_is_no_stream():
     """The loader divides it."""
-    assert loader_facts(DataLoader(range(8)))["is_undivided"] is False
+    described = loader_facts(DataLoader(range(8)))
+    assert (described["is_iterable"], described["is_undivided"]) == (False, False)
 
 
 def test_a_part_of_a_data_set_is_named_by_the_whole():

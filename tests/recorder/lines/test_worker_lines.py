@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,10 @@ INTERVAL_S = 0.02
 # Those that inherit nothing take longer to start than all else: one of them shows as much as two.
 WORKERS = {"fork": 2, "spawn": 1, "forkserver": 1}
 pytestmark = pytest.mark.process
+
+
+def ignore(*_: object, **__: object) -> None:
+    """Take an info row that a test does not look at."""
 
 
 def decode() -> None:
@@ -83,7 +88,7 @@ def see_the_line(folder: str, method: str, loader_type: type[DataLoader[Any]]) -
     """See that nearly all samples are in `decode`."""
     flight = FlightFile.create(Path(folder), {"rank": 0})
     set_forkserver_preload(["torch"])
-    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S, note=ignore)
     hooks = install(flight, in_worker=lines.sampling)
     try:
         iterator = iter(
@@ -128,7 +133,7 @@ class Requests(Photos):
 @pytest.mark.parametrize(("data", "computes"), [(Photos(), True), (Requests(), False)])
 def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, computes: bool) -> None:
     """Within a second, which a worker of a short epoch lives for; waiting for a busy core counts as computing."""
-    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S, note=ignore)
     hooks = install(flight, in_worker=lines.sampling)
     try:
         iterator = iter(DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="fork"))
@@ -152,7 +157,7 @@ def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, com
 def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches are taken later than it makes them. While none is taken, it is not known to wait for the next one."""
     monkeypatch.setattr(worker_lines, "_ROWS_S", 0.0)
-    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S, note=ignore)
     hooks = install(flight, in_worker=lines.sampling)
     try:
         iterator = iter(DataLoader(Photos(), num_workers=1, prefetch_factor=2))
@@ -196,7 +201,7 @@ class Group(NamedTuple):
 def test_workers_have_the_number_of_their_loader(flight: FlightFile) -> None:
     """A loader of an evaluation is another one; of a process that is no worker any more, nothing counts."""
     groups = [Group(0, (11,)), Group(2, (22, 23))]
-    lines = WorkerLines(flight, lambda: groups, INTERVAL_S)  # type: ignore[arg-type,return-value]
+    lines = WorkerLines(flight, lambda: groups, INTERVAL_S, note=ignore)  # type: ignore[arg-type,return-value]
     for pid in (11, 22, 23, 99):
         os.write(lines.sampling.number, b'[%d, "train.py:3 decode", "", 7, 0, 0]\n' % pid)
 
@@ -206,9 +211,34 @@ def test_workers_have_the_number_of_their_loader(flight: FlightFile) -> None:
     assert sorted((row["phase"], row["samples"]) for row in rows) == [(LINE_WORKERS - 2, 14), (LINE_WORKERS, 7)]
 
 
+def test_how_often_each_worker_made_a_batch_is_noted(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noted again when it is more than twice as much, and at the end; what a worker waited for counts for none."""
+    monkeypatch.setattr(worker_lines, "_ROWS_S", 0.0)
+    noted: list[tuple[int, list[int]]] = []
+    groups = [Group(0, (21, 22, 23)), Group(4, (31,))]
+    take = partial(lambda _kind, number, samples: noted.append((number, samples)))
+    lines = WorkerLines(flight, lambda: groups, INTERVAL_S, note=take)  # type: ignore[arg-type,return-value]
+    lines._due_s = 0.0
+    for pid, line, library, samples in (
+        (22, "train.py:3 decode", "", 7),
+        (22, "", "", 50),
+        (31, "train.py:9 other", "", 1),
+        (21, "", "PIL.py:1 load", 6),
+        (22, "train.py:3 decode", "", 90),
+        (23, "train.py:3 decode", "", 1),
+    ):
+        os.write(
+            lines.sampling.number, b'[%d, "%s", "%s", %d, 0, 0]\n' % (pid, line.encode(), library.encode(), samples)
+        )
+        lines(False)
+
+    lines(True)
+    assert noted == [(0, [0, 7]), (4, [1]), (0, [6, 97]), (0, [6, 97, 1])]
+
+
 def test_rows_are_added_up_over_messages_that_arrive_in_pieces(flight: FlightFile) -> None:
     """A message may be read in two parts; workers of one line are one row."""
-    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
+    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S, note=ignore)  # type: ignore[list-item]
     for part in (
         b'[11, "train.py:3 decode", "", 7, 50, 40]\n[11, "train.py:3 dec',
         b'ode", "", 2, 9, 3]\n[11, "", "PIL.py:1 load", 1, 0, 0]\n',
@@ -224,7 +254,7 @@ def test_rows_are_added_up_over_messages_that_arrive_in_pieces(flight: FlightFil
 
 def test_a_pipe_that_the_script_has_closed_is_not_touched(flight: FlightFile, tmp_path: Path) -> None:
     """Its number may be that of a file of the script."""
-    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S, note=ignore)
     number = lines._pipe.number
     os.close(number)
     (tmp_path / "own").write_bytes(b'["train.py:3 decode", "", 7, 0, 0]\n')
@@ -240,7 +270,7 @@ def test_a_pipe_that_the_script_has_closed_is_not_touched(flight: FlightFile, tm
 
 def test_the_pipe_is_closed_with_the_recording(flight: FlightFile) -> None:
     """A process may record many times."""
-    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
+    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S, note=ignore)  # type: ignore[list-item]
     ends = lines._pipe.number, lines.sampling.number
     os.write(lines.sampling.number, b'[11, "train.py:3 decode", "", 7, 0, 0]\n')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -97,6 +98,7 @@ class JobFactsBuilder:
         self._loaders: list[LoaderFacts] = []
         self._training_loader: tuple[int, int] | None = None
         self._loaders_made: dict[tuple[Any, ...], int] = {}
+        self._worker_samples: dict[tuple[int, int], list[int]] = {}  # by rank and number of the loader
         self._model: ModelFacts | None = None
         self._read_first: set[int] = set()  # ranks that read a checkpoint before their first step
         self._facts: dict[str, Any] = {}  # fields of `JobFacts` that single rows give
@@ -131,6 +133,11 @@ class JobFactsBuilder:
     def _take_training_loader(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("number"), int):
             self._training_loader = rank, row["number"]
+
+    def _take_worker_samples(self, rank: int, row: Mapping[str, Any]) -> None:
+        samples = row.get("samples")
+        if isinstance(row.get("number"), int) and isinstance(samples, list) and all(map(_is_count, samples)):
+            self._worker_samples[rank, row["number"]] = samples
 
     def _take_batch(self, _rank: int, row: Mapping[str, Any]) -> None:
         for name, field in (("tensors", "batch_tensors"), ("bytes", "batch_bytes")):
@@ -219,6 +226,7 @@ class JobFactsBuilder:
         InfoKind.LOADER: _take_loader,
         InfoKind.LOADERS_MADE: _take_loaders_made,
         InfoKind.TRAINING_LOADER: _take_training_loader,
+        InfoKind.WORKER_SAMPLES: _take_worker_samples,
         InfoKind.EXIT: _take_exit,
         InfoKind.RESUMED: lambda self, rank, row: self.numbers.take(rank, row),
         InfoKind.LOADED: lambda self, rank, _: self._read_first.add(rank),
@@ -383,8 +391,20 @@ class JobFactsBuilder:
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
         loader = facts.loader if trained is None else trained
-        made = self._loaders_made.get(loader.signature) if loader is not None else None
-        return replace(facts, loader=loader if loader is None or made is None else replace(loader, made=made))
+        if loader is None:
+            return facts
+
+        made = self._loaders_made.get(loader.signature, loader.made)
+        return replace(facts, loader=replace(loader, made=made, worker_samples=self._samples_of(loader, facts)))
+
+    def _samples_of(self, loader: LoaderFacts, facts: JobFacts) -> tuple[int, ...]:
+        """Return how often each worker of loaders like this one was seen to make a batch."""
+        like = (
+            samples
+            for place, samples in self._worker_samples.items()
+            if (other := facts.loader_of(*place)) is not None and other.signature == loader.signature
+        )
+        return tuple(map(sum, zip_longest(*like, fillvalue=0)))
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
         is_new = rank in self._read_first and not self.numbers.is_given(rank) and not self.resumes_at
@@ -394,6 +414,10 @@ class JobFactsBuilder:
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:
     known = {name: row[name] for name in _LOADER_FIELDS if row.get(name) is not None}
     return LoaderFacts(**{**known, "objects": tuple(filter(_is_held, known.get("objects", ())))})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _is_held(described: Any) -> bool:

@@ -57,6 +57,8 @@ _MUCH_MORE = 1.25
 _RECEIVES = ("_MultiProcessing", "_BaseDataLoader", "Connection", "rebuild_")
 """Names of library functions that take batches from the workers, and do not order samples, begin so."""
 _BY_INDEX = "indexing its tensors (data[indices]) instead of collating single samples"
+_BUSY = 0.02  # a worker with a smaller share of the busiest one's work has nearly none
+_EVEN = 0.8  # the others share the work evenly if so large a part of them would suffice
 _OF_BATCH = ".__getitems__"  # method of a data set that fetches the samples of a batch at once
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
@@ -88,6 +90,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
 
     if pipeline.first_wait_ns > NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
         return _cheaper_first(loader, pipeline)
+
+    if pipeline.workers and loader.sharing_workers is not None:
+        return _even_shares(loader, pipeline, loader.sharing_workers)
 
     if not pipeline.workers and line is not None and awaits_others(facts.lines, _PART, line):
         return _for_pool(pipeline, line)
@@ -407,6 +412,23 @@ def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
     return (
         f" Workers begin an epoch only when the training does, and it has {round(pipeline.epoch_steps or 1)} batches: "
         f"in longer epochs (the data set several times, or a sampler that continues) {gain_text(longer, 'at most')}."
+    )
+
+
+def _even_shares(loader: LoaderFacts, pipeline: Pipeline, sharing: float) -> LoadingAdvice:
+    """Return advice where an iterable data set gives some of the workers much more than the others."""
+    gain, busiest = pipeline.gain_with(sharing / pipeline.workers), max(loader.worker_samples)
+    busy = sum(each >= _BUSY * busiest for each in loader.worker_samples)
+    what = f"{_data(loader, begins=True)} divides its samples unevenly: one of the {pipeline.workers} workers does "
+    what += f"{percent_text(busiest / sum(loader.worker_samples))} of their work"
+    if busy < pipeline.workers and sharing >= _EVEN * busy:
+        have = "have" if busy > 1 else "has"
+        what = f"Only {busy} of the {pipeline.workers} workers {have} samples of {_data(loader)} to make"
+
+    return LoadingAdvice(
+        f"{what}. Give all of them as much: at least as many shards as workers, of the same size, or single samples in "
+        f"turns; {gain_text(gain, 'at most')}. More workers will not help before.",
+        gain,
     )
 
 

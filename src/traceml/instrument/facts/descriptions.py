@@ -58,21 +58,22 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
         "samplers": _sampler_classes(own),
-        "is_undivided": _is_undivided(own, dataset),
+        "is_iterable": _is_iterable(dataset),
+        "is_undivided": _is_iterable(dataset) and _is_undivided(own, dataset),
         "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
 
 
+def _is_iterable(dataset: Any) -> bool:
+    return any(cls.__name__ == "IterableDataset" for cls in type(dataset).__mro__)
+
+
 def _is_undivided(loader: Any, dataset: Any) -> bool:
-    """Return whether a data set is iterable, and the script's code does not ask which worker runs it.
+    """Return whether the script's code does not ask which worker runs an iterable data set.
 
     That is the code of its class, functions that this calls, and `worker_init_fn`, in which a script may divide it.
     """
-    classes = type(dataset).__mro__
-    if not any(cls.__name__ == "IterableDataset" for cls in classes):
-        return False
-
-    functions = [getattr(each, "__func__", each) for cls in classes for each in vars(cls).values()]
+    functions = [getattr(each, "__func__", each) for cls in type(dataset).__mro__ for each in vars(cls).values()]
     own = [each for each in functions if (code := getattr(each, "__code__", None)) and is_user_file(code.co_filename)]
     if not any(each.__code__.co_name == "__iter__" for each in own):
         return False

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from traceml.clock import monotonic_ns, random_share
 from traceml.clock import own_time as time
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
@@ -50,6 +51,7 @@ _DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: 
 _MAX_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
 _FLUSH_S = 0.25
 _ROWS_S = 5.0
+_NOTE_AGAIN = 2
 _MAX_DEPTH = 200
 _MAX_NAMES = 512
 _MAX_PIDS = 4096  # of workers of earlier epochs, too: their last samples may arrive after their end
@@ -194,15 +196,25 @@ class WorkerLines:
         flight: takes the rows, and has the open step.
         workers: returns the workers of the loaders that are read.
         interval_s: usual time between two samples of a worker.
+        note: takes an info row: how often each worker made a batch.
     """
 
-    def __init__(self, flight: FlightFile, workers: Callable[[], Iterable[WorkersOfLoader]], interval_s: float) -> None:
+    def __init__(
+        self,
+        flight: FlightFile,
+        workers: Callable[[], Iterable[WorkersOfLoader]],
+        interval_s: float,
+        note: Callable[..., object],
+    ) -> None:
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pipe, self._write_end = GuardedDescriptor(read), GuardedDescriptor(write)
         self.sampling = WorkerSampling(os.getpid(), write, self._write_end.file, interval_s)
         """What a worker calls to be sampled."""
         self._slots, self._lines, self._name_id = flight.open_slots, flight.ring("lines"), flight.names.id_of
-        self._workers, self._loaders = workers, dict[int, int]()  # process id -> number of its loader
+        self._workers, self._note = workers, note
+        self._places = dict[int, tuple[int, int]]()  # process id -> number of its loader, and its own in there
+        self._made: dict[int, list[int]] = {}  # loader -> samples by worker
+        self._noted: dict[int, int] = {}  # loader -> sum of those at the last note
         self._rest, self._counts, self._due_s = b"", dict[tuple[int, str, str], _Sums](), time.monotonic() + _ROWS_S
         self._ids: dict[str, int | None] = {"": -1}
 
@@ -212,6 +224,7 @@ class WorkerLines:
         now_s = time.monotonic()
         if last or now_s >= self._due_s:
             self._append()
+            self._note_made(1 if last else _NOTE_AGAIN)
             self._due_s = now_s + _ROWS_S
 
         if last:
@@ -223,15 +236,21 @@ class WorkerLines:
         self._write_end.close()
 
     def _receive(self) -> None:
-        known = self._loaders if len(self._loaders) < _MAX_PIDS else {}
-        self._loaders = known | {pid: group.loader for group in self._workers() for pid in group.pids}
-        if not self._loaders:  # most runs have no workers at first, or none at all
+        known = self._places if len(self._places) < _MAX_PIDS else {}
+        self._places = known | {
+            pid: (group.loader, number) for group in self._workers() for number, pid in enumerate(group.pids)
+        }
+        if not self._places:  # most runs have no workers at first, or none at all
             return
 
         *lines, self._rest = (self._rest + self._read()).split(b"\n")
         for pid, user, library, *sums in map(json.loads, lines):
-            if pid in self._loaders:
-                _add(self._counts, (self._loaders[pid], user, library), tuple(sums))
+            if pid in self._places:
+                loader, number = self._places[pid]
+                _add(self._counts, (loader, user, library), tuple(sums))
+                made = self._made.setdefault(loader, [])
+                made += [0] * (number + 1 - len(made))
+                made[number] += sums[0] if user or library else 0
 
     def _append(self) -> None:
         now_ns, step = monotonic_ns(), self._slots[Slot.STEP]
@@ -241,6 +260,13 @@ class WorkerLines:
                 self._lines.append(now_ns, step, LINE_WORKERS - loader, line, called, *sums)
 
         self._counts.clear()
+
+    def _note_made(self, factor: int) -> None:
+        """Note how often each worker made a batch, if that is more than `factor` times as often as at the last note."""
+        for loader, made in self._made.items():
+            if sum(made) > factor * self._noted.get(loader, 0):
+                self._note(InfoKind.WORKER_SAMPLES, number=loader, samples=made.copy())
+                self._noted[loader] = sum(made)
 
     def _read(self) -> bytes:
         try:

@@ -13,6 +13,12 @@ from traceml.database.info_kinds import InfoKind
 __all__ = ["EvaluationModeSteps", "LoaderFacts", "ModelFacts", "TrainedModels", "is_first_trained"]
 
 
+MIN_WORKER_SAMPLES = 60
+"""Fewer samples of all workers do not show that some make fewer batches."""
+MAX_SHARING = 0.6
+"""Workers share the work unevenly if the busiest does so much that this share of them would suffice."""
+
+
 class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A data loader, as the rank described it."""
 
@@ -33,8 +39,20 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     # framework that makes the loader from its own arguments: transformers, or fastai, which starts new workers in each
     # epoch; None for a script's own
     trainer: str | None = None
-    is_undivided: bool = False  # whether its data set is iterable, and its code does not ask which worker runs it
+    is_iterable: bool = False  # whether its data set is: each worker has the samples that this gives it
+    is_undivided: bool = False  # whether it is, and its code does not ask which worker runs it
     takes_batches: bool = False  # whether its data set was seen to fetch the samples of a batch at once
+    worker_samples: Sequence[int] = ()  # how often each worker was seen to make a batch
+
+    @property
+    def sharing_workers(self) -> float | None:
+        """Number of workers that share the work of an iterable data set: all, by the busiest; None if they all do."""
+        busiest, workers = max(self.worker_samples, default=0), self.num_workers or 0
+        if not self.is_iterable or workers < 2 or sum(self.worker_samples) < MIN_WORKER_SAMPLES:
+            return None
+
+        sharing = sum(self.worker_samples) / busiest
+        return sharing if sharing <= MAX_SHARING * workers else None
 
     @property
     def signature(self) -> tuple[str | None, int | None, int | None]:
