@@ -87,11 +87,6 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return self.severity is Severity.CRITICAL
 
     @property
-    def is_costly(self) -> bool:
-        """Whether it costs as much as a timing finding must."""
-        return self.cost_share >= WARNING_SHARE
-
-    @property
     def is_urgent(self) -> bool:
         """Whether it comes before the findings that are ordered by cost."""
         rule = self.kind.rule
@@ -100,7 +95,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headline(self) -> str:
         """The finding in one sentence without a period."""
-        text = self.kind.headline(self)
+        is_costly = self.cost_share >= WARNING_SHARE
+        facts = (self.kind, self.ranks, self.phase, self.cost_share, self.evidence, self.is_critical, is_costly)
+        text = self.kind.headline(headlines.FindingFacts(*facts))
         is_beside = "pause_share" in self.evidence and self.kind not in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
         return f"{text}, not counting {headlines.pauses_text(self.evidence)}" if is_beside else text
 

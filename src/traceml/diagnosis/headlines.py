@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from traceml.formatting import (
     bytes_text,
@@ -44,36 +44,16 @@ _MOSTLY = 0.8
 """A line with a smaller share of the phase in which every n-th step is long has most of that, and not all."""
 
 
-class FindingFacts(Protocol):
+class FindingFacts(NamedTuple):
     """The part of a finding that headlines need; see `Finding`."""
 
-    @property
-    def kind(self) -> str:
-        """Its kind."""
-
-    @property
-    def is_critical(self) -> bool:
-        """Whether it has the highest severity."""
-
-    @property
-    def is_costly(self) -> bool:
-        """Whether it costs as much as a timing finding must."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The affected ranks; empty for all."""
-
-    @property
-    def phase(self) -> str | None:
-        """Its phase, None if it has none."""
-
-    @property
-    def cost_share(self) -> float:
-        """Share of step time that it costs."""
-
-    @property
-    def evidence(self) -> Mapping[str, Any]:
-        """The numbers behind it."""
+    kind: str
+    ranks: tuple[int, ...]
+    phase: str | None
+    cost_share: float
+    evidence: Mapping[str, Any]
+    is_critical: bool  # whether it has the highest severity
+    is_costly: bool  # whether it costs as much as a timing finding must
 
 
 _BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "warned": "warning", "requeued": "queued again"}
