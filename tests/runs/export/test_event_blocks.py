@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from traceml.runs.export.event_blocks import ArrowBlock, EventBlock, EventBlocks, EventKind
+from traceml.runs.export.event_blocks import EventBlock, EventBlocks, EventKind
 from traceml.traces.writer.writer import Writer
 
 ORIGIN_NS = 1_700_000_000_000_000_000
@@ -70,7 +70,6 @@ def test_arrows_are_written_as_single_events_are(tmp_path, origin_ns):
     """Both ends of each arrow have its number, name, process, thread and time."""
     tracks = np.array([[1, 10], [2, 20]])
     at = ORIGIN_NS + np.array([1_234, 5_000])
-    block = ArrowBlock("released", "comm", 5, tracks, tracks[::-1], at, at + 77)
     with Writer(tmp_path / "one.pfw", origin_ns=origin_ns) as one:
         for number in range(2):
             (pid, tid), (to_pid, to_tid) = tracks[number].tolist(), tracks[1 - number].tolist()
@@ -78,7 +77,7 @@ def test_arrows_are_written_as_single_events_are(tmp_path, origin_ns):
             one.write_flow("f", "released", 5 + number, int(at[number]) + 77, pid=to_pid, tid=to_tid, cat="comm")
 
     with Writer(tmp_path / "block.pfw", origin_ns=origin_ns) as whole:
-        EventBlocks(whole).write_arrows(block)
+        EventBlocks(whole).write_arrows(5, tracks, tracks[::-1], at, at + 77)
 
     assert whole.path.read_bytes() == one.path.read_bytes()
 

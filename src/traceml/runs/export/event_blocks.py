@@ -20,11 +20,11 @@ from traceml.runs.export.line_text import GAP, fill_lines
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["ArrowBlock", "EventBlock", "EventBlocks", "EventKind", "WaitingRows", "as_json"]
+__all__ = ["EventBlock", "EventBlocks", "EventKind", "WaitingRows", "as_json"]
 
 
 _EVENT = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b%b,"ph":"%b"%b,"args":%b}\n'
-_ARROW = b'{"id":\0,"name":%b,"cat":%b,"pid":\0,"tid":\0,"ts":%b,"ph":"%b"%b}\n'
+_ARROW = b'{"id":\0,"name":"released","cat":"comm","pid":\0,"tid":\0,"ts":%b,"ph":"%b"%b}\n'
 _SCOPE = {"i": b',"s":"t"'}
 _US = {False: GAP, True: GAP + GAP}  # whole microseconds; with the text of their fraction
 _FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], "S4")
@@ -62,25 +62,6 @@ class EventBlock:
     at_ns: Ints
     numbers: NDArray[Any]
     end_ns: Ints | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ArrowBlock:
-    """Arrows of one name.
-
-    Attributes:
-        first_id: number of the first one; the others follow.
-        source, target: pid and tid of both ends, arrow x 2.
-        from_ns, to_ns: epoch nanoseconds of both ends.
-    """
-
-    name: str
-    cat: str
-    first_id: int
-    source: Ints
-    target: Ints
-    from_ns: Ints
-    to_ns: Ints
 
 
 class WaitingRows:
@@ -127,22 +108,25 @@ class EventBlocks:
         values = [ids, *self._times(block.at_ns), *lengths, *block.numbers.T]
         self._writer.write_lines(fill_lines(templates, block.kind, values), len(ids))
 
-    def write_arrows(self, block: ArrowBlock) -> None:
-        """Write both ends of arrows."""
-        count = len(block.from_ns)
-        ids = np.arange(block.first_id, block.first_id + count)
-        ends = ((block.source, block.from_ns), (block.target, block.to_ns))
+    def write_arrows(self, first_id: int, source: Ints, target: Ints, from_ns: Ints, to_ns: Ints) -> None:
+        """Write both ends of arrows at sync points.
+
+        Args:
+            first_id: number of the first one; the others follow.
+            source, target: pid and tid of both ends, arrow x 2.
+            from_ns, to_ns: epoch nanoseconds of both ends.
+        """
+        count = len(from_ns)
+        ids = np.arange(first_id, first_id + count)
+        ends = ((source, from_ns), (target, to_ns))
         values = [column for tracks, at_ns in ends for column in (ids, *tracks.T, *self._times(at_ns))]
-        template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
+        template = _ARROW % (self._us, b"s", b"") + _ARROW % (self._us, b"f", b',"bp":"e"')
         self._writer.write_lines(fill_lines([template], np.zeros(count, np.intp), values), 2 * count)
 
     def _template(self, kind: EventKind, pid: int, tid: int) -> bytes:
         duration = b',"dur":' + self._us if kind.phase == "X" else b""
         facts = quoted(kind.name), quoted(kind.cat), pid, tid, self._us, duration, kind.phase.encode()
         return _EVENT % (*facts, _SCOPE.get(kind.phase, b""), _args_template(kind.numbers, kind.args))
-
-    def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
-        return _ARROW % (quoted(block.name), quoted(block.cat), self._us, phase, rest)
 
     def _times(self, epoch_ns: Ints) -> list[NDArray[Any]]:
         """Return the columns of a time: microseconds, and their fraction if nanoseconds are written."""

@@ -16,7 +16,7 @@ from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.runs.export import trace_tracks as tracks
-from traceml.runs.export.event_blocks import ArrowBlock, EventBlock, EventBlocks, EventKind
+from traceml.runs.export.event_blocks import EventBlock, EventBlocks, EventKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
 from traceml.runs.export.step_parts import DEVICE_PARTS, STEP_PARTS, device_parts, part_bounds, step_parts, waiting_of
 from traceml.traces.writer.writer import Writer
@@ -225,8 +225,7 @@ class StepTracks:
         source, target = (
             np.array([self._rank_tracks[rank] for rank in ranks.tolist()]) for ranks in (arrows.source, arrows.target)
         )
-        block = ArrowBlock("released", "comm", self._flows + 1, source, target, arrows.from_ns, arrows.to_ns)
-        self._blocks.write_arrows(block)
+        self._blocks.write_arrows(self._flows + 1, source, target, arrows.from_ns, arrows.to_ns)
         self._flows += len(source)
 
     # ---- device steps ----
