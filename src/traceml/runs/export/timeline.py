@@ -5,7 +5,7 @@ Bounds of steps and all durations are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -27,18 +27,16 @@ from traceml.database.schema import (
 )
 from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.database.store.reader import Frame, RunEvent, StreamRecord
-from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.frame_pass import FramePass
 from traceml.runs.export.sample_tracks import MetricTracks, SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
-from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.group_rows import read_group_use
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["EventMarks", "TimelineExporter", "origin_of"]
+__all__ = ["TimelineExporter", "origin_of"]
 
 _NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, PAUSES)
 _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), LOGGED.name, INFO.name)
@@ -51,7 +49,6 @@ class TimelineExporter:
     def __init__(self, frames: FramePass, writer: Writer) -> None:
         self._frames, self._writer, self._clocks = frames, writer, frames.clocks
         clocks, self._tracks = frames.clocks, tracks.TraceTracks(writer)
-        self._marks = EventMarks(writer, self._tracks, clocks)
         self._samples = SampleTracks(writer, self._tracks, clocks)
         self._metrics = MetricTracks(writer, self._tracks, clocks, frames.name_of)
         self._steps = StepTracks(writer, self._tracks, clocks, frames.name_of)
@@ -75,7 +72,7 @@ class TimelineExporter:
         self._samples.write()
         with self._frames.noting():
             for event in self._frames.reader.events():
-                self._marks.event(event)
+                self._mark_event(event)
 
     def _group_use(self) -> GroupUse:
         try:
@@ -91,7 +88,7 @@ class TimelineExporter:
             return
 
         for row in frame.maps():
-            self._marks.logs[frame.table](stream, row)
+            self._mark_row(stream, frame.table, row)
 
     def _take_rows(self, stream: StreamRecord, table: str, rows: Any) -> None:
         if table in StepTracks.tables:
@@ -111,6 +108,22 @@ class TimelineExporter:
             start_ns = end_ns - int(row["ns"])
             self._writer.write_span("evaluation", start_ns, end_ns, pid=pid, tid=tid, cat="evaluation", args=args)
 
+    def _mark_event(self, event: RunEvent) -> None:
+        """Write an event of the run as an instant."""
+        pid, tid = self._tracks.host("aggregator")
+        text = event.kind if event.kind != "verdict" else f"verdict {event.data.get('verdict', {}).get('kind', '')}"
+        facts = _plain({"event": event.kind, **event.data})
+        self._writer.write_instant(text, event.epoch_ns, cat="event", scope="g", pid=pid, tid=tid, args=facts)
+
+    def _mark_row(self, stream: StreamRecord, log: str, row: Mapping[str, Any]) -> None:
+        """Write a row of a log as an instant."""
+        is_info = log == INFO.name
+        date = self._clocks.from_monotonic if is_info else self._clocks.from_wall_clock
+        named = " ".join(str(row[key]) for key in ("kind", "name") if row.get(key))
+        text, at_ns = str(row.get("kind", "info")) if is_info else named, date(stream.id, int(row.get("t_ns", 0)))
+        pid, tid = self._tracks.rank(stream, tracks.EVENTS)
+        self._writer.write_instant(text, at_ns, cat="event", pid=pid, tid=tid, args=_plain(row))
+
 
 def origin_of(frames: FramePass) -> int:
     """Return the start of the store's first second, in epoch nanoseconds."""
@@ -127,36 +140,6 @@ def origin_of(frames: FramePass) -> int:
         first.append(int(float(started) * 1e9))
 
     return min(first, default=0) // 10**9 * 10**9
-
-
-class EventMarks:
-    """Writes instants: events of the run, and rows of logs."""
-
-    def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
-        self._writer, self._tracks, self._clocks = writer, tracks, clocks
-        self.logs: dict[str, Callable[[StreamRecord, Mapping[str, Any]], None]] = {
-            INFO.name: self._info,
-            LOGGED.name: self._logged,
-        }
-
-    def event(self, event: RunEvent) -> None:
-        """Write an event of the run."""
-        pid, tid = self._tracks.host("aggregator")
-        text = event.kind if event.kind != "verdict" else f"verdict {event.data.get('verdict', {}).get('kind', '')}"
-        facts = _plain({"event": event.kind, **event.data})
-        self._writer.write_instant(text, event.epoch_ns, cat="event", scope="g", pid=pid, tid=tid, args=facts)
-
-    def _info(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
-        at_ns = self._clocks.from_monotonic(stream.id, int(row.get("t_ns", 0)))
-        self._mark(stream, str(row.get("kind", "info")), at_ns, row)
-
-    def _logged(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
-        at_ns = self._clocks.from_wall_clock(stream.id, int(row.get("t_ns", 0)))
-        self._mark(stream, " ".join(str(row[key]) for key in ("kind", "name") if row.get(key)), at_ns, row)
-
-    def _mark(self, stream: StreamRecord, name: str, at_ns: int, row: Mapping[str, Any]) -> None:
-        pid, tid = self._tracks.rank(stream, EVENTS)
-        self._writer.write_instant(name, at_ns, cat="event", pid=pid, tid=tid, args=_plain(row))
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
