@@ -56,7 +56,7 @@ def export_tables(frames: FramePass, form: str, folder: Path) -> dict[str, int]:
             for file in files.values():
                 stack.callback(file.close)
 
-            counts = _TablesExport(frames, files).run()
+            counts = _write_all(frames, files)
 
         for name, draft in drafts.items():
             draft.replace(folder / f"{name}.{form}")
@@ -67,47 +67,40 @@ def export_tables(frames: FramePass, form: str, folder: Path) -> dict[str, int]:
     return counts
 
 
-class _TablesExport:
-    def __init__(self, frames: FramePass, files: dict[str, _Csv | _Parquet]) -> None:
-        self._frames, self._files = frames, files
-        self._counts = dict.fromkeys(files, 0)
+def _write_all(frames: FramePass, files: dict[str, _Csv | _Parquet]) -> dict[str, int]:
+    """Write all tables; return their numbers of rows."""
+    counts = dict.fromkeys(files, 0)
 
-    def run(self) -> dict[str, int]:
-        """Write all tables; return their numbers of rows."""
-        ranks = list(self._frames.streams.values())
-        self._add("ranks", _ranks(ranks), len(ranks))
-        for write in (self._facts, self._events):
-            with self._frames.noting():
-                write()
+    def add(table: str, part: Part, rows: int) -> None:
+        files[table].add(part, rows)
+        counts[table] += rows
 
-        self._frames.read(_STORED, self._take)
-        return self._counts
+    def take(stream: StreamRecord, frame: Frame) -> None:
+        dtype = frames.reader.dtype(frame.table)
+        if dtype is None:
+            maps = frame.maps()
+            add(frame.table, log_part(stream, frames.clocks, maps, frame.table), len(maps))
+        else:
+            rows, name_of = np.frombuffer(frame.data, dtype), partial(frames.name_of, stream.id)
+            add(frame.table, packed_part(stream, frames.clocks, rows, name_of, frame.table), frame.n)
 
-    def _facts(self) -> None:
-        facts = [(key, to_json(value)) for key, value in self._frames.reader.meta().items()]
-        self._add("run", {"key": [key for key, _ in facts], "value_json": [text for _, text in facts]}, len(facts))
+    ranks = list(frames.streams.values())
+    add("ranks", _ranks(ranks), len(ranks))
+    with frames.noting():
+        facts = [(key, to_json(value)) for key, value in frames.reader.meta().items()]
+        add("run", {"key": [key for key, _ in facts], "value_json": [text for _, text in facts]}, len(facts))
 
-    def _events(self) -> None:
-        events = self._frames.reader.events()
+    with frames.noting():
+        events = frames.reader.events()
         part: Part = {
             "time_epoch_ns": [event.epoch_ns for event in events],
             "kind": [event.kind for event in events],
             "data_json": [to_json(event.data) for event in events],
         }
-        self._add("events", part, len(events))
+        add("events", part, len(events))
 
-    def _take(self, stream: StreamRecord, frame: Frame) -> None:
-        clocks, dtype = self._frames.clocks, self._frames.reader.dtype(frame.table)
-        if dtype is None:
-            maps = frame.maps()
-            self._add(frame.table, log_part(stream, clocks, maps, frame.table), len(maps))
-        else:
-            rows, name_of = np.frombuffer(frame.data, dtype), partial(self._frames.name_of, stream.id)
-            self._add(frame.table, packed_part(stream, clocks, rows, name_of, frame.table), frame.n)
-
-    def _add(self, table: str, part: Part, rows: int) -> None:
-        self._files[table].add(part, rows)
-        self._counts[table] += rows
+    frames.read(_STORED, take)
+    return counts
 
 
 def _ranks(streams: list[StreamRecord]) -> Part:
