@@ -116,21 +116,6 @@ def _blocks(
 
     last = max(attempts)
     stream = min(attempts[last], key=lambda each: (each.rank, -each.id))
-    for index, (first, final, start_ns, end_ns) in _bounds(reader, stream, series):
-        yield RunSpan(
-            f"steps {first}-{final}" if final > first else f"step {first}",
-            clocks.from_monotonic(stream.id, start_ns),
-            clocks.from_monotonic(stream.id, end_ns),
-            f"steps/{last}/{first}",
-            f"attempt/{last}",
-            _block_facts(series, index, first, final),
-        )
-
-
-def _bounds(
-    reader: StoreReader, stream: StreamRecord, series: StepSeries
-) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-    """Yield each block's index, its first and last step, and its start and end on the rank's clock."""
     newest = reader.rows(STEPS.name, [stream.id], last=1)
     if not len(newest):
         return
@@ -141,19 +126,20 @@ def _bounds(
     times = {int(row["step"]): (int(row["t_end_ns"]) - int(row["total_ns"]), int(row["t_end_ns"])) for row in rows}
     for index, (first, final) in enumerate(ends):
         if first in times and final in times:
-            yield index, (first, final, times[first][0], times[final][1])
+            yield RunSpan(
+                f"steps {first}-{final}" if final > first else f"step {first}",
+                clocks.from_monotonic(stream.id, times[first][0]),
+                clocks.from_monotonic(stream.id, times[final][1]),
+                f"steps/{last}/{first}",
+                f"attempt/{last}",
+                _block_facts(series, index, first, final),
+            )
 
 
 def _block_facts(series: StepSeries, index: int, first: int, final: int) -> dict[str, Value]:
     """Return the durations of a block, in seconds: of all ranks, the same as on the charts."""
-    values = {"p50": series.p50_ms, "p95": series.p95_ms, "max": series.max_ms}
-    facts: dict[str, Value] = {"traceml.step.first": first, "traceml.step.last": final}
-    for name, column in values.items():
-        if np.isfinite(column[index]):
-            facts[f"traceml.step.{name}_seconds"] = float(column[index]) / 1e3
-
-    for phase, column in series.phases_ms.items():
-        if np.isfinite(column[index]):
-            facts[f"traceml.phase.{phase}_seconds"] = float(column[index]) / 1e3
-
-    return facts
+    columns = {"step.p50": series.p50_ms, "step.p95": series.p95_ms, "step.max": series.max_ms}
+    columns |= {f"phase.{phase}": column for phase, column in series.phases_ms.items()}
+    known = {name: float(column[index]) / 1e3 for name, column in columns.items() if np.isfinite(column[index])}
+    seconds = {f"traceml.{name}_seconds": value for name, value in known.items()}
+    return {"traceml.step.first": first, "traceml.step.last": final, **seconds}
