@@ -10,7 +10,7 @@ import pytest
 from tests.runs.fleet.fabricated_fleet import fleet_report
 from traceml.runs.fleet.fleet_dataset import FleetDataset
 from traceml.runs.fleet.fleet_runs import read_runs
-from traceml.runs.fleet.slow_hosts import LAST_JOBS, _medians_of_others, judge_hosts, tail_probability
+from traceml.runs.fleet.slow_hosts import LAST_JOBS, judge_hosts, tail_probability
 
 HOSTS = [f"h{number:02}" for number in range(24)]
 
@@ -111,12 +111,3 @@ def test_the_tail_is_that_of_all_outcomes():
             if sum(outcome) >= least
         )
         assert tail_probability(chances, least) == pytest.approx(whole)
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
-def test_each_host_is_compared_with_the_others(count):
-    """Next to the plain median of the other rows, with equal values among them."""
-    values = np.random.default_rng(count).integers(0, 4, (count, 3)).astype(float)
-
-    plain = [np.median(np.delete(values, row, axis=0), axis=0) for row in range(count)]
-    assert _medians_of_others(values).tolist() == np.array(plain).tolist()

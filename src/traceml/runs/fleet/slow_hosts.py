@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from traceml.diagnosis.facts.core_waits import medians_of_others
 from traceml.diagnosis.findings import significant
 from traceml.runs.fleet.fleet_runs import FleetRun
 from traceml.runs.fleet.fleet_types import HostJudgment, SlowHost
@@ -64,23 +64,14 @@ def _placings(job: FleetRun) -> Iterator[tuple[str, _Placing]]:
     ranks = sum(each.ranks for each in ordered)
     names = sorted({name for each in ordered for name in each.phases})
     work = np.array([[each.phases.get(name, 0.0) for name in names] + [each.work_ms] for each in ordered])
-    beyond = work - _medians_of_others(work)
+    usual_ms = [[*medians_of_others(dict(enumerate(column))).values()] for column in work.T.tolist()]
+    beyond = work - np.array(usual_ms).T
     for at, each in enumerate(ordered):
         # A host of many ranks has the slowest of them more often, as far as the noise is that of single ranks.
         chance = min(count * max(1 / len(ordered), each.ranks / ranks), 1.0)
         usual = each.work_ms - float(beyond[at, -1])
         excess = float(beyond[at, -1]) / usual if usual > 0 else 0.0
         yield each.host, _Placing(job, chance, at < count, excess, names[int(beyond[at, :-1].argmax())])
-
-
-def _medians_of_others(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return for each row the median of the other rows, by column."""
-    place = values.argsort(axis=0).argsort(axis=0)
-    ordered, left = np.sort(values, axis=0), len(values) - 1
-    columns = np.arange(values.shape[1])
-    lower, upper = (left - 1) // 2, left // 2
-    low, high = (ordered[at + (place <= at), columns] for at in (lower, upper))
-    return np.asarray((low + high) / 2)
 
 
 def _judged(host: str, placings: Sequence[_Placing], hosts: int) -> SlowHost | None:
