@@ -52,12 +52,8 @@ _NAMES_IN_JSON = {"world_size": "ranks", "samples_per_second": "samples/s", "dur
 """Names of fields in `traceml runs --json`; a parameter of such a name, as `world_size` often is one, comes first."""
 
 _TERM = re.compile(r"^([^<>=!~]*?)(<=|>=|!=|==|<|>|=|~)(.*)$", re.DOTALL)
-_ORDERS: dict[str, Callable[[Any, Any], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+_ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_COMPARES: dict[str, Callable[[Any, Any], bool]] = {"=": operator.eq, "!=": operator.ne, **_ORDERS}
 
 
 class SearchedRun(Protocol):
@@ -273,13 +269,9 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
         return wanted.lower() in str(value).lower()
 
     number = _number(wanted)
-    if _is_number(value) and number is not None:
-        return {"=": value == number, "!=": value != number}.get(sign) or (
-            sign in _ORDERS and _ORDERS[sign](value, number)
-        )
-
-    text, other = str(value).lower(), wanted.lower()
-    return {"=": text == other, "!=": text != other}.get(sign) or (sign in _ORDERS and _ORDERS[sign](text, other))
+    is_numeric = _is_number(value) and number is not None
+    compared = (value, number) if is_numeric else (str(value).lower(), wanted.lower())
+    return _COMPARES[sign](*compared)
 
 
 def _number(text: str) -> float | None:
