@@ -7,7 +7,7 @@ import pytest
 
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import sum_rows
-from traceml.diagnosis.facts.run_time import UsefulTime, useful_time
+from traceml.diagnosis.facts.run_time import useful_time
 
 S = 10**9
 
@@ -41,11 +41,3 @@ def test_each_step_counts_once(attempts: list[tuple[np.ndarray, int, int]], expe
     assert (found.productive_s, found.productive_steps, found.repeated_s, found.repeated_steps) == pytest.approx(
         expected
     )
-
-
-def test_the_mean_over_ranks_has_the_most_steps() -> None:
-    """Ranks are killed at different steps."""
-    mean = UsefulTime.mean([UsefulTime(10.0, 20, 2.0, 3), UsefulTime(20.0, 21, 4.0, 4)])
-
-    assert mean == UsefulTime(15.0, 21, 3.0, 4)
-    assert UsefulTime.mean([]) == UsefulTime()

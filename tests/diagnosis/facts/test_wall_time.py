@@ -368,6 +368,23 @@ def test_goodput_counts_each_step_once(tmp_path, attempts, wall_s):
     assert section.goodput == pytest.approx((60 * 0.08 - 3 * 0.04) / wall_s, rel=1e-3)
 
 
+def test_useful_time_is_the_mean_and_useful_steps_are_those_of_the_rank_with_most(tmp_path):
+    """Ranks are killed at different steps."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + 115.0))
+        for rank, steps in enumerate((60, 40)):
+            identity = StreamIdentity(rank, 0, "h0", 100 + rank, 0, "")
+            clock = [100 * S, (BOOT_S + 100) * S]
+            stream = writer.stream(identity, state="killed", clock=clock, clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000)
+            fill(writer, stream, 100 * S, evals=False, steps=steps)
+
+    section = build_report(tmp_path).time
+
+    assert section is not None
+    assert section.productive_steps == 60
+    assert section.productive_s == pytest.approx(((60 * 0.08 - 3 * 0.04) + (40 * 0.08 - 2 * 0.04)) / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize(("silent_s", "idle"), [(3, None), (30, 30)])
 def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
     """A few seconds without rows are no end of the steps."""

@@ -43,20 +43,6 @@ class UsefulTime(msgspec.Struct, frozen=True):
     repeated_s: float = 0.0  # time in steps that an earlier attempt had made already, with waiting and saving
     repeated_steps: int = 0
 
-    @classmethod
-    def mean(cls, ranks: Iterable[UsefulTime]) -> UsefulTime:
-        """Return the mean over ranks; of steps, that of the rank with the most."""
-        found = list(ranks)
-        if not found:
-            return cls()
-
-        return cls(
-            float(np.mean([each.productive_s for each in found])),
-            max(each.productive_steps for each in found),
-            float(np.mean([each.repeated_s for each in found])),
-            max(each.repeated_steps for each in found),
-        )
-
 
 class EvaluationParts(msgspec.Struct, frozen=True):
     """Parts of the time of evaluations, over all ranks."""

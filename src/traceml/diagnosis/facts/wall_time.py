@@ -183,7 +183,7 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
 def _useful_time(
     ranks: Sequence[_RankTime], sums: Mapping[int, StepSums], saved_steps: Mapping[int, int], set_up_s: float
 ) -> UsefulTime:
-    """Return the mean over ranks of their useful time; set-up in the first steps does not count."""
+    """Return the useful time of ranks, the mean without set-up in the first steps; of steps, that of the most."""
     by_rank = [
         [
             (bins := sums[each.id].steps.bins, resumes_at(each, saved_steps), _failed_ns(each, bins))
@@ -192,8 +192,13 @@ def _useful_time(
         ]
         for rank in ranks
     ]
-    useful = UsefulTime.mean(useful_time(of_rank) for of_rank in by_rank)
-    return replace(useful, productive_s=max(useful.productive_s - set_up_s, 0.0))
+    useful = [useful_time(of_rank) for of_rank in by_rank]
+    return UsefulTime(
+        max(_mean([each.productive_s for each in useful]) - set_up_s, 0.0),
+        max((each.productive_steps for each in useful), default=0),
+        _mean([each.repeated_s for each in useful]),
+        max((each.repeated_steps for each in useful), default=0),
+    )
 
 
 def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
