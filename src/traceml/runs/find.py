@@ -24,14 +24,7 @@ from traceml.runs.run_state import state_of
 if TYPE_CHECKING:
     from traceml.database.store.reader import RunEvent
 
-__all__ = [
-    "RunInfo",
-    "describe_run",
-    "find_run",
-    "list_runs",
-    "run_folders",
-    "why_unreadable",
-]
+__all__ = ["RunInfo", "describe_run", "find_run", "list_runs", "run_folders", "why_unreadable"]
 
 _SHOWN = 5
 

@@ -13,15 +13,7 @@ from traceml.run_folder import LABELS_NAME
 from traceml.runs.json_document import read_keys
 from traceml.trusted_files import replace_file
 
-__all__ = [
-    "RunLabels",
-    "add_tags",
-    "change_labels",
-    "labels_time",
-    "read_labels",
-    "remove_tags",
-    "write_labels",
-]
+__all__ = ["RunLabels", "add_tags", "change_labels", "labels_time", "read_labels", "remove_tags", "write_labels"]
 
 _MAX_TAG = 64
 

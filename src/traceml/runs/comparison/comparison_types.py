@@ -11,21 +11,9 @@ from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import TimeSection
 
 __all__ = [
-    "Comparison",
-    "Comparisons",
-    "MemoryChange",
-    "MemoryChanges",
-    "MetricChange",
-    "ParamChange",
-    "PhaseChange",
-    "RankChange",
-    "RunSide",
-    "StatisticChange",
-    "StepTimeChanges",
-    "TextChange",
-    "VerdictChange",
-    "run_letter",
-]
+    "Comparison", "Comparisons", "MemoryChange", "MemoryChanges", "MetricChange", "ParamChange", "PhaseChange",
+    "RankChange", "RunSide", "StatisticChange", "StepTimeChanges", "TextChange", "VerdictChange", "run_letter",
+]  # fmt: skip
 
 
 class RunSide(msgspec.Struct, kw_only=True):

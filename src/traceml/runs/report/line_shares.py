@@ -11,15 +11,7 @@ from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES,
 from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import LineSection, Report
 
-__all__ = [
-    "LibraryCall",
-    "LineShare",
-    "LinesDocument",
-    "PhaseLines",
-    "all_lines",
-    "lines_by_phase",
-    "lines_of_workers",
-]
+__all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "all_lines", "lines_by_phase", "lines_of_workers"]
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]

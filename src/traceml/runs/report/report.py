@@ -36,16 +36,9 @@ from traceml.trusted_files import replace_file
 from traceml.version import __version__
 
 __all__ = [
-    "build_report",
-    "full_report",
-    "make_report",
-    "report_window",
-    "run_wall_time",
-    "save_report",
-    "update_trackers",
-    "write_atomic",
-    "written_report",
-]
+    "build_report", "full_report", "make_report", "report_window", "run_wall_time", "save_report", "update_trackers",
+    "write_atomic", "written_report",
+]  # fmt: skip
 
 
 def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:

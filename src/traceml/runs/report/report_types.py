@@ -17,34 +17,11 @@ from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
 from traceml.trusted_files import read_regular
 
 __all__ = [
-    "SCHEMA",
-    "ExitSection",
-    "GpuSection",
-    "HostSection",
-    "LineSection",
-    "MemorySection",
-    "MetricSection",
-    "PhaseSection",
-    "RankMean",
-    "RankMemory",
-    "RankSection",
-    "Report",
-    "ReportSummary",
-    "RestartSection",
-    "RunOrigin",
-    "RunSection",
-    "SetupSection",
-    "SourceSection",
-    "StepTimes",
-    "StepsSection",
-    "SystemSection",
-    "TelemetrySection",
-    "TimePart",
-    "TimeSection",
-    "TrackerSection",
-    "rate_of",
-    "read_report",
-]
+    "SCHEMA", "ExitSection", "GpuSection", "HostSection", "LineSection", "MemorySection", "MetricSection",
+    "PhaseSection", "RankMean", "RankMemory", "RankSection", "Report", "ReportSummary", "RestartSection",
+    "RunOrigin", "RunSection", "SetupSection", "SourceSection", "StepTimes", "StepsSection", "SystemSection",
+    "TelemetrySection", "TimePart", "TimeSection", "TrackerSection", "rate_of", "read_report",
+]  # fmt: skip
 
 SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
