@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import msgpack
@@ -270,12 +269,3 @@ def test_a_journal_with_a_flipped_number_ends_there(tmp_path: Path) -> None:
     path.write_bytes(data)
 
     assert [taken.first for taken in read_journal(path)] == [0]
-
-
-def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """Its checksum is of the data alone."""
-    path = tmp_path / "a.journal"
-    path.touch(mode=0o600)
-    path.write_bytes(struct.pack("<4sqqqI4x", b"TMJ1", 7, 2, 4, zlib.crc32(b"rows")) + b"rows")
-
-    assert [tuple(taken) for taken in read_journal(path)] == [(7, 2, b"rows")]

@@ -25,7 +25,6 @@ JOURNAL_SUFFIX = ".journal"
 _RECORD = struct.Struct("<4sqqqI4x")
 _MAGIC = b"TMJ2"
 _NUMBERS = struct.Struct("<qqq")
-_OLD_MAGIC = b"TMJ1"  # its checksum is of the data alone
 
 
 def journal_path(stem: Path, table: str) -> Path:
@@ -80,7 +79,7 @@ class Journal:
         """
         own = self._own or self._open()
         own.check()
-        record = _RECORD.pack(_MAGIC, first, n, len(data), _checksum(_MAGIC, first, n, data)) + data
+        record = _RECORD.pack(_MAGIC, first, n, len(data), _checksum(first, n, data)) + data
         try:
             write_all(own.number, record, self._size)
         except OSError:
@@ -176,18 +175,17 @@ def _records(descriptor: int) -> Iterator[RowSlice]:
     while len(head := os.pread(descriptor, _RECORD.size, offset)) == _RECORD.size:
         magic, first, n, size, checksum = _RECORD.unpack(head)
         left = os.fstat(descriptor).st_size - offset - _RECORD.size
-        is_known = magic in (_MAGIC, _OLD_MAGIC) and 0 <= size <= left
+        is_known = magic == _MAGIC and 0 <= size <= left
         data = os.pread(descriptor, size, offset + _RECORD.size) if is_known else b""
-        if not is_known or len(data) != size or _checksum(magic, first, n, data) != checksum:
+        if not is_known or len(data) != size or _checksum(first, n, data) != checksum:
             return
 
         yield RowSlice(first, n, data)
         offset += _RECORD.size + size
 
 
-def _checksum(magic: bytes, first: int, n: int, data: bytes) -> int:
-    start = zlib.crc32(_NUMBERS.pack(first, n, len(data))) if magic == _MAGIC else 0
-    return zlib.crc32(data, start)
+def _checksum(first: int, n: int, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(_NUMBERS.pack(first, n, len(data))))
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:
