@@ -62,8 +62,6 @@ FAILING_PHASES = frozenset(
     {DeliveryPhase.WAITING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
 )
 _GOING_ON = frozenset({DeliveryPhase.STARTING, DeliveryPhase.DELIVERING})
-_STORED_AS = {"resume": "memory"}  # names in the file that differ from those of the fields
-_FIELD_OF = {stored: name for name, stored in _STORED_AS.items()}
 _PROGRAM = b"traceml.track.delivery"  # in the command line of a delivery process
 
 
@@ -189,8 +187,7 @@ class TrackerState:
         self.updated = time.time()
         path = self.path_in(run_dir, self.backend)
         path.parent.mkdir(exist_ok=True)
-        values = {_STORED_AS.get(name, name): value for name, value in asdict(self).items()}
-        replace_file(path, json.dumps(values).encode())
+        replace_file(path, json.dumps(asdict(self)).encode())
 
     def busy(self, seconds: float) -> None:
         """Record that a call begins which may take `seconds`."""
@@ -256,7 +253,6 @@ def _read(path: Path) -> TrackerState | None:
     import msgspec  # a rank reads no state at its start
 
     try:
-        stored = json.loads(read_regular(path))
-        return msgspec.convert({_FIELD_OF.get(name, name): value for name, value in stored.items()}, TrackerState)
+        return msgspec.convert(json.loads(read_regular(path)), TrackerState)
     except (OSError, ValueError, AttributeError, RecursionError, msgspec.ValidationError):
         return None  # no file, damaged, or of another version: the delivery starts over
