@@ -281,19 +281,21 @@ class BatchSender:
         yield len(text)
 
     def _send_histogram(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
-        name, time_s = _name_of(row, rank), _time_of(row)
-        self._session.histogram(experiment, name, row["counts"], row["edges"], _step_of(row), time_s)
+        values = _name_of(row, rank), row["counts"], row["edges"], _step_of(row)
+        self._session.call(experiment, "log_histogram", *values, time_s=_time_of(row))
         yield 8 * len(row["counts"])
 
     def _send_image(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         path = self._file(row)
-        self._session.image(experiment, _name_of(row, rank), path, _step_of(row), _time_of(row))
+        shown = _name_of(row, rank), path, _step_of(row)
+        self._session.call(experiment, "log_image", *shown, time_s=_time_of(row), file=path)
         yield path.stat().st_size
 
     def _send_artifact(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         path = self._file(row)
         plain = str(row.get("name") or path.name)
-        self._session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
+        name = f"rank_{rank}/{plain}" if rank else plain
+        self._session.call(experiment, "log_artifact", str(path), name, file=path)
         yield path.stat().st_size
 
     def _send_refused(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:

@@ -168,45 +168,45 @@ class TrackerSession:
 
             rows = [replace(row, name=names[row.name, row.rank]) if row.rank else row for row in rows]
 
-        refused = self._call(experiment, "log_metrics", rows)
+        refused = self.call(experiment, "log_metrics", rows)
         return refused if isinstance(refused, list | tuple) else ()
 
     def params(self, experiment: PlannedExperiment, params: Mapping[str, Any]) -> None:
         """Send parameters, masked."""
-        self._call(experiment, "log_params", self._masker.mask_mapping(params))
+        self.call(experiment, "log_params", self._masker.mask_mapping(params))
 
     def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any]) -> None:
         """Send tags, masked."""
         masked = {key: json_text(value) for key, value in self._masker.mask_mapping(tags).items()}
-        self._call(experiment, "set_tags", masked)
+        self.call(experiment, "set_tags", masked)
 
     def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
         """Send facts about the run, masked."""
-        self._call(experiment, "log_facts", self._masker.mask_mapping(facts))
+        self.call(experiment, "log_facts", self._masker.mask_mapping(facts))
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int, time_s: float | None = None) -> None:
         """Send a text, masked by its content and its name."""
-        self._call(experiment, "log_text", name, self._masker.mask_logged_text(name, text), step, time_s=time_s)
+        self.call(experiment, "log_text", name, self._masker.mask_logged_text(name, text), step, time_s=time_s)
 
-    def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int, time_s: float | None) -> None:
-        """Send an image."""
-        self._call(experiment, "log_image", name, path, step, time_s=time_s, extra_s=_time_for(path))
-
-    def histogram(
+    def call(
         self,
         experiment: PlannedExperiment,
         name: str,
-        counts: Sequence[float],
-        edges: Sequence[float],
-        step: int,
-        time_s: float | None,
-    ) -> None:
-        """Send a histogram."""
-        self._call(experiment, "log_histogram", name, counts, edges, step, time_s=time_s)
+        *args: Any,
+        time_s: float | None = None,
+        file: Path | None = None,
+    ) -> Any:
+        """Call a method of the experiment's backend object in bounded time; what it sends is to be confirmed.
 
-    def artifact(self, experiment: PlannedExperiment, path: Path, name: str) -> None:
-        """Send a file."""
-        self._call(experiment, "log_artifact", str(path), name, extra_s=_time_for(path))
+        Args:
+            time_s: epoch seconds at which it was logged.
+            file: what it sends, which takes longer.
+        """
+        backend = self.connect(experiment)
+        backend.row_time = time_s
+        self._unconfirmed.add(experiment.key)
+        with self._watched(name, 0.0 if file is None else file.stat().st_size / _BYTES_PER_S):
+            return getattr(backend, name)(*args)
 
     def confirm(self) -> None:
         """Return when everything sent is safe at the tracker, and record the position there."""
@@ -269,16 +269,6 @@ class TrackerSession:
                 _log.exception("the cleanup of %s failed", self.backend)
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _call(
-        self, experiment: PlannedExperiment, name: str, *args: Any, time_s: float | None = None, extra_s: float = 0.0
-    ) -> Any:
-        """Call a method of the experiment's backend object in bounded time; what it sends is to be confirmed."""
-        backend = self.connect(experiment)
-        backend.row_time = time_s
-        self._unconfirmed.add(experiment.key)
-        with self._watched(name, extra_s):
-            return getattr(backend, name)(*args)
 
     def _watched(self, call: str, extra_s: float = 0.0) -> Any:
         allowed_s = self._timeout_s + extra_s
@@ -378,7 +368,3 @@ def _mark_of(backend: BackendInterface) -> Any:
         raise PluginError(f"{type(backend).__name__}.mark() must return what JSON can hold: {error}") from error
 
     return mark
-
-
-def _time_for(path: Path) -> float:
-    return path.stat().st_size / _BYTES_PER_S
