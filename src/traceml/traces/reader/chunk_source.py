@@ -28,15 +28,8 @@ def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSour
     return kind(descriptor, begin, size if end is None else min(end, size), size)
 
 
-class PlainChunks:
-    """A file of plain text.
-
-    Args:
-        descriptor: the open file; closed with the source.
-    """
-
-    def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
-        self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
+class PlainChunks(ChunkSource):
+    """A file of plain text."""
 
     def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
@@ -52,10 +45,6 @@ class PlainChunks:
         stop = min(stop, self._size)
         for at in range(begin, stop, CHUNK_BYTES):
             yield self._load(at, min(at + CHUNK_BYTES, stop), buffer)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
 
     def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
         buffer.clear()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -74,14 +75,25 @@ class Chunk:
     too_long: bool = False  # the text exceeds the limit and is only the beginning: read the chunk in parts
 
 
-class ChunkSource(Protocol):
-    """A file as chunks. `take` is called under a lock, its result without one."""
+class ChunkSource(ABC):
+    """A file as chunks. `next_chunk` is called under a lock, its result without one.
 
+    Args:
+        descriptor: the open file; closed with the source.
+        begin, end: the range to read.
+    """
+
+    def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
+        self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
+
+    @abstractmethod
     def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
 
+    @abstractmethod
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
         """Load a range in chunks of limited size."""
 
     def close(self) -> None:
         """Close the file."""
+        os.close(self._descriptor)

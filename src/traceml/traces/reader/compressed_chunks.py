@@ -6,12 +6,11 @@ taken a few at a time and decompressed in parallel, a long one sequentially.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk, TextBuffer
+from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk, ChunkSource, TextBuffer
 from traceml.traces.reader.columns import FileDamage
 
 __all__ = ["CompressedChunks", "Inflater"]
@@ -54,15 +53,12 @@ class Inflater(ABC):
         """Append text; return the number of bytes, which may be 0."""
 
 
-class CompressedChunks(ABC):
-    """A file of one or many units.
-
-    Args:
-        begin, end: the range to read: units that begin in it.
-    """
+class CompressedChunks(ChunkSource):
+    """A file of one or many units. Those are read that begin in the range."""
 
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
-        self._descriptor, self._begin, self._next, self._end, self._size = descriptor, begin, begin, end, size
+        super().__init__(descriptor, begin, end, size)
+        self._begin = begin
         self._stream: Inflater | None = None
 
     def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
@@ -87,10 +83,6 @@ class CompressedChunks(ABC):
         inflater = self._inflater(begin)
         while (chunk := inflater.read(stop, buffer, CHUNK_BYTES)) is not None:
             yield chunk
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
 
     def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
         """Decompress the units that begin in a range."""
