@@ -19,7 +19,7 @@ from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.record_reader import LoggedRecord, MetricRows, RecordBatch
 from traceml.track.delivery.refusals import count_refused, refusal_counted
 from traceml.track.delivery.tracker_session import Delivery
-from traceml.track.delivery.verdict_sender import VerdictSender
+from traceml.track.delivery.verdict_sender import send_live_verdict, send_verdict
 from traceml.track.plugins.failure_kinds import classify
 from traceml.track.plugins.metric import Metric
 from traceml.track.tracker_state import ResumeState
@@ -51,7 +51,7 @@ class BatchSender:
         self._filters, self._config = delivery.filters, delivery.config
         self._records = delivery.records
         self._is_done = is_done
-        self._verdicts = VerdictSender(delivery)
+        self._delivery = delivery
         self._everything = everything
         self._started = float(self._reader.meta().get("run", {}).get("started") or 0.0)
         self._calls = {
@@ -112,7 +112,7 @@ class BatchSender:
             return
 
         self._send_derived_values(main, self._derived().finish())
-        self._verdicts.send(main)
+        send_verdict(self._delivery, main)
 
     def end(self, run_state: str, run_ended: float | None) -> None:
         """End every open experiment, the inner ones first, in its own state and time or else in those of the run."""
@@ -222,7 +222,7 @@ class BatchSender:
 
         for event in self._reader.events(self._resume.get("event", 0), "verdict"):
             self._resume["event"] = event.id
-            self._verdicts.send_live(main, event)
+            send_live_verdict(self._delivery, main, event)
 
     def _stream_of(self, frame: Frame) -> StreamRecord:
         is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank continues from
@@ -406,7 +406,7 @@ class BatchSender:
                 main = self._main()
                 if main is not None and main.key == key:
                     self._send_derived_values(main, self._derived().finish())
-                    self._verdicts.send(main)  # that of the run so far: the report comes when nothing is open
+                    send_verdict(self._delivery, main)  # that of the run so far: the report comes when nothing is open
 
                 self._session.end(experiment, own_state, ended)
 

@@ -15,52 +15,46 @@ from traceml.track.delivery.refusals import refusal_counted
 from traceml.track.delivery.tracker_session import Delivery
 from traceml.trusted_files import read_regular
 
-__all__ = ["VerdictSender", "has_report"]
+__all__ = ["has_report", "send_live_verdict", "send_verdict"]
 
 
-class VerdictSender:
-    """Sends the run's verdict to one backend."""
+def send_live_verdict(delivery: Delivery, main: PlannedExperiment, event: RunEvent) -> None:
+    """Send a live verdict if it names another cause than the last one."""
+    verdict = event.data.get("verdict") or {}
+    if _has_no_step(verdict):
+        return
 
-    def __init__(self, delivery: Delivery) -> None:
-        self._state, self._reader, self._filters = delivery.state, delivery.reader, delivery.filters
-        self._run_dir, self._session, self._audit = delivery.run_dir, delivery.session, delivery.audit
+    signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
+    if signature == delivery.state.resume.get("verdict") or not delivery.filters.takes("traceml/verdict"):
+        return
 
-    def send_live(self, main: PlannedExperiment, event: RunEvent) -> None:
-        """Send a live verdict if it names another cause than the last one."""
-        verdict = event.data.get("verdict") or {}
-        if _has_no_step(verdict):
-            return
+    delivery.state.resume["verdict"] = signature
+    text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
+    with refusal_counted(delivery.state, "a verdict"):
+        delivery.session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
+        delivery.session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
+        delivery.audit.record("tags", ["traceml/verdict"], 1)
+        delivery.state.derived += 1
 
-        signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
-        if signature == self._state.resume.get("verdict") or not self._filters.takes("traceml/verdict"):
-            return
 
-        self._state.resume["verdict"] = signature
-        text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
-        with refusal_counted(self._state, "a verdict"):
-            self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
-            self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
-            self._audit.record("tags", ["traceml/verdict"], 1)
-            self._state.derived += 1
+def send_verdict(delivery: Delivery, main: PlannedExperiment) -> None:
+    """Send the verdict of the whole run from the report, else the last live one."""
+    if not delivery.filters.takes("traceml/verdict"):
+        return
 
-    def send(self, main: PlannedExperiment) -> None:
-        """Send the verdict of the whole run from the report, else the last live one."""
-        if not self._filters.takes("traceml/verdict"):
-            return
+    verdict = _report_verdict(delivery.run_dir)
+    if verdict is None:
+        last = delivery.reader.last_event("verdict")
+        verdict = (last.data.get("verdict") or {}) if last is not None else {}
 
-        verdict = _report_verdict(self._run_dir)
-        if verdict is None:
-            last = self._reader.last_event("verdict")
-            verdict = (last.data.get("verdict") or {}) if last is not None else {}
+    if verdict.get("kind") and not _has_no_step(verdict):
+        facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
+        with refusal_counted(delivery.state, "the verdict"):
+            delivery.session.tags(main, {"traceml/verdict": verdict["kind"]})
+            if facts:
+                delivery.session.facts(main, facts)
 
-        if verdict.get("kind") and not _has_no_step(verdict):
-            facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
-            with refusal_counted(self._state, "the verdict"):
-                self._session.tags(main, {"traceml/verdict": verdict["kind"]})
-                if facts:
-                    self._session.facts(main, facts)
-
-                self._audit.record("tags", ["traceml/verdict", *facts], 1)
+            delivery.audit.record("tags", ["traceml/verdict", *facts], 1)
 
 
 def has_report(run_dir: Path, since_s: float) -> bool:
