@@ -71,14 +71,6 @@ class RunFacts:
         """
         return counted + attempt_base(self.values, host)
 
-    def begin_attempt(self, attempt: int) -> None:
-        """Set the newest attempt, which a rank has begun."""
-        self.values["attempt"] = attempt
-
-    def resize(self, world_size: int) -> None:
-        """Set the number of ranks."""
-        self.values["world_size"] = world_size
-
     def name_after(self, hello: Hello) -> None:
         """Take name, project, command and start from the first rank; a launcher's run began before it."""
         self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}

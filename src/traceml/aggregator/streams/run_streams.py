@@ -242,7 +242,7 @@ class RunStreams:
         """Update the run's facts from a rank's hello."""
         facts, before = self._facts, dict(self._facts.values)
         if attempt > self.attempt:
-            facts.begin_attempt(attempt)
+            facts.values["attempt"] = attempt
             self.live.begin_attempt()
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
@@ -259,7 +259,7 @@ class RunStreams:
             facts.write(self.store)
 
     def _resize(self, world_size: int) -> None:
-        self._facts.resize(world_size)
+        self._facts.values["world_size"] = world_size
         self.live.resize(world_size)
 
     def _add_stream(
