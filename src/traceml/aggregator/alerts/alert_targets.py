@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -33,25 +33,6 @@ _BUSY = (408, 425, 429)  # such a refusal may pass
 _OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
 
 _log = logging.getLogger("traceml")
-
-
-class AlertTarget(Protocol):
-    """Receiver of alerts."""
-
-    @property
-    def name(self) -> str:
-        """Its name in logs and in the run, without secrets."""
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether the texts of alerts are masked before, as they leave the machine."""
-
-    async def send(self, document: bytes) -> None:
-        """Deliver one alert, in bounded time.
-
-        Raises:
-            TraceMLError: it cannot be delivered.
-        """
 
 
 def targets_of(entries: Iterable[str], *, local_only: bool = False) -> list[AlertTarget]:
@@ -215,6 +196,10 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         request = Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
         with build_opener(NoRedirects).open(request, timeout=self.limit_s):
             pass
+
+
+AlertTarget = CommandAlert | WebhookAlert
+"""Receiver of alerts. Texts are masked before where it `is_masked`, as they leave the machine."""
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
