@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,22 +36,6 @@ class FieldContext:
         """Return the file and the pid of a process."""
         source, pid = self.processes.pair(number)
         return source, self.strings[pid]
-
-
-class EventField(Protocol):
-    """One field: a number for each event, and a label for each number."""
-
-    def ids(self, batch: EventBatch) -> Ids:
-        """Return the number of each row's value; -1 where there is none."""
-
-    def label(self, number: int) -> Label:
-        """Return the label of a number, once all metadata is known."""
-
-    def raw(self, number: int) -> Any:
-        """Return the value behind a number, which is the same in every process."""
-
-    def number(self, raw: Any) -> int:
-        """Return the number of a value that `raw` returned in another process."""
 
 
 def args_of(fields: list[str]) -> list[str]:
@@ -224,3 +208,10 @@ class _DerivedField:
 
         source, pid = self._origin.process(process)
         return labels.rank(source, pid) if self._name == "rank" else labels.host(source, pid)
+
+
+EventField = _DirectField | _KindField | _SourceField | ArgField | _DerivedField
+"""One field: a number for each event (-1 where there is none), and a label for each number, once all metadata is known.
+
+`raw` returns the value behind a number, which is the same in every process; `number` is its inverse.
+"""
