@@ -115,7 +115,7 @@ class Viewer:
         self.received_bytes += len(message)
         if message == "2":
             self._say("3")
-        elif "traceml.draw(" in message and not self.drawn.is_set():
+        elif "tracemlCharts.draw(" in message and not self.drawn.is_set():
             self.drawn_s = time.monotonic() - self._began_s
             self.drawn.set()
 
