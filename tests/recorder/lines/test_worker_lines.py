@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,7 +215,10 @@ def test_how_often_each_worker_made_a_batch_is_noted(flight: FlightFile, monkeyp
     monkeypatch.setattr(worker_lines, "_ROWS_S", 0.0)
     noted: list[tuple[int, list[int]]] = []
     groups = [Group(0, (21, 22, 23)), Group(4, (31,))]
-    take = partial(lambda _kind, number, samples: noted.append((number, samples)))
+
+    def take(_kind: str, **fields: Any) -> None:
+        noted.append((fields["number"], fields["samples"]))
+
     lines = WorkerLines(flight, lambda: groups, INTERVAL_S, note=take)  # type: ignore[arg-type,return-value]
     lines._due_s = 0.0
     for pid, line, library, samples in (

@@ -419,11 +419,13 @@ def _even_shares(loader: LoaderFacts, pipeline: Pipeline, sharing: float) -> Loa
     """Return advice where an iterable data set gives some of the workers much more than the others."""
     gain, busiest = pipeline.gain_with(sharing / pipeline.workers), max(loader.worker_samples)
     busy = sum(each >= _BUSY * busiest for each in loader.worker_samples)
-    what = f"{_data(loader, begins=True)} divides its samples unevenly: one of the {pipeline.workers} workers does "
-    what += f"{percent_text(busiest / sum(loader.worker_samples))} of their work"
     if busy < pipeline.workers and sharing >= _EVEN * busy:
         have = "have" if busy > 1 else "has"
         what = f"Only {busy} of the {pipeline.workers} workers {have} samples of {_data(loader)} to make"
+    else:
+        share = percent_text(busiest / sum(loader.worker_samples))
+        whose = f"one of the {pipeline.workers} workers does {share} of their work"
+        what = f"{_data(loader, begins=True)} divides its samples unevenly: {whose}"
 
     return LoadingAdvice(
         f"{what}. Give all of them as much: at least as many shards as workers, of the same size, or single samples in "

@@ -166,10 +166,8 @@ def _jump(values: Floats) -> LevelChange | None:
     if _alike(outside, usual, slow) >= _alike(inside, usual, slow):  # it comes and goes, as at the begin of each epoch
         return None
 
-    usual_inside = _alike(inside, slow, usual)
-    if usual_inside > _MAX_USUAL_SHARE * len(inside) or usual_inside >= _alike(
-        outside, slow, usual
-    ):  # it does so there
+    fast_inside = _alike(inside, slow, usual)  # it does so within the part
+    if fast_inside > _MAX_USUAL_SHARE * len(inside) or fast_inside >= _alike(outside, slow, usual):
         return None
 
     spread = max(_spread(_around_medians(inside, outside)), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)

@@ -45,6 +45,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
     """Describe a DataLoader, or an iterable given to `trace_data`."""
     own = loader.d if type(loader).__module__ == _FASTAI else loader  # of theirs, the inner one is its own data set
     dataset = getattr(own, "dataset", None)
+    is_iterable = any(cls.__name__ == "IterableDataset" for cls in type(dataset).__mro__)
     return {
         "loader": type(own).__name__,
         "dataset": None if dataset is None else type(_whole(dataset)).__name__,
@@ -58,14 +59,10 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
         "samplers": _sampler_classes(own),
-        "is_iterable": _is_iterable(dataset),
-        "is_undivided": _is_iterable(dataset) and _is_undivided(own, dataset),
+        "is_iterable": is_iterable,
+        "is_undivided": is_iterable and _is_undivided(own, dataset),
         "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
-
-
-def _is_iterable(dataset: Any) -> bool:
-    return any(cls.__name__ == "IterableDataset" for cls in type(dataset).__mro__)
 
 
 def _is_undivided(loader: Any, dataset: Any) -> bool:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from traceml.clock import monotonic_ns, random_share
 from traceml.clock import own_time as time
-from traceml.database.info_kinds import InfoKind
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
@@ -51,7 +51,7 @@ _DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: 
 _MAX_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
 _FLUSH_S = 0.25
 _ROWS_S = 5.0
-_NOTE_AGAIN = 2
+_NOTE_AGAIN = 2  # how often workers made batches is noted when it is so many times as often
 _MAX_DEPTH = 200
 _MAX_NAMES = 512
 _MAX_PIDS = 4096  # of workers of earlier epochs, too: their last samples may arrive after their end
@@ -196,7 +196,7 @@ class WorkerLines:
         flight: takes the rows, and has the open step.
         workers: returns the workers of the loaders that are read.
         interval_s: usual time between two samples of a worker.
-        note: takes an info row: how often each worker made a batch.
+        note: appends a row to `info`: how often each worker made a batch.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class WorkerLines:
         flight: FlightFile,
         workers: Callable[[], Iterable[WorkersOfLoader]],
         interval_s: float,
-        note: Callable[..., object],
+        note: InfoSender,
     ) -> None:
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pipe, self._write_end = GuardedDescriptor(read), GuardedDescriptor(write)

@@ -46,7 +46,7 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sharing_workers(self) -> float | None:
-        """Number of workers that share the work of an iterable data set: all, by the busiest; None if they all do."""
+        """Workers as busy as the busiest one that would do the work of all; None if it is even, or not known."""
         busiest, workers = max(self.worker_samples, default=0), self.num_workers or 0
         if not self.is_iterable or workers < 2 or sum(self.worker_samples) < MIN_WORKER_SAMPLES:
             return None
