@@ -168,15 +168,15 @@ def test_the_first_rows_go_at_once(flight: FlightFile) -> None:
     assert wire.rows_of("steps") == [(0, 1), (1, 1)]
 
 
-def test_slices_of_2048_rows(flight: FlightFile) -> None:
+def test_slices_of_512_rows(flight: FlightFile) -> None:
     """A backlog goes out in slices that hold the GIL for microseconds only."""
     wire = Wire()
     sender = make(flight, wire)
-    add_steps(flight, 4000)
+    add_steps(flight, 1000)
 
     sender.pump()
 
-    assert wire.rows_of("steps") == [(0, 2048), (2048, 1952)]
+    assert wire.rows_of("steps") == [(0, 512), (512, 488)]
 
 
 def test_names_go_before_the_rows_that_use_them(flight: FlightFile) -> None:
@@ -266,15 +266,15 @@ def test_rows_stay_in_the_ring_while_the_peer_is_behind(flight: FlightFile) -> N
     wire = Wire()
     wire.stuck_after = 1
     sender = make(flight, wire)
-    add_steps(flight, 3000)
+    add_steps(flight, 700)
 
     sender.pump()
     sender.pump()
-    assert wire.rows_of("steps") == [(0, 2048)]
+    assert wire.rows_of("steps") == [(0, 512)]
 
     wire.unsent_bytes, wire.stuck_after = 0, None
     sender.pump()
-    assert wire.rows_of("steps") == [(0, 2048), (2048, 952)]
+    assert wire.rows_of("steps") == [(0, 512), (512, 188)]
 
 
 def test_a_missing_aggregator_is_tried_again_with_growing_pauses(

@@ -9,7 +9,7 @@ from traceml.recorder.sending.blob_table import BlobTable
 
 __all__ = ["Losses", "SendCursor"]
 
-_SLICE_ROWS = 2048
+_SLICE_ROWS = 512  # of steps, 60 kB: the thread keeps in memory what a slice and its frame once took
 
 
 class Losses:
