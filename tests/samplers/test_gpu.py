@@ -11,7 +11,8 @@ import pytest
 
 from traceml.database.schema import GPU
 from traceml.samplers.gpu import GpuSampler
-from traceml.samplers.nvml import Nvml, NvmlError, has_own_gpus
+from traceml.samplers.nvidia_driver import has_own_gpus
+from traceml.samplers.nvml import Nvml, NvmlError
 
 MIG = "MIG-8c4f9b2e-1111-2222-3333-444444444444"
 

@@ -12,6 +12,7 @@ from traceml.database.schema import SAMPLED_TABLES
 from traceml.fail_open import failures
 from traceml.samplers import sampler_selection
 from traceml.samplers.base import Sampler
+from traceml.samplers.gpu import GpuSampler
 from traceml.samplers.sampler_selection import open_samplers
 from traceml.settings import SamplerName
 
@@ -26,10 +27,10 @@ def test_a_sampler_that_cannot_be_started(
 ) -> None:
     """The others are opened; an error of ours is counted and shown, a part that the machine lacks is neither."""
 
-    def fail(**_: object) -> None:
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr(sampler_selection, "GpuSampler", fail)
+    monkeypatch.setattr(sampler_selection, "load_nvml", fail)
     caplog.set_level(logging.DEBUG, logger="traceml")
     before = failures().get("samplers", 0)
 
@@ -59,4 +60,5 @@ def test_each_sampler_may_have_an_interval() -> None:
     """The setting names all of them: a name that none has is refused."""
     own = {each.name for each in _all_samplers() if each.__module__.startswith("traceml.")}
 
+    assert GpuSampler.name in own
     assert own == {*get_args(SamplerName)}

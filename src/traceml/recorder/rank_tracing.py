@@ -20,7 +20,6 @@ from traceml.recorder.no_progress.failed_threads import FailedThreads
 from traceml.recorder.no_progress.long_evaluation import LongEvaluation
 from traceml.recorder.no_progress.watch_assembly import progress_watch, register_stacks
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
-from traceml.recorder.profile_server import ProfileServer
 from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
 from traceml.samplers.limits import DeathCauses
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from traceml.instrument.groups.default_group import OnGroup
     from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
+    from traceml.recorder.profile_server import ProfileServer
     from traceml.recorder.recorder_thread import RecorderThread
     from traceml.settings import Config
 
@@ -64,9 +64,7 @@ class RankTracing:
         self._long_evaluation = LongEvaluation(note)
         self._pauses: PauseRecorder | None = None
         self._worker_lines: WorkerLines | None = None
-        self.profiles = ProfileServer(
-            flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
-        )
+        self._profiles: ProfileServer | None = None
         self._failed_threads = FailedThreads()
         self._progress_watch = progress_watch(
             flight,
@@ -101,7 +99,8 @@ class RankTracing:
 
         self._failed_threads.uninstall()
         with fail_open(_log, "recorder", "a profile could not be ended"):
-            self.profiles.abandon()
+            if self._profiles is not None:
+                self._profiles.abandon()
 
         with fail_open(_log, "recorder", "the time of torch.compile is not known"):
             self._note_compilation()
@@ -177,6 +176,22 @@ class RankTracing:
     def snapshot(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Answer the aggregator's command `snapshot`."""
         return self._progress_watch.snapshot_now(is_last=args.get("last") is True).to_row()
+
+    def profile(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer the aggregator's command `profile`; see `ProfileServer.answer`."""
+        if self._profiles is None:
+            from traceml.recorder.profile_server import ProfileServer  # few runs are profiled
+
+            self._profiles = ProfileServer(
+                self._flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
+            )
+
+        return self._profiles.answer(args)
+
+    def close_profiles(self) -> None:
+        """Remove the trace of the last profile."""
+        if self._profiles is not None:
+            self._profiles.close()
 
     def leave_out_output(self) -> None:
         """Take what was written up to now for no work of the script."""
@@ -282,7 +297,8 @@ class RankTracing:
         slots[Slot.EVALUATING], slots[Slot.TRAINING_THREAD] = self._outside_steps(), self._training_thread()
         self._long_evaluation(is_evaluating=slots[Slot.EVALUATING] == 1)
         self._progress_watch(last)
-        self._thread.is_attentive = self._progress_watch.is_quiet or self.profiles.is_used
+        is_profiled = self._profiles is not None and self._profiles.is_used
+        self._thread.is_attentive = self._progress_watch.is_quiet or is_profiled
 
     def _outside_steps(self) -> int:
         """Return what `Slot.EVALUATING` has."""

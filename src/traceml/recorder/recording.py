@@ -93,7 +93,7 @@ class Recording:
             commands={
                 "snapshot": self.tracing.snapshot,
                 "statistics": lambda _args: asdict(statistics()),
-                "profile": self.tracing.profiles.answer,
+                "profile": self.tracing.profile,
                 "abort": lambda _args: abort_process(self.thread.call_later),
                 "notice": lambda args: {} if config.quiet else print_stuck(args, self.tracing.leave_out_output),
             },
@@ -155,7 +155,7 @@ class Recording:
         self.tracing.end()
         self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._hold_until_ns = 0
-        self.tracing.profiles.close()
+        self.tracing.close_profiles()
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
         keep_trying = not self.check_deferred() and (has_launcher or local)

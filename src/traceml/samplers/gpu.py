@@ -9,7 +9,8 @@ from typing import ClassVar
 from traceml.database.info_kinds import InfoSender
 from traceml.database.schema import GPU, Table
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.nvml import VISIBLE_DEVICES, Nvml, NvmlError
+from traceml.samplers.nvidia_driver import VISIBLE_DEVICES
+from traceml.samplers.nvml import Nvml, NvmlError
 from traceml.samplers.nvml_health import HealthWatch, NvmlHealth
 from traceml.samplers.nvml_processes import DeviceSharing
 from traceml.samplers.torch_memory import initialized_cuda

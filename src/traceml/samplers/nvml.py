@@ -1,4 +1,4 @@
-"""NVML by its C interface, whose library comes with the driver; and the devices that CUDA_VISIBLE_DEVICES names."""
+"""NVML by its C interface, whose library comes with the driver."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["CLOCK_SM", "UNKNOWN", "VISIBLE_DEVICES", "Nvml", "NvmlDevice", "NvmlError", "has_own_gpus"]
+from traceml.samplers.nvidia_driver import device_entries, load_nvml
 
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-"""CUDA itself is not asked for its devices, as that would initialize it."""
+__all__ = ["CLOCK_SM", "UNKNOWN", "Nvml", "NvmlDevice", "NvmlError"]
 
 CLOCK_SM = 1
 """NVML's number of the clock of the SMs."""
@@ -55,7 +54,7 @@ class Nvml:
     def __init__(self, library: Any = None) -> None:
         if library is None:
             try:
-                library = ctypes.CDLL("libnvidia-ml.so.1")
+                library = load_nvml()
             except OSError as error:
                 raise NvmlError(f"no NVML: {error}") from None
 
@@ -157,7 +156,7 @@ def _visible_gpus(text: str, uuids: Mapping[int, str]) -> list[int | str]:
     invisible. Indices are taken as NVML's, which are CUDA's with CUDA_DEVICE_ORDER=PCI_BUS_ID, or with equal GPUs.
     """
     found: list[int | str] = []
-    for entry in _entries(text):
+    for entry in device_entries(text):
         device = _device_of(entry, uuids)
         if device is None:
             break
@@ -165,15 +164,6 @@ def _visible_gpus(text: str, uuids: Mapping[int, str]) -> list[int | str]:
         found.append(device)
 
     return found if len(set(found)) == len(found) else []
-
-
-def has_own_gpus(local_rank: int, text: str | None) -> bool:
-    """Whether the launcher gave this rank GPUs of its own: none of those that it sees has its local rank as index."""
-    return text is not None and 0 < len(_entries(text)) <= local_rank
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in text.split(",")] if text.strip() else []
 
 
 def _device_of(entry: str, uuids: Mapping[int, str]) -> int | str | None:

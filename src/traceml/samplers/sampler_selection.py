@@ -10,10 +10,9 @@ from collections.abc import Callable
 from traceml.database.info_kinds import InfoSender
 from traceml.fail_open import fail_open
 from traceml.samplers.base import Sampler
-from traceml.samplers.gpu import GpuSampler
 from traceml.samplers.host import HostSampler
 from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
-from traceml.samplers.nvml import VISIBLE_DEVICES, has_own_gpus
+from traceml.samplers.nvidia_driver import VISIBLE_DEVICES, has_own_gpus, load_nvml
 from traceml.samplers.process import ProcessSampler
 from traceml.samplers.torch_memory import TorchMemorySampler
 from traceml.samplers.worker_sampler import Groups, LoaderWorkersSampler
@@ -48,9 +47,9 @@ def open_samplers(
         lambda: LoaderWorkersSampler(workers),
     ]
     if local_rank == 0:
-        factories += [HostSampler, lambda: GpuSampler(note=note), lambda: HostLimitsSampler(save_folder)]
+        factories += [HostSampler, lambda: _gpu_sampler(note), lambda: HostLimitsSampler(save_folder)]
     elif has_own_gpus(local_rank, os.environ.get(VISIBLE_DEVICES)):
-        factories += [lambda: GpuSampler(note=note)]
+        factories += [lambda: _gpu_sampler(note)]
 
     opened: list[Sampler] = []
     for factory in factories:
@@ -61,3 +60,10 @@ def open_samplers(
                 _log.debug("a sampler has nothing to read on this machine: %s", error)
 
     return opened
+
+
+def _gpu_sampler(note: InfoSender | None) -> Sampler:
+    load_nvml()  # a machine without a driver is spared the 130 kB of the following code
+    from traceml.samplers.gpu import GpuSampler
+
+    return GpuSampler(note=note)

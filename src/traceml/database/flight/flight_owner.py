@@ -13,16 +13,19 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from traceml.clock import boot_time_s, machine_name, process_start_ticks
 from traceml.clock import own_time as time
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, lock_holder, own_mapping
-from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import STEPS
 from traceml.errors import StoreError
 from traceml.run_folder import COPIES_FOLDER
 from traceml.trusted_files import opened_trusted
+
+if TYPE_CHECKING:
+    from traceml.database.flight.postmortem import FlightSnapshot
 
 __all__ = [
     "ROWS_KEPT_S",
@@ -195,6 +198,8 @@ def _unlink_if_old(path: Path, age_s: float, grace_s: float) -> bool:
 
 
 def _header(path: Path, descriptor: int, runs_dir: Path | None = None) -> FlightSnapshot:
+    from traceml.database.flight.postmortem import FlightSnapshot  # here, as most ranks find no file of a dead one
+
     return FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0), runs_dir)
 
 
