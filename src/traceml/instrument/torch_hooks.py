@@ -87,13 +87,13 @@ class TorchHooks:
         )
         self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
         self.overhead = HookOverhead(timed_backward, flight)
-        self.evaluation_mode = EvaluationMode(clock, self._is_trained_model, facts.report)
         self.sizes: CollectiveSizes | None = None
         self._compiled_models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._timer = timer_maker(clock, self.batches.measure)
         self.discovery = ModuleDiscovery(
             clock, self._timer, self._on_model, functools.partial(patch_optimizer, patches, clock)
         )
+        self.evaluation_mode = EvaluationMode(clock, self.discovery.is_trained_as_a_whole, facts.report)
 
     def patch_passes(self) -> None:
         """Time forward and backward passes, and what is done with gradients."""
@@ -175,10 +175,6 @@ class TorchHooks:
         self.discovery.evaluates(module)
         if not is_part:
             self.evaluation_mode.begin(module)
-
-    def _is_trained_model(self, module: Any) -> bool:
-        models = self.discovery.models_with(module)
-        return len(models) == 1 and models[0] is module and self.discovery.is_trained(module)
 
     def _compiled(self, module: Any) -> None:
         """Report models again whose modules compile themselves, each once."""

@@ -60,6 +60,35 @@ def test_a_model_that_stays_in_evaluation_is_told_with_its_first_step(traced: Tr
     assert len(told(traced)) < 6
 
 
+class WithLoss(nn.Module):
+    """A wrapper as scripts have it, and as DDP: it has no parameters of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(x)
+        return out * 2
+
+
+def test_a_model_inside_a_wrapper_is_told_until_either_is_in_training(traced: Traced) -> None:
+    """The wrapper's own mode says nothing: the evaluation was of what is inside."""
+    net = model()
+    whole = WithLoss(net)
+    optimizer = sgd(whole)
+    train_for(30, whole, optimizer)
+    evaluate(net)
+    train_for(40, whole, optimizer)
+    whole.eval()
+    train_for(30, whole, optimizer)
+    whole.train()
+    train_for(130, whole, optimizer)
+    traced.finish()
+
+    assert told(traced)[-1] == ("WithLoss", ["Dropout"], 30, 40 + 30)
+
+
 def test_steps_of_an_earlier_process_are_not_counted(traced: Traced) -> None:
     """A training that is resumed at step 1000, of a model that was loaded in `eval()`."""
     net = model()
@@ -124,6 +153,14 @@ def fixed_statistics(net: nn.Module) -> Callable[[], None]:
     return epochs
 
 
+def part_of_a_larger_model(net: nn.Module) -> Callable[[], None]:
+    """Return the training of a model around it, which has layers of its own."""
+    whole = nn.Sequential(net, nn.Linear(2, 2))
+    train_for(30, whole, sgd(whole))
+    net.eval()
+    return lambda: train_for(130, whole, sgd(whole))
+
+
 def averaged(net: nn.Module) -> Callable[[], None]:
     """Return epochs that average the weights in a copy, which is evaluated."""
 
@@ -157,7 +194,16 @@ def made_for_inference(net: nn.Module) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    "prepare", [kept_frozen, evaluated_each_epoch, fixed_statistics, averaged, trained_head, made_for_inference]
+    "prepare",
+    [
+        kept_frozen,
+        evaluated_each_epoch,
+        fixed_statistics,
+        part_of_a_larger_model,
+        averaged,
+        trained_head,
+        made_for_inference,
+    ],
 )
 def test_models_that_are_in_evaluation_on_purpose_are_not_told(
     traced: Traced, prepare: Callable[[nn.Module], Callable[[], None]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from traceml.database.info_kinds import InfoKind, InfoSender
+from traceml.instrument.search.discovery import is_inside
 
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
@@ -29,7 +30,7 @@ class EvaluationMode:
     while another one is trained, stays the same. Averaged weights are updated in place, too, but by no optimizer.
 
     Args:
-        is_trained: whether an optimizer has a model's parameters, and the model is no part of another one.
+        is_trained: whether an optimizer has a model's parameters, and the model is no part of a larger one.
         report: appends a row of `info`.
     """
 
@@ -43,7 +44,8 @@ class EvaluationMode:
         """Note a model that changes to evaluation as a whole."""
         trainable = (each for each in model.parameters() if each.requires_grad and not each.is_inference())
         parameter = next(trainable, None)
-        self._watched = [each for each in self._watched if each.model() is not None and each.model() is not model]
+        self.end(model)  # what was watched of it, as the model inside a wrapper
+        self._watched = [each for each in self._watched if each.model() is not None]
         if parameter is not None and len(self._watched) < _MOST:
             self._watched.append(
                 _WatchedModel(
@@ -55,7 +57,7 @@ class EvaluationMode:
         """Note a module that changes to training: the other parts of its model are in `eval()` on purpose then."""
         watched, self._watched = self._watched, []
         for each in watched:
-            if each.has(changed):
+            if each.shares_modules_with(changed):
                 self._count(each)
             else:
                 self._watched.append(each)
@@ -107,10 +109,10 @@ class _WatchedModel(NamedTuple):
         parameter = self.parameter()
         return 0 if parameter is None else int(parameter._version) - self.version
 
-    def has(self, module: Any) -> bool:
-        """Return whether a module is the model or a part of it."""
+    def shares_modules_with(self, module: Any) -> bool:
+        """Return whether a module is the model, a part of it, or has it inside, as a wrapper."""
         model = self.model()
-        return model is not None and any(each is module for each in model.modules())
+        return model is not None and (is_inside(module, model) or is_inside(model, module))
 
 
 def _differs(layer: Any) -> bool:

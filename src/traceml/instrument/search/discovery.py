@@ -86,7 +86,7 @@ class ModuleDiscovery:
 
     def models_with(self, module: Any) -> list[Any]:
         """Return the known models that are or have the module."""
-        return [known for known in self._modules() if _is_inside(module, known)]
+        return [known for known in self._modules() if is_inside(module, known)]
 
     def search_all(self, find: Callable[[], LiveObjects] = find_live, *, trains: bool = False) -> int:
         """Time all root modules that are alive; return the number of their optimizers.
@@ -171,6 +171,11 @@ class ModuleDiscovery:
 
         return known
 
+    def is_trained_as_a_whole(self, module: Any) -> bool:
+        """Whether a known model is trained that is the module, or a wrapper of it without parameters of its own."""
+        models = self.models_with(module)
+        return bool(models) and all(_count(each) == _count(module) for each in models) and self.is_trained(module)
+
     def add(self, module: Any) -> None:
         """Time one module."""
         if self._knows(module) or not instrument_module(module, self._timer):
@@ -203,7 +208,7 @@ class ModuleDiscovery:
 
         self._asked[module] = self.models
         own = _count(module)
-        return any(2 * own > _count(known) and _is_inside(module, known) for known in self._modules())
+        return any(2 * own > _count(known) and is_inside(module, known) for known in self._modules())
 
     def _add_parts(self, module: Any) -> None:
         """Time the parts of a model that evaluates: a method of its own, as `generate`, may call them.
@@ -296,7 +301,8 @@ def _count(module: Any) -> int:
     return sum(1 for _ in module.parameters())
 
 
-def _is_inside(module: Any, known: Any) -> bool:
+def is_inside(module: Any, known: Any) -> bool:
+    """Whether a module is another one or a part of it."""
     return any(each is module for each in known.modules())
 
 
