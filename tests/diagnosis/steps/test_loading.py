@@ -673,6 +673,25 @@ def test_more_workers_do_not_shorten_the_receiving(receiving, gain):
     assert found.gain(9) == pytest.approx(gain, rel=0.15)
 
 
+def test_the_handover_of_workers_is_no_work_of_a_process_without_them() -> None:
+    """A batch of 600 tensors took 3 ms without workers, and 146 with two, whose threads handed its tensors over."""
+    part = LINE_PHASES[LINE_WORKERS]
+    made = (
+        SampledLine(0, part, None, None, None, None, 120),
+        SampledLine(0, part, "/me/train.py", 4, "main", None, 8),
+    )
+    taken = SampledLine(0, "input_wait", "/me/train.py", 4, "main", "/lib/multiprocessing/a.py:1 Connection._recv", 100)
+    work = own_work_of(window_of(ALONE, adds("input_wait", 130)), JobFacts())
+    loader = replace(FOLDER, num_workers=2)
+    usual = {"lines": [taken], "lines_of_workers": {0: made}, "hosts": {0: "h"}, "cores": {"h": 2}}
+
+    found = pipeline_of(work, JobFacts(loader=loader, workers=watched(2, busy=0.3), **usual), 130 * MS)
+
+    assert found is not None
+    assert found.is_handover
+    assert found.fetch_ns == pytest.approx(2 * work.step_ns * 8 / 128)
+
+
 @pytest.mark.parametrize(
     ("making", "busy", "keeps_up"), [(15, 0.1, True), (60, 0.1, False), (5, 0.1, None), (15, 0.6, False)]
 )

@@ -274,10 +274,12 @@ def _fetch_of_workers(
         handover: whether the training receives batches that are ready.
     """
     workers, use, sampled = facts.loader_workers, facts.worker_use, 1.0 if sampled is None else sampled
-    at_work = share_at_work(facts)
+    seen = workers_at_work(facts.worker_lines)
+    # What workers use includes the thread that hands batches over, which is most of it for one of many tensors.
+    at_work = seen.share if _is_known(seen) else share_at_work(facts)
     if at_work is not None and handover:  # they wait for orders in between
         computes = at_work * sampled if use is None else use.ready
-        return workers * step_ns * at_work, computes / max(at_work, _MIN_READY)
+        return workers * step_ns * at_work, min(computes / max(at_work, _MIN_READY), 1.0)
 
     # Each makes batches all the time, as the training waits for them.
     if use is not None and bound:  # unbound, it would wait for a core no longer than the training does
