@@ -20,8 +20,8 @@ __all__ = [
     "MIN_SAMPLES", "MIN_SHARE_SAMPLES", "NAMED_SHARE", "SampledShare", "broadcasts_buffers", "busy_share",
     "child_wait_share", "clearing_share", "counted_lines", "dataset_share", "environment_share", "fusable_share",
     "handover_share", "import_share", "is_import", "is_loss", "is_passing", "iterator_share", "least_share",
-    "library_share", "loss_share", "of_part", "ordering_share", "place_share", "receives", "thread_wait_share",
-    "used_cores", "worker_wait_share", "workers_at_work",
+    "library_share", "loss_share", "number_share", "of_part", "ordering_share", "place_share", "receives",
+    "thread_wait_share", "used_cores", "worker_wait_share", "workers_at_work",
 ]  # fmt: skip
 
 MIN_SHARE_SAMPLES = 35
@@ -38,6 +38,7 @@ _LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+
 _OPTIMIZERS = re.compile(r"(^|/)torch/optim/")
 _FUSABLE = re.compile(r"(^|/)torch/optim/(adam|adamw|sgd|adagrad|optimizer)\.py:")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
+_NUMBERS = re.compile(r"(^|/)torch/utils/data/_utils/collate\.py:\d+ collate_(float|int|numpy_scalar)_fn$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
 _BUFFERS = re.compile(r"(^|/)torch/nn/parallel/distributed\.py:\d+ \w+\._(\w*broadcast_coalesced|sync\w*buffers)$")
@@ -194,6 +195,15 @@ def place_share(lines: Sequence[SampledLine], places: Collection[tuple[str, str]
 def ordering_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
     return library_share(of_part(lines, Phase.INPUT_WAIT.label), _ORDERS) or 0.0
+
+
+def number_share(lines: Sequence[SampledLine], part: str) -> float:
+    """Return the share of making batches in which the loader makes tensors of single numbers; 0 if unknown.
+
+    Args:
+        part: the waiting for data, or the phase of the loader's workers.
+    """
+    return library_share([each for each in of_part(lines, part) if not each.is_idle], _NUMBERS) or 0.0
 
 
 def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:

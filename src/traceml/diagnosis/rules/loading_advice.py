@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.advice import in_threads
 from traceml.diagnosis.facts.blamed_lines import (
     LOADERS,
@@ -22,6 +22,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     dataset_share,
+    number_share,
     ordering_share,
     receives,
     worker_wait_share,
@@ -93,6 +94,10 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
 
     if pipeline.workers and loader.sharing_workers is not None:
         return _even_shares(loader, pipeline, loader.sharing_workers)
+
+    numbers = number_share(facts.lines, LINE_PHASES[LINE_WORKERS] if pipeline.workers else _PART)
+    if numbers >= NAMED_SHARE:
+        return _of_numbers(loader, pipeline, numbers)
 
     if not pipeline.workers and line is not None and awaits_others(facts.lines, _PART, line):
         return _for_pool(pipeline, line)
@@ -430,6 +435,15 @@ def _even_shares(loader: LoaderFacts, pipeline: Pipeline, sharing: float) -> Loa
     return LoadingAdvice(
         f"{what}. Give all of them as much: at least as many shards as workers, of the same size, or single samples in "
         f"turns; {gain_text(gain, 'at most')}. More workers will not help before.",
+        gain,
+    )
+
+
+def _of_numbers(loader: LoaderFacts, pipeline: Pipeline, share: float) -> LoadingAdvice:
+    gain = pipeline.gain_with(1 - share)
+    return LoadingAdvice(
+        f"Keep each sample of {_data(loader)} as one tensor or NumPy array: of samples that are lists of numbers, the "
+        f"loader makes a tensor for each position of the list; {gain_text(gain, 'at most')}.",
         gain,
     )
 

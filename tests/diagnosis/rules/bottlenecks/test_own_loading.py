@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
-from traceml.database.schema import EPOCHS
+from traceml.database.schema import EPOCHS, LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -78,6 +78,23 @@ def test_an_iterator_in_each_step_is_reported_with_its_gain() -> None:
 def test_other_waits_are_told_to_use_workers(lines: tuple[SampledLine, ...], rows: np.ndarray) -> None:
     """Only an order that is drawn for each batch is an iterator's fault."""
     assert "Keep one iterator" not in found(lines, rows).next
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("function", "is_told"), [("collate_float_fn", True), ("collate_int_fn", True), ("collate_tensor_fn", False)]
+)
+def test_samples_that_are_lists_of_numbers_are_to_be_tensors(function: str, is_told: bool, workers: int) -> None:
+    """A tensor is made for each position of the list; samples that are tensors are stacked by one call."""
+    library = f"/lib/torch/utils/data/_utils/collate.py:299 {function}"
+    lines = seen("main", library)
+    if workers:
+        lines = (*lines[1:], SampledLine(0, LINE_PHASES[LINE_WORKERS], None, None, None, library, 70))
+
+    finding = found(lines, epochs(every=110), workers)
+
+    assert finding.next.startswith("Keep each sample of Rows as one tensor or NumPy array") is is_told
+    assert ("workers_advised" in finding.evidence) is not is_told
 
 
 @pytest.mark.parametrize(
