@@ -321,7 +321,12 @@ def test_computation_can_only_become_cheaper(library, is_told):
 
 
 @pytest.mark.parametrize(
-    "library", ["/lib/copy.py:128 deepcopy", "/lib/torch/nn/parameter.py:74 Parameter.__deepcopy__"]
+    "library",
+    [
+        "/lib/copy.py:128 deepcopy",
+        "/lib/torch/nn/parameter.py:74 Parameter.__deepcopy__",
+        "/lib/torch/storage.py:253 _StorageBase.clone",  # of the tensors of a state_dict()
+    ],
 )
 def test_a_copied_model_is_to_be_copied_into_tensors_that_exist(library):
     """To keep the best weights so far is no work that workers of a loader could do."""

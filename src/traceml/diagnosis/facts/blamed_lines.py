@@ -94,7 +94,9 @@ LOADERS = LibraryCode(re.compile(r"(^|/)torch/utils/data/"))
 """Loaders, whose code in torch makes the batches."""
 PROGRAMS = LibraryCode(re.compile(r"(^|/)subprocess\.py:"))
 """The waiting for a program that was started."""
-DEEP_COPIES = LibraryCode(re.compile(r"(^|/)(copy\.py:|torch/\S+ \w+\.__deepcopy__)"))
+DEEP_COPIES = LibraryCode(
+    re.compile(r"(^|/)(copy\.py:|torch/\S+ \w+\.(__deepcopy__|_deepcopy)|torch/storage\.py:\d+ )")
+)
 """Copies of whole objects, as of a model."""
 COLLECTIVES = LibraryCode(re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:"))
 """Collectives, and the making of process groups."""
