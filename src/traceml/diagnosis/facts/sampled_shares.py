@@ -20,7 +20,7 @@ __all__ = [
     "MIN_SAMPLES", "MIN_SHARE_SAMPLES", "NAMED_SHARE", "SampledShare", "broadcasts_buffers", "busy_share",
     "child_wait_share", "clearing_share", "counted_lines", "dataset_share", "environment_share", "fusable_share",
     "handover_share", "import_share", "is_import", "is_loss", "is_passing", "iterator_share", "least_share",
-    "library_share", "loss_share", "number_share", "of_part", "ordering_share", "place_share", "receives",
+    "library_share", "lock_share", "loss_share", "number_share", "of_part", "ordering_share", "place_share", "receives",
     "thread_wait_share", "used_cores", "worker_wait_share", "workers_at_work",
 ]  # fmt: skip
 
@@ -38,8 +38,10 @@ _LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+
 _OPTIMIZERS = re.compile(r"(^|/)torch/optim/")
 _FUSABLE = re.compile(r"(^|/)torch/optim/(adam|adamw|sgd|adagrad|optimizer)\.py:")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
+_LOCKS = re.compile(r"(^|/)(multiprocessing/synchronize\.py:\d+ SemLock\.__enter__|filelock/\S+ \w+\.acquire)$")
 _NUMBERS = re.compile(r"(^|/)torch/utils/data/_utils/collate\.py:\d+ collate_(float|int|numpy_scalar)_fn$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
+_TAKES = re.compile(r" Connection\._recv(_bytes)?$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
 _BUFFERS = re.compile(r"(^|/)torch/nn/parallel/distributed\.py:\d+ \w+\._(\w*broadcast_coalesced|sync\w*buffers)$")
 _AWAITS_THREAD = re.compile(r"(^|/)threading\.py:\d+ ")
@@ -197,13 +199,28 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
     return library_share(of_part(lines, Phase.INPUT_WAIT.label), _ORDERS) or 0.0
 
 
-def number_share(lines: Sequence[SampledLine], part: str) -> float:
-    """Return the share of making batches in which the loader makes tensors of single numbers; 0 if unknown.
+def number_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of making batches in which a loader makes tensors of single numbers; 0 if unknown.
 
     Args:
-        part: the waiting for data, or the phase of the loader's workers.
+        lines: samples of the training thread, or of the loader's workers if it has some.
     """
-    return library_share([each for each in of_part(lines, part) if not each.is_idle], _NUMBERS) or 0.0
+    return library_share(_making(lines), _NUMBERS) or 0.0
+
+
+def lock_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the time in which loader workers make batches that they wait for each other's lock.
+
+    0 if unknown, and for a queue, behind whose lock one of them waits for what another process sends.
+    """
+    seen = _making(lines)
+    return 0.0 if _samples_in(seen, _TAKES) else library_share(seen, _LOCKS) or 0.0
+
+
+def _making(lines: Sequence[SampledLine]) -> list[SampledLine]:
+    """Return the samples in which batches are made, by the training process or by workers that are not idle."""
+    parts = (Phase.INPUT_WAIT.label, LINE_PHASES[LINE_WORKERS])
+    return [each for each in lines if each.part in parts and not each.is_idle and not is_passing(each)]
 
 
 def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_WORKERS
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
 from traceml.diagnosis.advice import in_threads
 from traceml.diagnosis.facts.blamed_lines import (
     LOADERS,
@@ -22,6 +22,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     dataset_share,
+    lock_share,
     number_share,
     ordering_share,
     receives,
@@ -95,9 +96,11 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if pipeline.workers and loader.sharing_workers is not None:
         return _even_shares(loader, pipeline, loader.sharing_workers)
 
-    numbers = number_share(facts.lines, LINE_PHASES[LINE_WORKERS] if pipeline.workers else _PART)
-    if numbers >= NAMED_SHARE:
+    if (numbers := number_share(facts.worker_lines if pipeline.workers else facts.lines)) >= NAMED_SHARE:
         return _of_numbers(loader, pipeline, numbers)
+
+    if pipeline.workers > 1 and (locked := lock_share(facts.worker_lines)) >= NAMED_SHARE:
+        return _shorter_lock(pipeline, line, locked)
 
     if not pipeline.workers and line is not None and awaits_others(facts.lines, _PART, line):
         return _for_pool(pipeline, line)
@@ -444,6 +447,17 @@ def _of_numbers(loader: LoaderFacts, pipeline: Pipeline, share: float) -> Loadin
     return LoadingAdvice(
         f"Keep each sample of {_data(loader)} as one tensor or NumPy array: of samples that are lists of numbers, the "
         f"loader makes a tensor for each position of the list; {gain_text(gain, 'at most')}.",
+        gain,
+    )
+
+
+def _shorter_lock(pipeline: Pipeline, line: BlamedLine | None, share: float) -> LoadingAdvice:
+    gain = pipeline.gain_with(1 - share)
+    where = "" if line is None else f", in {line.place}"
+    return LoadingAdvice(
+        f"The {pipeline.workers} workers wait for each other: {percent_text(share)} of the time in which they make "
+        f"batches is waiting for a lock{where}. Hold it for less, or do without it, as with a file that each worker "
+        f"opens for itself (worker_init_fn); {gain_text(gain, 'at most')}. More workers will not help before.",
         gain,
     )
 

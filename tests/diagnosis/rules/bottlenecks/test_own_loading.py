@@ -40,7 +40,12 @@ def epochs(every: int = 1, drain_ns: int = 0) -> np.ndarray:
 
 
 def found(
-    lines: tuple[SampledLine, ...], rows: np.ndarray, workers: int = 0, *, of_rank_1: int | None = None
+    lines: tuple[SampledLine, ...],
+    rows: np.ndarray,
+    workers: int = 0,
+    *,
+    of_rank_1: int | None = None,
+    of_workers: tuple[SampledLine, ...] = (),
 ) -> Finding:
     """Return what is said of a run whose steps of 14 ms wait 30 ms for data."""
     loader = LoaderFacts(
@@ -49,9 +54,10 @@ def found(
     )  # fmt: skip
     loaders = {0: [loader]} if of_rank_1 is None else {0: [loader], 1: [replace(loader, num_workers=of_rank_1)]}
     window = window_of(ALONE, adds("input_wait", 30))
+    sampled = {"lines": lines, "lines_of_workers": {0: of_workers}}
     return next(
         each
-        for each in diagnose(window, JobFacts(loader=loader, loaders=loaders, lines=lines, epochs=rows))
+        for each in diagnose(window, JobFacts(loader=loader, loaders=loaders, epochs=rows, **sampled))
         if each.kind is Kind.INPUT_BOUND
     )
 
@@ -87,14 +93,40 @@ def test_other_waits_are_told_to_use_workers(lines: tuple[SampledLine, ...], row
 def test_samples_that_are_lists_of_numbers_are_to_be_tensors(function: str, is_told: bool, workers: int) -> None:
     """A tensor is made for each position of the list; samples that are tensors are stacked by one call."""
     library = f"/lib/torch/utils/data/_utils/collate.py:299 {function}"
-    lines = seen("main", library)
-    if workers:
-        lines = (*lines[1:], SampledLine(0, LINE_PHASES[LINE_WORKERS], None, None, None, library, 70))
+    part = LINE_PHASES[LINE_WORKERS]
+    of_workers = (SampledLine(0, part, "/me/train.py", 9, "main", library, 70),)
 
-    finding = found(lines, epochs(every=110), workers)
+    if workers:
+        finding = found((), epochs(every=110), workers, of_workers=of_workers)
+    else:
+        finding = found(seen("main", library), epochs(every=110))
 
     assert finding.next.startswith("Keep each sample of Rows as one tensor or NumPy array") is is_told
     assert ("workers_advised" in finding.evidence) is not is_told
+
+
+@pytest.mark.parametrize(
+    ("workers", "others", "is_told"),
+    [
+        (4, "/lib/selectors.py:402 _PollLikeSelector.select", True),
+        (1, "/lib/selectors.py:402 _PollLikeSelector.select", False),
+        (4, "/lib/multiprocessing/connection.py:390 Connection._recv", False),  # the lock of a queue
+    ],
+)
+def test_workers_that_share_a_lock_are_no_reason_for_more_of_them(workers: int, others: str, is_told: bool) -> None:
+    """They read one at a time: as a file that one lock guards."""
+    part = LINE_PHASES[LINE_WORKERS]
+    locked = "/lib/multiprocessing/synchronize.py:94 SemLock.__enter__"
+    of_workers = (
+        SampledLine(0, part, "/me/train.py", 9, "Rows.__getitem__", locked, 75),
+        SampledLine(0, part, "/me/train.py", 10, "Rows.__getitem__", others, 25),
+    )
+
+    finding = found((), epochs(every=110), workers, of_workers=of_workers)
+
+    assert ("wait for each other: 75 % of the time" in finding.next) is is_told
+    assert ("More workers will not help before." in finding.next) is is_told
+    assert ("workers_advised" not in finding.evidence) is is_told
 
 
 @pytest.mark.parametrize(
