@@ -44,6 +44,8 @@ HALF = ModelFacts(dtype="torch.bfloat16", compiled=True)
         ({"threads": 8, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch.compile", "OMP_NUM_THREADS"),
         ({"model": HALF}, "32-bit floats in place of 16-bit ones", "torch.compile"),
         ({"model": PLAIN, "autocast": True}, "To go faster: 32-bit floats in place of 16-bit ones", "compiled already"),
+        ({"model": ModelFacts(dtype="torch.float64")}, "To go faster: 32-bit floats in place of 64-bit ones", "16-bit"),
+        ({"model": PLAIN}, "torch.compile", "64-bit"),
         ({"model": PLAIN}, "torch.compile", "16-bit"),
         ({"model": ModelFacts(device="cuda:0"), "autocast": True}, "torch.compile", "16-bit"),
     ],

@@ -357,13 +357,14 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     if on := for_debugging(facts):
         return on
 
+    narrower = _with_32_bits(facts)
     if phase == "optimizer":
-        return _optimizer(facts)
+        return " ".join([_optimizer(facts), *(f"Or use {each}." for each in narrower)])
 
     if facts.single_calls:
         return _for_single_calls(facts.single_calls)
 
-    steps = _on_device(facts) if device else _on_cpu(facts)
+    steps = [*narrower, *(_on_device(facts) if device else _on_cpu(facts))]
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if facts.model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
@@ -445,6 +446,13 @@ def _optimizer(facts: JobFacts) -> str:
         None: "The optimizer takes the most: step less often, on larger batches, or use one that computes less.",
         False: "The optimizer takes the most: use its fused form (fused=True), or step less often on larger batches.",
     }[_is_fused(facts)]
+
+
+def _with_32_bits(facts: JobFacts) -> list[str]:
+    if facts.model.dtype != "torch.float64":
+        return []
+
+    return ["32-bit floats in place of 64-bit ones (double(), or arrays of NumPy), unless it needs their precision"]
 
 
 def _on_device(facts: JobFacts) -> list[str]:
