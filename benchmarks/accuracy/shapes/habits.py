@@ -2,6 +2,7 @@
 
 import copy
 import io
+import multiprocessing
 import queue
 import sys
 import threading
@@ -107,6 +108,48 @@ def few_shards():
     loader = DataLoader(Shards(), 8, num_workers=4)
     for _ in range(3):
         fit(model, torch.optim.SGD(model.parameters(), 0.01), loader)
+
+
+class Locked(Dataset):
+    """A file that all workers read, behind one lock."""
+
+    def __init__(self):
+        self.lock = multiprocessing.Lock()
+
+    def __len__(self):
+        return 4800
+
+    def __getitem__(self, index):
+        with self.lock:
+            time.sleep(0.002)
+        return torch.full((64,), index / 4800), index % 10
+
+
+def shared_lock():
+    """Four workers read one at a time: more of them gain nothing."""
+    loader = DataLoader(Locked(), 16, num_workers=4)
+    model = net()
+    fit(model, torch.optim.SGD(model.parameters(), 0.01), loader)
+
+
+class Numbers(Dataset):
+    """Samples that are lists of numbers, as a CSV file has them."""
+
+    def __len__(self):
+        return 9600
+
+    def __getitem__(self, index):
+        return [float(position) for position in range(800)], index % 10
+
+
+def lists_of_numbers():
+    """The loader makes a tensor for each position of the lists, and the loop stacks them."""
+    model = net(800)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-7)
+    for values, labels in DataLoader(Numbers(), 32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.stack(values, 1).float()), labels).backward()
+        optimizer.step()
 
 
 def mixup_in_collate():
