@@ -447,7 +447,9 @@ def _run_share(finding: FindingFacts) -> str:
 def communication(finding: FindingFacts) -> str:
     """Return `Communication between ranks slows training down: 34 % of step time`, or that some ranks are not seen."""
     waiting = "Communication between ranks slows training down"
-    if "unseen_ranks" in finding.evidence:
+    if every := finding.evidence.get("every_n_steps"):
+        waiting = f"Every {ordinal_text(int(every))} step is long, in communication between ranks"
+    elif "unseen_ranks" in finding.evidence:
         waiting = "The ranks of this run wait for others"
     elif "ranks_without_steps" in finding.evidence:
         waiting = "The ranks that train wait for others"

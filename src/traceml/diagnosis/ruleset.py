@@ -43,6 +43,7 @@ from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer, with_own_code
 from traceml.diagnosis.rules.outside_steps import outside_steps
+from traceml.diagnosis.rules.periodic_collectives import periodic_collectives
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdowns.related_findings import (
@@ -373,6 +374,9 @@ def _costs(
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
     found += periodic
     remaining = replayed(remaining, without_long)
+    gathered, step_without = periodic_collectives(window, remaining, facts, step_ns)
+    found += gathered
+    remaining = replace(remaining, step=step_without)
 
     found += input_bound(remaining, facts, step_ns, excluded, restarts_ns)
     # What rare long steps do is no steady cost of copies, or of code outside the phases.

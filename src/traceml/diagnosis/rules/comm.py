@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import capitalized, cores_text, gain_text, ns_text, percent_text, ranks_text
 
-__all__ = ["comm_bound", "min_wait_ns"]
+__all__ = ["calling_line", "comm_bound", "min_wait_ns"]
 
 SHARE = 0.25
 """The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
@@ -81,7 +81,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
     explicit = float(np.median(window.times["comm"].mean(axis=0)))
     share, is_explicit = float(window.times["comm"].mean() / max(window.total.mean(), 1.0)), explicit > cost / 2
-    line = _calling_line(share, facts) if is_explicit else None
+    line = calling_line(share, facts) if is_explicit else None
     if cost < FLOOR_NS and line is None and not work.device:
         return []
 
@@ -130,7 +130,7 @@ def _shared_cores(work: OwnWork, facts: JobFacts) -> str | None:
     return f"{ranks} ranks share {cores_text(cores)}" if 0 < cores < ranks else None
 
 
-def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
+def calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
     """Return the line that calls most of the collectives itself; None if a sharded model does it, or in no line."""
     if facts.batches.sharding is not None:
         return None

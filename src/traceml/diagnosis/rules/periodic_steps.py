@@ -20,7 +20,10 @@ from traceml.diagnosis.steps.speedup import RARE, replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
 
-__all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
+__all__ = [
+    "MIN_LONG_STEPS", "MIN_LONG_STEPS_OVERSUBSCRIBED", "MIN_PART_SHARE", "REGULAR_SHARE", "at_distance",
+    "periodic_steps",
+]  # fmt: skip
 
 MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
@@ -112,7 +115,7 @@ def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str
 
 def _period(window: AlignedSteps, work: OwnWork) -> _Period | None:
     usual_ns, limit = usual(work.step)
-    found = _at_distance(window, work.step, usual_ns, limit)
+    found = at_distance(window, work.step, usual_ns, limit)
     if found is not None:
         return _of_part(work, *found)
 
@@ -121,14 +124,14 @@ def _period(window: AlignedSteps, work: OwnWork) -> _Period | None:
         if (values := work.parts.get(part)) is not None:
             longest = values.max(axis=0)
             part_ns, _ = usual(longest)
-            found = _at_distance(window, longest, part_ns, part_ns + MIN_PART_SHARE * usual_ns)
+            found = at_distance(window, longest, part_ns, part_ns + MIN_PART_SHARE * usual_ns)
             if found is not None:
                 return _of_part(work, *found)
 
     return None
 
 
-def _at_distance(
+def at_distance(
     window: AlignedSteps, values: Floats, usual_ns: float, limit_ns: float
 ) -> tuple[int, NDArray[np.intp]] | None:
     """Return (the distance, the columns) of the values above a limit that follow each other regularly."""
