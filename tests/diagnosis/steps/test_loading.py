@@ -692,6 +692,26 @@ def test_the_handover_of_workers_is_no_work_of_a_process_without_them() -> None:
     assert found.fetch_ns == pytest.approx(2 * work.step_ns * 8 / 128)
 
 
+@pytest.mark.parametrize(("unpickling", "is_told"), [(60, True), (5, False)])
+def test_objects_that_the_training_unpickles_are_no_tensors(unpickling: int, is_told: bool) -> None:
+    """A collate function that returns lists of dictionaries: they are unpickled within `Queue.get`."""
+    functions = {"queues.py:98 Queue.get": unpickling, "connection.py:390 Connection._recv": 40}
+    lines = [
+        SampledLine(0, "input_wait", "/me/train.py", 4, "main", f"/lib/multiprocessing/{name}", count)
+        for name, count in functions.items()
+    ]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 3)), JobFacts())
+    loader = replace(FOLDER, num_workers=1)
+    facts = JobFacts(loader=loader, workers=watched(1, busy=0.9), lines=lines, hosts={0: "h"}, cores={"h": 2})
+
+    found = pipeline_of(work, facts, 3 * MS)
+
+    assert found is not None
+    text = for_input(facts, replace(found, is_handover=True, take_ns=found.wait_ns)).text
+    assert ("Return tensors in place of many Python objects" in text) is is_told
+    assert ("tensor by tensor" in text) is not is_told
+
+
 @pytest.mark.parametrize(
     ("making", "busy", "keeps_up"), [(15, 0.1, True), (60, 0.1, False), (5, 0.1, None), (15, 0.6, False)]
 )

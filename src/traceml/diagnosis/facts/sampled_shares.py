@@ -21,7 +21,7 @@ __all__ = [
     "child_wait_share", "clearing_share", "counted_lines", "dataset_share", "environment_share", "fusable_share",
     "handover_share", "import_share", "is_import", "is_loss", "is_passing", "iterator_share", "least_share",
     "library_share", "lock_share", "loss_share", "number_share", "of_part", "ordering_share", "place_share", "receives",
-    "thread_wait_share", "used_cores", "worker_wait_share", "workers_at_work",
+    "thread_wait_share", "unpickling_share", "used_cores", "worker_wait_share", "workers_at_work",
 ]  # fmt: skip
 
 MIN_SHARE_SAMPLES = 35
@@ -42,7 +42,10 @@ _LOCKS = re.compile(r"(^|/)(multiprocessing/synchronize\.py:\d+ SemLock\.__enter
 _NUMBERS = re.compile(r"(^|/)torch/utils/data/_utils/collate\.py:\d+ collate_(float|int|numpy_scalar)_fn$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _TAKES = re.compile(r" Connection\._recv(_bytes)?$")
-_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
+_UNPICKLES = re.compile(r"(^|/)multiprocessing/queues\.py:\d+ Queue\.get$")
+_HANDS_OVER = re.compile(
+    r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+|Queue\.get)$"
+)
 _BUFFERS = re.compile(r"(^|/)torch/nn/parallel/distributed\.py:\d+ \w+\._(\w*broadcast_coalesced|sync\w*buffers)$")
 _AWAITS_THREAD = re.compile(r"(^|/)threading\.py:\d+ ")
 _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
@@ -241,6 +244,12 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
     seen = of_part(lines, Phase.INPUT_WAIT.label)
     taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
     return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
+
+
+def unpickling_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of taking batches over in which Python objects are unpickled, and no tensors; 0 if unknown."""
+    taking = [each for each in of_part(lines, Phase.INPUT_WAIT.label) if _HANDS_OVER.search(each.library or "")]
+    return library_share(taking, _UNPICKLES) or 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

@@ -26,6 +26,7 @@ from traceml.diagnosis.facts.sampled_shares import (
     number_share,
     ordering_share,
     receives,
+    unpickling_share,
     worker_wait_share,
     workers_at_work,
 )
@@ -46,6 +47,8 @@ WORTHWHILE = 1.05
 """Advice with a smaller gain is not given."""
 AWAITED_SHARE = 1 / 3
 """Another loader is waited for if its workers make batches in this many samples of those in which training waits."""
+UNPICKLING_SHARE = 1 / 3
+"""Batches are mostly Python objects if unpickling them takes this share of taking them over."""
 COMPUTES = 0.5
 """A training process that waits for its workers computes for a smaller share of the time."""
 _PART = "input_wait"
@@ -475,9 +478,13 @@ def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
 def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
     gain = pipeline.gain(0)
     who, their = ("The worker keeps", "its") if pipeline.workers == 1 else ("The workers keep", "their")
-    waits = f"{who} up: training waits to receive {their} batches, tensor by tensor"
+    received, fewer = "tensor by tensor", "Put a batch into fewer tensors (collate_fn), if it has several"
+    if unpickling_share(facts.lines) >= UNPICKLING_SHARE:
+        received, fewer = "and unpickles their objects", "Return tensors in place of many Python objects (collate_fn)"
+
+    waits = f"{who} up: training waits to receive {their} batches, {received}"
     if gain < WORTHWHILE:
-        how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
+        how = f"{fewer}, or use larger batches"
         most = pipeline.gain(take_ns=TAKE_NS)
         if most < WORTHWHILE and share_at_work(facts) is None:  # how much the workers do is not known
             many = pipeline.workers > (pipeline.cores or pipeline.workers)
