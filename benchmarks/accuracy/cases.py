@@ -389,6 +389,7 @@ _SHARDED = (
     _case("FSDP2 x2", "sharded fsdp", *QUIET, "COMM_BOUND", ranks=2, steps=120, never=_STRAGGLERS),
     _case("tensor parallel x2", "sharded tensor_parallel", *QUIET, "COMM_BOUND", ranks=2,
           steps=200, never=_STRAGGLERS | {"RESIDUAL_HEAVY"}),
+    _case("local SGD x2", "sharded local_sgd", "COMM_BOUND", ranks=2, phase="comm", function="average", steps=400),
     _case("spawned by the script", "sharded spawned", *QUIET, "COMM_BOUND", steps=150, never=_STRAGGLERS),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism and processes that a script spawns by itself."""
+"""FSDP2, tensor parallelism, local SGD, and processes that a script spawns by itself."""
 
 import os
 import sys
@@ -41,6 +41,28 @@ def tensor_parallel():
     dist.destroy_process_group()
 
 
+def average(model, rounds=3):
+    for _ in range(rounds):  # as long as a slower network takes
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.data)
+            parameter.data /= dist.get_world_size()
+
+
+def local_sgd():
+    """Averages the parameters of the ranks in each 25th step, and trains by itself in between."""
+    dist.init_process_group("gloo")
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    torch.manual_seed(dist.get_rank())
+    for step in range(400):
+        model(torch.randn(32, 512)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 24:
+            average(model)
+    dist.destroy_process_group()
+
+
 def work(rank, world):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29781")
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -59,4 +81,4 @@ def spawned():
 
 
 if __name__ == "__main__":
-    {"fsdp": fsdp, "tensor_parallel": tensor_parallel, "spawned": spawned}[sys.argv[1]]()
+    {"fsdp": fsdp, "tensor_parallel": tensor_parallel, "local_sgd": local_sgd, "spawned": spawned}[sys.argv[1]]()
