@@ -105,18 +105,23 @@ def test_samples_that_are_lists_of_numbers_are_to_be_tensors(function: str, is_t
     assert ("workers_advised" in finding.evidence) is not is_told
 
 
+SEMAPHORE = "/lib/multiprocessing/synchronize.py:94 SemLock.__enter__"
+
+
 @pytest.mark.parametrize(
-    ("workers", "others", "is_told"),
+    ("workers", "locked", "others", "is_told"),
     [
-        (4, "/lib/selectors.py:402 _PollLikeSelector.select", True),
-        (1, "/lib/selectors.py:402 _PollLikeSelector.select", False),
-        (4, "/lib/multiprocessing/connection.py:390 Connection._recv", False),  # the lock of a queue
+        (4, SEMAPHORE, "/lib/selectors.py:402 _PollLikeSelector.select", True),
+        (4, "/lib/filelock/_api.py:1203 BaseFileLock._poll_until_acquired", None, True),
+        (1, SEMAPHORE, "/lib/selectors.py:402 _PollLikeSelector.select", False),
+        (4, SEMAPHORE, "/lib/multiprocessing/connection.py:390 Connection._recv", False),  # the lock of a queue
     ],
 )
-def test_workers_that_share_a_lock_are_no_reason_for_more_of_them(workers: int, others: str, is_told: bool) -> None:
+def test_workers_that_share_a_lock_are_no_reason_for_more_of_them(
+    workers: int, locked: str, others: str | None, is_told: bool
+) -> None:
     """They read one at a time: as a file that one lock guards."""
     part = LINE_PHASES[LINE_WORKERS]
-    locked = "/lib/multiprocessing/synchronize.py:94 SemLock.__enter__"
     of_workers = (
         SampledLine(0, part, "/me/train.py", 9, "Rows.__getitem__", locked, 75),
         SampledLine(0, part, "/me/train.py", 10, "Rows.__getitem__", others, 25),
