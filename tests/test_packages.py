@@ -126,10 +126,10 @@ WORDS_OF_PROCESSES = {
 }  # fmt: skip
 # Packages that a folder's process must never load.
 FORBIDDEN = {
-    "database.flight": {"torch", "numpy", "sqlite3", "pydantic"},
+    "database.flight": {"torch", "numpy", "sqlite3", "pydantic", "msgspec"},
     "launch.agent": {"torch", "numpy", "asyncio", "threading"},
-    "track.rank": {"torch", "numpy", "sqlite3", "pydantic"},
-    "track.plugins": {"torch", "numpy", "sqlite3", "pydantic"},
+    "track.rank": {"torch", "numpy", "sqlite3", "pydantic", "msgspec"},
+    "track.plugins": {"torch", "numpy", "sqlite3", "pydantic", "msgspec"},
     "track.delivery": {"torch", "pydantic"},
     "traces.writer": {"torch", "numpy", "asyncio"},
 }

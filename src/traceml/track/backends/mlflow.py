@@ -23,7 +23,6 @@ from traceml.errors import BackendError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
 from traceml.track.backends.safe_names import NO_TEXT, flattened, json_number, safe_name
 from traceml.track.plugins.failure_kinds import error_of_status
@@ -272,6 +271,8 @@ class MLflowBackend(BatchBackend):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         if (database := _database(self._uri)) is not None:
+            from traceml.track.backends.mlflow_database import prepare_database  # with sqlite3, which no rank needs
+
             prepare_database(database, is_ours=self._is_default)
 
         from mlflow import MlflowClient

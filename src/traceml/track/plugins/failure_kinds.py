@@ -11,9 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any
-
-import msgspec
+from typing import Any, NamedTuple
 
 from traceml.errors import (
     BackendBusyError,
@@ -41,7 +39,7 @@ class FailureKind(StrEnum):
     BROKEN = "broken"  # another installation
 
 
-class TrackerFailure(msgspec.Struct, frozen=True):
+class TrackerFailure(NamedTuple):
     """One classified failure."""
 
     kind: FailureKind
