@@ -128,7 +128,7 @@ def seconds_to_sentence(kind: str, ranks: int, timeout_s: float, folder: Path, b
             times = (told_ns, screen.seen_ns(headline), page_ns)
             return Told(*((each - last_ns) / 1e9 for each in times), flights=flight_bytes(run))
         finally:
-            job.send_signal(signal.SIGINT)
+            job.terminate()  # a job that a shell starts in the background ignores SIGINT
             try:
                 job.wait(60)
             except subprocess.TimeoutExpired:

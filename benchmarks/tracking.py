@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,6 +327,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             rounds.append(_run(MEMORY, Path(folder), json.dumps(list(BACKENDS))))
+            _end_deliveries(folder)  # they would take the cores from the next process
 
     found = {key: statistics.median(one[key] for one in rounds) for key in ("import_ms", "open_ms", "mb")}
     libraries = sorted({module for one in rounds for module in one["modules"]})
@@ -456,6 +459,14 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def _end_deliveries(folder: str) -> None:
+    """End the processes that still deliver what was logged in a folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if folder.encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _run(code: str, folder: Path, *arguments: str, check: bool = True) -> Any:
