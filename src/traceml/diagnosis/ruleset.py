@@ -374,9 +374,8 @@ def _costs(
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
     found += periodic
     remaining = replayed(remaining, without_long)
-    gathered, step_without = periodic_collectives(window, remaining, facts, step_ns)
+    gathered, remaining = periodic_collectives(window, remaining, facts, step_ns)
     found += gathered
-    remaining = replace(remaining, step=step_without)
 
     found += input_bound(remaining, facts, step_ns, excluded, restarts_ns)
     # What rare long steps do is no steady cost of copies, or of code outside the phases.

@@ -248,8 +248,9 @@ def handover_share(lines: Sequence[SampledLine]) -> float:
 
 def unpickling_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of taking batches over in which Python objects are unpickled, and no tensors; 0 if unknown."""
-    taking = [each for each in of_part(lines, Phase.INPUT_WAIT.label) if _HANDS_OVER.search(each.library or "")]
-    return library_share(taking, _UNPICKLES) or 0.0
+    seen = of_part(lines, Phase.INPUT_WAIT.label)
+    taking = _samples_in(seen, _HANDS_OVER)
+    return _samples_in(seen, _UNPICKLES) / taking if taking >= MIN_SAMPLES else 0.0
 
 
 def iterator_share(lines: Sequence[SampledLine]) -> float:

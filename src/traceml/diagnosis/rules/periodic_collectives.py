@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
@@ -11,11 +12,15 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import calling_line
 from traceml.diagnosis.rules.jitter import usual
-from traceml.diagnosis.rules.periodic_steps import MIN_LONG_STEPS_OVERSUBSCRIBED, MIN_PART_SHARE, at_distance
+from traceml.diagnosis.rules.periodic_steps import (
+    MIN_LONG_STEPS_OVERSUBSCRIBED,
+    MIN_PART_SHARE,
+    at_distance,
+    evidence_of_period,
+)
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import speedup
-from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text
 
 __all__ = ["periodic_collectives"]
@@ -26,29 +31,29 @@ SAVING_SHARE = 0.5
 
 def periodic_collectives(
     window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
-) -> tuple[list[Finding], Floats]:
-    """Return the finding about long collectives at a fixed distance, and the steps' times without them.
+) -> tuple[list[Finding], OwnWork]:
+    """Return the finding about long collectives at a fixed distance, and the work with steps that are shorter by them.
 
     Args:
         step_ns: mean step of the whole window, which costs are shares of.
     """
-    if not work.grouped or facts.batches.messages or facts.batches.sharding is not None:
-        return [], work.step
+    if not work.grouped or facts.batches.messages:
+        return [], work
 
     in_collectives = window.times["comm"].min(axis=0)  # of the rank that waits least for the others
     middle_ns, limit_ns = usual(in_collectives)
     usual_ns = float(np.median(work.step))
     found = at_distance(window, in_collectives, middle_ns, max(limit_ns, middle_ns + MIN_PART_SHARE * usual_ns))
     if found is None or (facts.oversubscribed and len(found[1]) < MIN_LONG_STEPS_OVERSUBSCRIBED):
-        return [], work.step
+        return [], work
 
     every, columns = found
     step = work.step.copy()
     step[columns] -= np.maximum(in_collectives[columns] - middle_ns, 0).astype(step.dtype)
     cost, phase_share = float((work.step - step).mean()), float(window.times["comm"].mean()) / step_ns
-    line = calling_line(phase_share, facts)  # without one, what the ranks wait for is not known
+    line = calling_line(phase_share, facts)  # without one, as in a sharded model, what they wait for is not known
     if line is None or cost < least_cost_ns(step_ns) or _saves(window, columns):
-        return [], work.step
+        return [], work
 
     share = cost / step_ns
     long_ns, half = float(work.step[columns].mean()), speedup(step_ns, cost / 2)
@@ -60,18 +65,11 @@ def periodic_collectives(
             f"collectives{line.of_it}: {percent_text(share)} of step time."
         ),
         next=f"{advice.for_comm(facts, 'comm', cost, line)} Half as often makes the run {gain_text(half)}.",
-        evidence={
-            "every_n_steps": every,
-            "long_steps": len(columns),
-            "steps": len(work.step),
-            "usual_ms": usual_ns / 1e6,
-            "mean_long_ms": long_ns / 1e6,
-            **line.evidence(phase_share),
-        },
+        evidence=evidence_of_period(work, every, columns, usual_ns, long_ns) | line.evidence(phase_share),
         cost_share=share,
         speedup_if_fixed=half,
     )
-    return [finding], step
+    return [finding], replace(work, step=step)
 
 
 def _saves(window: AlignedSteps, columns: NDArray[np.intp]) -> bool:

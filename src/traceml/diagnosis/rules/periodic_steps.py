@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, p
 
 __all__ = [
     "MIN_LONG_STEPS", "MIN_LONG_STEPS_OVERSUBSCRIBED", "MIN_PART_SHARE", "REGULAR_SHARE", "at_distance",
-    "periodic_steps",
+    "evidence_of_period", "periodic_steps",
 ]  # fmt: skip
 
 MIN_LONG_STEPS = 4
@@ -283,17 +285,26 @@ def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) ->
         ),
         next=_advice(facts, period, line, half),
         evidence={
-            "every_n_steps": period.every,
-            "long_steps": len(period.columns),
-            "steps": len(work.step),
-            "usual_ms": usual_ns / 1e6,
-            "mean_long_ms": long_ns / 1e6,
+            **evidence_of_period(work, period.every, period.columns, usual_ns, long_ns),
             **({"phases": period.phases} if len(period.phases) > 1 else {}),
             **(line.evidence(phase_share) if line else {}),
         },
         cost_share=share,
         speedup_if_fixed=half,
     )
+
+
+def evidence_of_period(
+    work: OwnWork, every: int, columns: NDArray[np.intp], usual_ns: float, long_ns: float
+) -> dict[str, Any]:
+    """Return the evidence on long steps at a fixed distance, which take so long in the mean."""
+    return {
+        "every_n_steps": every,
+        "long_steps": len(columns),
+        "steps": len(work.step),
+        "usual_ms": usual_ns / 1e6,
+        "mean_long_ms": long_ns / 1e6,
+    }
 
 
 def _excess_ns(work: OwnWork, period: _Period) -> float:
