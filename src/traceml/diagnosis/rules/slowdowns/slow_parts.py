@@ -43,8 +43,9 @@ MUCH_COMPUTATION = 0.25
 """If forward, backward and optimizer have this share of the difference, disks are not the cause."""
 NEARLY_ALL = 0.9
 """If slow steps have this share of a phase's time, they are taken to have all of its samples."""
-MIN_SLOW_SAMPLES = 5
-"""Fewer samples of the slow steps do not show that they run no other line than the steps before."""
+MIN_SLOW_SAMPLES, MIN_SLOW_SAMPLES_OF_ALL = 5, 3
+"""Fewer samples of the slow steps do not show that they run no other line than the steps before; of one that has nearly
+all of the phase, fewer than the second number."""
 PASSES = {"forward", "backward"}
 _OTHER = "other"
 _FOLLOWING = ("backward", "optimizer", COMM)  # longer for what the phases before them do: a larger graph, more to send
@@ -217,10 +218,11 @@ def _line_of_few(
     Beside other programs the sampler runs seldom, and its intervals may have nearly all samples of a short run before
     its last steps.
     """
-    of_slow = of_part(seen, part)
-    if not MIN_SLOW_SAMPLES <= sum(each.samples for each in of_slow) < MIN_SAMPLES:
+    of_slow, line = of_part(seen, part), own_line([*seen, *before], part, share)
+    if line is None:
         return None
 
-    line = own_line([*seen, *before], part, share)
-    place = (line.file, line.function) if line else None
-    return line if all((each.file, each.function) == place for each in of_slow) else None
+    least = MIN_SLOW_SAMPLES_OF_ALL if line.share >= NEARLY_ALL else MIN_SLOW_SAMPLES
+    is_known = least <= sum(each.samples for each in of_slow) < MIN_SAMPLES
+    place = line.file, line.function
+    return line if is_known and all((each.file, each.function) == place for each in of_slow) else None
