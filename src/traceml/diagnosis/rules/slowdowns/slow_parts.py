@@ -218,11 +218,13 @@ def _line_of_few(
     Beside other programs the sampler runs seldom, and its intervals may have nearly all samples of a short run before
     its last steps.
     """
-    of_slow, line = of_part(seen, part), own_line([*seen, *before], part, share)
-    if line is None:
+    of_slow = of_part(seen, part)
+    samples = sum(each.samples for each in of_slow)
+    if not MIN_SLOW_SAMPLES_OF_ALL <= samples < MIN_SAMPLES:
         return None
 
-    least = MIN_SLOW_SAMPLES_OF_ALL if line.share >= NEARLY_ALL else MIN_SLOW_SAMPLES
-    is_known = least <= sum(each.samples for each in of_slow) < MIN_SAMPLES
-    place = line.file, line.function
-    return line if is_known and all((each.file, each.function) == place for each in of_slow) else None
+    line = own_line([*seen, *before], part, share)
+    if line is None or (samples < MIN_SLOW_SAMPLES and line.share < NEARLY_ALL):
+        return None
+
+    return line if all((each.file, each.function) == (line.file, line.function) for each in of_slow) else None
