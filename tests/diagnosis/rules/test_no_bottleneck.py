@@ -58,6 +58,15 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(("dtype", "is_told"), [("torch.float64", True), ("torch.float32", False)])
+def test_an_optimizer_of_64_bit_weights_is_told_of_them(dtype, is_told):
+    """It reads and writes twice the memory; the advice on the optimizer itself stays the first."""
+    text = for_compute("optimizer", JobFacts(model=ModelFacts(dtype=dtype)), device=False)
+
+    assert text.startswith("The optimizer takes the most")
+    assert ("32-bit floats in place of 64-bit ones" in text) is is_told
+
+
 @pytest.mark.parametrize(
     ("facts", "is_told"),
     [({"model": PLAIN}, True), ({}, True), ({"model": COMPILED}, False), ({"model": PLAIN, "compile_s": 12.0}, False)],
