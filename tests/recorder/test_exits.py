@@ -221,6 +221,22 @@ def test_the_cause_of_an_exit_is_what_was_handled(code: object, cause: bool) -> 
     assert cause_of(error) is error
 
 
+def test_an_exception_that_is_raised_again_counts_as_the_first(serving: Serving, run_script: Run) -> None:
+    """`raise ... from error` hides the line that failed."""
+    key = "sk-" + "a1B2" * 12
+    train = "def train():\n    raise ValueError('bad record 70')\n"
+    run_script(
+        START + train + f"try:\n    train()\nexcept Exception as e:\n    raise RuntimeError('failed {key}') from e\n"
+    )
+
+    (row,) = exit_rows(serving)
+    assert (row["exception"], row["message"]) == ("ValueError", "bad record 70")
+    assert (row["line"], row["function"]) == (8, "train")
+    assert row["raised_as"].startswith("RuntimeError: failed ")
+    assert key not in row["raised_as"]
+    assert "in <module>" in row["stack"]
+
+
 def test_the_exception_behind_a_status_is_recorded(serving: Serving, run_script: Run) -> None:
     """`except Exception: sys.exit(4)` hides the reason from the screen, not from us."""
     done = run_script(START + "try:\n    1 / 0\nexcept Exception:\n    sys.exit(4)\n")

@@ -60,9 +60,9 @@ class InfoKind(StrEnum):
     RETURNED = "returned", "the launched function or script is over", "last_step script"
     EXIT = (
         "exit", "how the process is about to end",
-        ("code:int last_step:int step:int open_s:number open_phase:text exception:text message:text caught "
-         "stack:text file:text line:int function:text saved_steps:int saved_in:int address_limit_bytes:int "
-         "at_s:number batches:int epoch:int data_ended"),
+        ("code:int last_step:int step:int open_s:number open_phase:text exception:text message:text raised_as:text "
+         "caught samples:int stack:text file:text line:int function:text saved_steps:int saved_in:int "
+         "address_limit_bytes:int at_s:number batches:int epoch:int data_ended"),
     )  # fmt: skip
     # Data.
     LOADER = (

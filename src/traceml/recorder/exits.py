@@ -28,6 +28,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
+from traceml.inspection.raised_again import raised_first
 from traceml.inspection.user_files import PACKAGE_FOLDERS, display_path, is_package_file, is_user_file
 from traceml.privacy import secrets_only
 from traceml.recorder.user_code import UserCode, user_line
@@ -274,17 +275,23 @@ _OF_WRITER = "inline_container.cc"
 
 
 def cause_of(error: BaseException | None) -> BaseException | None:
-    """Return the exception that ended the script: for a SystemExit that reports a failure, the one that was handled.
+    """Return the exception that ended the script, as it was raised first; None if there was none.
 
     So it is for the complaint of torch's writer about a file that is not complete: a full disk or Ctrl-C came before.
     """
+    last = _last_raised(error)
+    return None if last is None else _last_raised(raised_first(last))
+
+
+def _last_raised(error: BaseException | None) -> BaseException | None:
+    """Return an exception itself; for a SystemExit that reports a failure, the one that was handled."""
     if isinstance(error, RuntimeError) and error.__context__ is not None and _OF_WRITER in _text_of(error):
-        return cause_of(error.__context__)
+        return _last_raised(error.__context__)
 
     if not isinstance(error, SystemExit):
         return error
 
-    return cause_of(error.__context__) if status_of(error) else None
+    return _last_raised(error.__context__) if status_of(error) else None
 
 
 def describe(error: BaseException | None) -> dict[str, Any]:
@@ -293,8 +300,11 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     A SystemExit counts with its text, if it has one, and as the exception that was being handled; with a number alone
     only the line is known.
     """
-    cause = cause_of(error)
+    cause, last = cause_of(error), _last_raised(error)
     facts = {} if cause is None else _described(cause, _frames_above(error, cause))
+    if last is not None and last is not cause:
+        facts["raised_as"] = _masked(f"{_type_name(last)}: {_text_of(last)}")
+
     if not isinstance(error, SystemExit):
         return facts
 
@@ -304,7 +314,7 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     if error.code is None or isinstance(error.code, int):
         return facts or _place_left(error)
 
-    text = secrets_only().mask_text(_text_of(error)[:_MESSAGE_CHARS])
+    text = _masked(_text_of(error))
     if not facts:
         return {"exception": "SystemExit", "message": text, **_place_left(error)}
 
@@ -358,12 +368,8 @@ def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dic
     Args:
         above: frames above those of its traceback.
     """
-    kind = type(error)
-    name = (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
     text = _text_of(error)
-    facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(text[:_MESSAGE_CHARS])}
+    facts: dict[str, Any] = {"exception": _type_name(error), "message": _masked(text)}
     frames = [*above, *traceback.extract_tb(error.__traceback__)]
     shown = [frame for frame in frames if not is_package_file(frame.filename)] or frames
     if shown:
@@ -411,6 +417,16 @@ def _in_worker(text: str) -> dict[str, Any]:
         facts |= {"file": file, "line": int(line), "function": function}
 
     return facts
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    is_plain = kind.__module__ in ("builtins", "__main__")
+    return kind.__qualname__ if is_plain else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _masked(text: str) -> str:
+    return secrets_only().mask_text(text[:_MESSAGE_CHARS])
 
 
 def _text_of(error: BaseException) -> str:

@@ -168,6 +168,11 @@ class RankTracing:
         loader = clock.training_loader if clock is not None else None
         return loader.data() if loader is not None else None
 
+    def samples(self) -> int | None:
+        """Return the samples of the model's input in the open step; None if no model has got any."""
+        clock = self._step_clock()
+        return clock.input_samples if clock is not None and clock.forward_ns else None
+
     def phase_left(self, error: BaseException | None) -> dict[str, str]:
         """Return the phase that an exception has left, where the traceback does not show it."""
         phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None

@@ -243,6 +243,9 @@ class Recording:
         if status and (limit_bytes := address_limit_bytes()) is not None:
             facts["address_limit_bytes"] = limit_bytes
 
+        if status and (samples := self.tracing.samples()):
+            facts["samples"] = samples
+
         if (data := self.tracing.data()) is not None:
             facts |= {"batches": data.batches, "epoch": data.epoch, "data_ended": data.is_over}
 

@@ -80,6 +80,28 @@ def test_what_one_of_several_ranks_has_is_not_said_of_all(end: dict, words: str)
     assert "one of its" not in finding.headline
 
 
+def test_a_rank_whose_error_was_raised_again_is_no_victim():
+    """Both ranks raise the same at the same line for what they caught: an own error, and that its peer is gone."""
+    own = {"exception": "ValueError: corrupt record 50", "line": 9, "at_s": 2.0}
+    peer = {
+        "exception": "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        "line": 11,
+        "at_s": 1.0,
+    }
+    ends = tuple(
+        RankExit(rank=rank, state="failed", file="a.py", raised_as="RuntimeError: training failed", **end)
+        for rank, end in enumerate((peer, own))
+    )
+
+    finding = rank_lost(JobFacts(exits=ends, world_size=2))
+
+    assert finding.summary == (
+        "Rank 1 ended with ValueError: corrupt record 50 at a.py:9, before the first step, which was raised again as "
+        "RuntimeError: training failed; rank 0 ended because of that."
+    )
+    assert finding.evidence["raised_as"] == "RuntimeError: training failed"
+
+
 def test_an_end_before_the_first_step_is_not_said_of_all():
     ends = (
         RankExit(rank=0, state="killed", signal=9, at_s=1.0),

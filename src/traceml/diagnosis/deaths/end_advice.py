@@ -17,6 +17,7 @@ from traceml.diagnosis.advice import (
 )
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_wording import exit_words, signal_of_code, was_cut_off, whereabouts
+from traceml.diagnosis.deaths.exception_advice import for_exception
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends import STORE_TIME_LIMITS, RankExit
@@ -373,6 +374,9 @@ def _advice(ended: RankExit, facts: JobFacts) -> _Text:
         )
 
     if text := _mentioned(ended, _BY_WORDS):
+        return text
+
+    if text := for_exception(ended, facts):
         return text
 
     if ended.exception:

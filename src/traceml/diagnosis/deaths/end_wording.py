@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # it needs numpy, whose import takes as long as the rest of t
     from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 
 __all__ = [
-    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text", "signal_of_code", "step_text",
-    "was_cut_off", "whereabouts",
+    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text", "short_exception",
+    "signal_of_code", "step_text", "was_cut_off", "whereabouts",
 ]  # fmt: skip
 
 _MAX_SIGNAL = 64
@@ -37,6 +37,11 @@ def exit_words(ended: RankExit) -> str | None:
     """Return the text with which a script ended itself: `sys.exit('no data')`; None if it did not."""
     name, _, text = (ended.exception or "").partition(": ")
     return text if name == _SYSTEM_EXIT else None
+
+
+def short_exception(exception: str) -> str:
+    """Return `Type: message` of an exception in one line, cut to a length for a sentence."""
+    return cut_text(exception_line(exception), 160)
 
 
 def was_cut_off(ended: RankExit) -> bool:
@@ -60,7 +65,7 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         size = (
             "" if memory.requested_bytes is None else f": an allocation of {bytes_text(memory.requested_bytes)} failed"
         )
-        kind = "" if size else f" ({_short(ended.exception or '')})"
+        kind = "" if size else f" ({short_exception(ended.exception or '')})"
         return f"ran out of {what}{kind}{size}{at}"
 
     if ended.signal is not None:
@@ -68,10 +73,10 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         return f"{was} killed by {signal_text(ended.signal)}{at}"
 
     if (words := exit_words(ended)) is not None:
-        return f"ended by sys.exit({_short(words)!r}){at}"
+        return f"ended by sys.exit({short_exception(words)!r}){at}"
 
     if ended.exception:
-        return f"ended with {_short(ended.exception)}{at}"
+        return f"ended with {short_exception(ended.exception)}{at}"
 
     if ended.state == "lost" and ended.host_lost:
         return f"{was} lost with {'their' if many else 'its'} host: {ended.host_lost}"
@@ -178,7 +183,3 @@ def _code_text(code: int | None) -> str:
 
     number = signal_of_code(code)
     return f", a shell's code for {signal_text(number)}" if number is not None else ""
-
-
-def _short(exception: str) -> str:
-    return cut_text(exception_line(exception), 160)

@@ -7,7 +7,15 @@ from signal import SIGABRT
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_wording import end_text, in_common, place_evidence, seen_text, step_text, was_cut_off
+from traceml.diagnosis.deaths.end_wording import (
+    end_text,
+    in_common,
+    place_evidence,
+    seen_text,
+    short_exception,
+    step_text,
+    was_cut_off,
+)  # fmt: skip
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
@@ -215,7 +223,8 @@ def _summary(causes: Sequence[RankExit], memory: MemoryEnd | None, worker: LostW
     when = step_text(in_common(first, causes), of_one=_differ(causes) and not has_rank)
     seen = seen_text(first) if worker is None and is_one else ""
     used = memory.words() if memory is not None and is_one else ""
-    return f"{subject} {how}{when}{seen}{used}"
+    again = f", which was raised again as {short_exception(first.raised_as)}" if first.raised_as else ""
+    return f"{subject} {how}{when}{seen}{used}{again}"
 
 
 def _lost(ended: RankExit) -> str | None:
@@ -234,6 +243,7 @@ def _evidence(
         signal=ended.signal,
         code=ended.code,
         exception=ended.exception,
+        raised_as=ended.raised_as,
         lost=_lost(ended),
         **place_evidence(ended),
         step=ended.step,

@@ -101,6 +101,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     code: int | None = None
     signal: int | None = None
     exception: str | None = None  # `Type: message` of the exception that ended the script
+    raised_as: str | None = None  # the same of the exception as which it was raised again
     caught: bool | None = None  # whether the script caught it, and then ended itself by sys.exit
     file: str | None = None  # the user's code that raised it, with `line` and `function`
     line: int | None = None
@@ -131,6 +132,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     batches: int | None = None  # with `epoch` and `data_ended`: how far it had read its data; see `ReadData`
     epoch: int | None = None
     data_ended: bool | None = None
+    samples: int | None = None  # of the model's input in the step in which it ended, where the model had one
     untraced: bool = False  # whether the script only logs: then nothing is known of its steps
     unsent: bool = False  # whether it may have gone on after its last rows: its flight file was not read
     # whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless

@@ -1,0 +1,139 @@
+"""Advice on exceptions that torch and Python raise for usual mistakes in a script, by their text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from traceml.diagnosis.facts.ends import RankExit
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.formatting import count_text, plural
+
+__all__ = ["for_exception"]
+
+_LABEL = re.compile(r"Target (-?\d+) is out of bounds")
+_PRODUCT = re.compile(r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
+_RELATIVE = re.compile(r"No such file or directory: '([^/'][^']*)'")
+_NORMALIZATION = "expected more than 1 value per channel"
+_SIZES = (
+    "must match", "shapes cannot be multiplied", "is invalid for input of size", "to match target batch_size",
+    _NORMALIZATION,
+)  # fmt: skip
+"""What torch says of tensors that differ in size."""
+_OF_SAMPLES: Mapping[tuple[str, ...], str] = {
+    ("stack expects each tensor to be equal size", "storage that is not resizable"): (
+        "The samples of a batch differ in size: bring them to one size in the data set (resize, crop, pad), or pad "
+        "them in a collate_fn (torch.nn.utils.rnn.pad_sequence)."
+    ),
+    ("can't pickle", "cannot pickle"): (
+        "A worker that is started by spawn or forkserver gets the data set by pickle: use functions of a module in "
+        "place of lambdas and local ones, and open files, locks and connections in the worker (worker_init_fn, or the "
+        "first __getitem__)."
+    ),
+    ("cannot re-initialize cuda in forked",): (
+        "Return CPU tensors from the data set, and move the batch to the GPU in the loop; workers that need the GPU "
+        "must be started with multiprocessing_context='spawn'."
+    ),
+}
+"""What fails in a data loader."""
+_BY_TEXT: Mapping[tuple[str, ...], str] = {
+    ("index out of range in self",): (
+        "An index is not below the size of the embedding: compare the largest token or position with num_embeddings. "
+        "Tokens that were added to a tokenizer need resize_token_embeddings, longer texts more positions."
+    ),
+    ("backward through the graph a second time",): (
+        "A part of that graph was used by an earlier backward: detach() what is kept from step to step (a hidden "
+        "state, a target, a running mean), or add the losses and call backward once. retain_graph=True is for two "
+        "backwards of one forward."
+    ),
+    ("modified by an inplace operation",): (
+        "torch.autograd.set_detect_anomaly(True) names the operation in forward whose tensor was changed later: write "
+        "x = x + y in place of x += y or of a method that ends in _, and call optimizer.step() after all backwards "
+        "that use its weights."
+    ),
+    ("does not require grad and does not have a grad_fn",): (
+        "Nothing with gradients leads to that tensor: its parameters are frozen, it was computed under no_grad or "
+        "inference_mode, or detach(), item(), argmax or NumPy came between."
+    ),
+    ("in loading state_dict",): (
+        "The checkpoint is of another model; the message lists what differs. Names with `module.` are of "
+        "DistributedDataParallel (save model.module.state_dict()), those with `_orig_mod.` of torch.compile."
+    ),
+    ("expected scalar type", "have the same dtype", "found dtype"): (
+        "Convert one of the tensors: arrays of NumPy are float64 where weights are float32 (batch.float()), and what "
+        "comes out of autocast may be of 16 bits (loss in float())."
+    ),
+    ("tensors to be on the same device",): (
+        "Move them to one device: the model once, the batch in each step; a tensor that a module makes needs "
+        "register_buffer, or device=x.device."
+    ),
+    ("torch not compiled with cuda",): (
+        "This torch is a build for the CPU: install one for CUDA, or choose the device by torch.cuda.is_available()."
+    ),
+    ("no cuda gpus are available", "found no nvidia driver"): (
+        "torch sees no GPU: look at nvidia-smi, at CUDA_VISIBLE_DEVICES, and at what the job has asked of its "
+        "scheduler (--gpus, --gres)."
+    ),
+    ("numpy() on tensor that requires grad",): "Use .detach().cpu().numpy(), or .item() for a single number.",
+    ("finished its bootstrapping phase",): (
+        'Put what the script does under `if __name__ == "__main__":`: a process that is started by spawn or forkserver '
+        "imports the script."
+    ),
+    ("modulenotfounderror",): (
+        "Install it for the Python that runs the ranks; for a file of your own, start the run in its folder, or name "
+        "that folder in PYTHONPATH."
+    ),
+}
+
+
+def for_exception(ended: RankExit, facts: JobFacts) -> str | None:
+    """Return advice on the exception of a rank; None if its text is of no usual mistake."""
+    if text := _for_sizes(ended, facts):
+        return text
+
+    if label := _LABEL.search(ended.exception or ""):
+        return (
+            f"A label is {label[1]}: labels go from 0 to the number of the model's outputs less one. Those that count "
+            "from 1 need `- 1`, those without meaning ignore_index."
+        )
+
+    if path := _RELATIVE.search(ended.exception or ""):
+        return f"{path[1]} is a relative path: it begins in the folder in which the run was started."
+
+    texts = {**(_OF_SAMPLES if ended.open_phase == "input_wait" else {}), **_BY_TEXT}
+    return next((text for words, text in texts.items() if ended.exception_mentions(*words)), None)
+
+
+def _for_sizes(ended: RankExit, facts: JobFacts) -> str | None:
+    """Return advice where tensors differ in size: the last batch of an epoch, or the features of a layer."""
+    if not ended.exception_mentions(*_SIZES):
+        return None
+
+    if batch := _last_batch_text(ended, facts):
+        return batch
+
+    if product := _PRODUCT.search(ended.exception or ""):
+        return (
+            f"The left matrix has {product[1]} columns, the right one {product[2]} rows: fit in_features of the layer, "
+            "or look at what flattens, crops or pools before it."
+        )
+
+    return None
+
+
+def _last_batch_text(ended: RankExit, facts: JobFacts) -> str:
+    """Return advice where the batch of the step was the smaller one at the end of an epoch; else ""."""
+    loader, samples = facts.loader, ended.samples
+    if not samples or loader is None or not loader.length or not loader.batch_size or samples >= loader.batch_size:
+        return ""
+
+    of_rank = -(-loader.length // facts.world_size)  # a DistributedSampler gives each rank as many
+    if samples not in (loader.length % loader.batch_size, of_rank % loader.batch_size):
+        return ""
+
+    had = f"The last batch of the epoch had {plural(samples, 'sample')} in place of {count_text(loader.batch_size)}"
+    if ended.exception_mentions(_NORMALIZATION):
+        return f"{had}: pass drop_last=True to the loader."
+
+    at = f" at {ended.place}" if ended.place else ""
+    return f"{had}: take the size from the batch itself{at}, or pass drop_last=True to the loader."
