@@ -241,6 +241,27 @@ def test_what_runs_there_is_named_with_its_line():
     assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_long_steps_that_grow_are_told_so(grows: bool) -> None:
+    """A log that is read and written as a whole in every 10th step, and one that is appended to."""
+
+    def save(own: dict[str, np.ndarray], random: np.random.Generator) -> None:
+        row = own["other"][0]
+        at = np.arange(5, row.size, 10)
+        row[at] += (at if grows else row.size / 2) * random.lognormal(0, 0.05, at.size)
+
+    line = SampledLine(0, "other", "/home/me/train.py", 70, "save_log", None, 80)
+    rest = SampledLine(0, "forward", "/home/me/train.py", 40, "main", None, 120)
+    found = findings(ALONE, save, lines=(line, rest))[0]
+
+    assert ("They grow from " in found.summary) is grows
+    assert ("Look at what train.py:70 save_log reads, sends or writes as a whole" in found.next) is grows
+    assert "If half as often is enough" in found.next
+    assert ("after_ms" in found.evidence) is grows
+    if grows:
+        assert found.evidence["after_ms"] == pytest.approx(14 + 300, rel=0.15)
+
+
 def test_what_waits_there_is_to_begin_sooner():
     """A shard that another process has not written yet: its line uses no CPU time."""
     waits = SampledLine(0, "other", "/home/me/train.py", 9, "wait_for", None, 80, 4_000_000_000, 40_000_000)

@@ -17,6 +17,7 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import JOINT_SHARE, excess_over_usual, significant_excess, usual
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.change_points import MIN_BINS, LevelChange, growth
 from traceml.diagnosis.steps.own_work import COMPUTE, LINE_SHARE, UNNAMED, OwnWork, have_half
 from traceml.diagnosis.steps.speedup import RARE, replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
@@ -51,6 +52,8 @@ MOSTLY_SHARE = 0.8
 """A line with a smaller share of the longest part has most of it, and not all."""
 NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
+MIN_GROWTH, MAX_BINS = 2.0, 32
+"""Long steps that grow by this factor are said to, as the medians of so many parts of the run show."""
 _INPUT_WAIT = Phase.INPUT_WAIT.label
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
@@ -273,6 +276,8 @@ def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) ->
     # The others wait for a late rank in its step or in the next: their mean is not the length of any.
     long_ns = usual_ns + _excess_ns(work, period) if are_late else float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
+    grown = None if are_late else _growth(long)
+    longer = f" They grow from {ns_text(grown.before_ns)} to {ns_text(grown.after_ns)}." if grown else ""
     on_ranks = f" on {ranks_text(period.ranks)}" if period.ranks else ""
     waits = ", for which the others wait" if are_late else ""
     return Finding.of(
@@ -282,16 +287,30 @@ def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) ->
         summary=(
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
             f"{ns_text(usual_ns)}{on_ranks}, {mostly}in {where}{waits}: {percent_text(share)} of step time."
+            f"{longer}"
         ),
-        next=_advice(facts, period, line, half),
+        next=_for_growth(line) * bool(grown) + _advice(facts, period, line, half),
         evidence={
             **evidence_of_period(work, period.every, period.columns, usual_ns, long_ns),
+            **({"before_ms": grown.before_ns / 1e6, "after_ms": grown.after_ns / 1e6} if grown else {}),
             **({"phases": period.phases} if len(period.phases) > 1 else {}),
             **(line.evidence(phase_share) if line else {}),
         },
         cost_share=share,
         speedup_if_fixed=half,
     )
+
+
+def _growth(long: Floats) -> LevelChange | None:
+    """Return how long steps grow over the run; None if they do not, or too few are known."""
+    bins = [float(np.median(some)) for some in np.array_split(long, min(len(long), MAX_BINS))]
+    grown = growth(np.array(bins)) if len(bins) >= MIN_BINS else None
+    return grown if grown is not None and grown.factor >= MIN_GROWTH else None
+
+
+def _for_growth(line: BlamedLine | None) -> str:
+    at = "the script" if line is None else line.place
+    return f"Look at what {at} reads, sends or writes as a whole each time: a list, a history or a file that grows. "
 
 
 def evidence_of_period(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_history import Floats
 
-__all__ = ["MIN_FACTOR", "LevelChange", "growth", "level_change"]
+__all__ = ["MIN_BINS", "MIN_FACTOR", "LevelChange", "growth", "level_change"]
 
 MIN_BINS = 12
 """Fewer bins have no shape."""
