@@ -41,8 +41,6 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of workers that are tried."""
 RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
-AHEAD = 4
-"""Batches that some workers make in advance: a longer series of slow ones is waited for."""
 PREFETCH = 2
 """Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
 MAX_PREFETCH = 32
@@ -51,8 +49,7 @@ MIN_WORKERS_NS = 5e8
 """Less time of making batches does not tell how much of it is CPU time."""
 MOSTLY_HANDOVER = 0.5
 """The wait for workers is one for receiving batches if this share of it would end with that."""
-_LEVELS = 16
-_MAX_OUTLIERS = 256
+_MAX_BATCHES, _BLOCK = 2048, 256  # that are simulated: of more, blocks that are spread over them
 _LONG_WAIT = 3.0
 _MIN_EPOCH = 4.0  # steps of an epoch, to tell its first one apart
 _MIN_TAKEN = 8.0  # batches that are taken at once, at least
@@ -87,11 +84,10 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     # how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer
     first_ns: float = 0.0
     lost_ns: float = 0.0  # time of a step that another cause takes, which is not in the others: it stays
-    # how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches do not
-    # make up for the slow ones of an epoch
-    levels: tuple[float, ...] = (1.0,)
-    outliers: tuple[float, ...] = ()  # how long single batches take that are far longer than the mean, by `fetch_ns`
-    batches: int = 1  # number of all batches
+    # how long batches take, in their order, by `fetch_ns`: single slow ones and slow parts of an epoch are waited for
+    batches: tuple[float, ...] = ()
+    # whether each worker reads a part of an iterable data set: then all have their slow batches together
+    is_divided: bool = False
     is_taken_ahead: bool = False  # whether the training takes all batches of an epoch before its first step
 
     def step_ns(self, workers: int) -> float:
@@ -99,18 +95,16 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         if not workers:
             return self.rest_ns + self.fetch_ns + self.first_wait_ns
 
-        in_a_row = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
-        usual = self._slowest_ns(workers, self.fetch_ns)
-        # A single slow batch is waited for when those that the others have in advance are used.
-        beyond = (max(self.fetch_ns * each - PREFETCH * workers * usual, 0.0) for each in self.outliers)
-        slowest = max(in_a_row, usual + sum(beyond) / self.batches)
+        slowest = max(self._bound_ns(workers), self._in_turn_ns(workers))
         if self.epoch_steps is None:
             return slowest
 
         first = self.rest_ns + self.take_ns + self.share_ns + self.fetch_ns + self.first_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
 
-    def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
+    def _bound_ns(self, workers: int) -> float:
+        """Return the step time where all batches take equally long."""
+        fetch_ns = self.fetch_ns
         slowest = max(self.rest_ns + self.take_ns, (fetch_ns + self.share_ns) / workers)
         if self.worker_cores:
             slowest = max(slowest, fetch_ns * self.fetch_cpu / self.worker_cores)
@@ -121,6 +115,24 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
             slowest = max(slowest, computed_ns / self.cores)
 
         return slowest
+
+    def _in_turn_ns(self, workers: int) -> float:
+        """Return the step time where workers make the batches in turn, and the training takes them in order.
+
+        As torch's loader does, each worker has its next batches ordered as soon as the training takes an earlier one.
+        """
+        made = np.repeat(self.batches, workers)[: len(self.batches)] if self.is_divided else np.array(self.batches)
+        ready: list[float] = []  # when each batch is
+        asked: list[float] = []  # when the training came for it, and had it
+        now = 0.0
+        for number, fetch_ns in enumerate((made * self.fetch_ns + self.share_ns).tolist()):
+            ordered = asked[number - PREFETCH * workers] if number >= PREFETCH * workers else 0.0
+            ready.append(max(ordered, ready[number - workers] if number >= workers else 0.0) + fetch_ns)
+            now = max(now + self.take_ns, ready[-1])
+            asked.append(now)
+            now += self.rest_ns
+
+        return (now - ready[0]) / len(ready) if ready else 0.0
 
     def best_workers(self) -> int:
         """Return the smallest number of workers that gives nearly the shortest step, of those that find a core."""
@@ -208,10 +220,8 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         epoch_steps=epoch_steps,
         first_ns=first_ns,
         lost_ns=max(step_ns - work.step_ns, 0.0),
-        levels=_levels(waits) if makes_itself else (1.0,),
-        # Workers would read parts of an iterable data set, and wait for their slow batches together.
-        outliers=_outliers(waits) if makes_itself and not (facts.loader and facts.loader.is_undivided) else (),
-        batches=work.parts["input_wait"].shape[1],
+        batches=_by_mean(waits) if makes_itself else (),
+        is_divided=facts.loader is not None and facts.loader.is_undivided,
         is_taken_ahead=is_ahead,
     )
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
@@ -296,27 +306,24 @@ def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[flo
     return fetch_ns * share, used / max(share, _MIN_READY)
 
 
-def _outliers(waits: Floats) -> tuple[float, ...]:
-    """Return how long the single batches take that are far longer than the mean, by the mean; see `Pipeline`."""
-    by_mean = np.sort(waits)[-_MAX_OUTLIERS:] / max(float(waits.mean()), 1.0)
-    return tuple(by_mean[by_mean >= PREFETCH].tolist())
+def _by_mean(waits: Floats) -> tuple[float, ...]:
+    """Return how long batches take by their mean, in order; of many, those in parts of the window."""
+    if len(waits) > _MAX_BATCHES:
+        firsts = np.linspace(0, len(waits) - _BLOCK, _MAX_BATCHES // _BLOCK).astype(int)
+        waits = np.concatenate([waits[first : first + _BLOCK] for first in firsts])
+
+    return tuple((waits / max(float(waits.mean()), 1.0)).tolist())
 
 
 def _waits(work: OwnWork, epoch_steps: float | None) -> Floats:
-    """Return the waits for batches in order, without the first one of each epoch if it takes longer, by size then.
+    """Return the waits for batches in order, without those for the first one of each epoch if it takes longer.
 
     Args:
         epoch_steps: steps of an epoch, if the first one's batch takes longer: the longest waits are these.
     """
     waits = work.parts["input_wait"].mean(axis=0)
-    return waits if epoch_steps is None else np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
-
-
-def _levels(waits: Floats) -> tuple[float, ...]:
-    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
-    means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
-    parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
-    return tuple(float(part.mean()) for part in parts)
+    firsts = 0 if epoch_steps is None else round(len(waits) / epoch_steps)
+    return np.delete(waits, np.argsort(waits)[len(waits) - firsts :])
 
 
 def _epoch_steps(facts: JobFacts) -> float | None:
