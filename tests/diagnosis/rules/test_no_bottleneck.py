@@ -228,6 +228,24 @@ def test_a_forward_that_is_hardly_trained_is_told_beside_other_code(forward_ms: 
     assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) == is_told
 
 
+@pytest.mark.parametrize("kind", [Kind.COMPUTE_BOUND, Kind.HEALTHY])
+@pytest.mark.parametrize(("function", "is_named"), [("Net.mask", True), ("Teacher.forward", False)])
+def test_a_function_of_forward_that_is_hardly_trained_is_named(function: str, is_named: bool, kind: Kind) -> None:
+    """A mask that is made anew in each step; of a whole module it is not known which part that is."""
+    lines = [
+        SampledLine(0, "forward", "/me/net.py", 12, function, None, 60),
+        SampledLine(0, "other", "/me/net.py", 40, "main", None, 12),
+    ]
+    own = {"forward": 16.0, "backward": 0.8, "optimizer": 0.4}
+    own |= {"other": 1.8, "input_wait": 1.5} if kind is Kind.HEALTHY else {}
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is kind
+    assert ("so net.py:12 Net.mask seems not to be trained: if it makes the same in each" in found.next) is is_named
+    assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) is not is_named
+    assert "Nothing needs fixing" not in found.next or not is_named
+
+
 ENGINE = "torch/autograd/graph.py:966 _engine_run_backward"
 
 

@@ -99,7 +99,8 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
         where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
 
     usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
-    cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(facts, shares, step))
+    untrained = "" if work.grouped else _untrained(facts, shares, step, heavy)
+    cheaper = own.advice if own else untrained if _is_named(heavy) and untrained else f"{usual} {untrained}".rstrip()
     summary, cheaper = short or (f"A step takes {ns_text(step)}: {_largest(shares)}.{where}", cheaper)
     return Finding.of(
         Kind.HEALTHY,
@@ -228,7 +229,8 @@ def _compute_bound(
     if heaviest == "optimizer" and own is None and (update := _line_of_script(facts, heaviest, shares[heaviest])):
         line = update.evidence(shares[heaviest])
 
-    faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(facts, shares, step)
+    untrained = _untrained(facts, shares, step, heavy)
+    faster = own.advice if own else f"{for_compute(heaviest, facts, device=work.device)} {untrained}".rstrip()
     if heavy and own is None and heavy.part == heaviest == "forward" and not work.device and not for_debugging(facts):
         is_model = heavy.line.function.endswith(".forward")
         watches = "" if is_model else "; if it only watches (a hook), run it every n-th step"
@@ -377,20 +379,32 @@ def _for_single_calls(calls: int) -> str:
     )
 
 
-def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float) -> str:
-    """Return further advice where forward takes far longer than backward, as if much of it were not trained."""
+def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float, heavy: _Code | None) -> str:
+    """Return the advice where forward takes far longer than backward, as if much of it were not trained; else ""."""
     forward, backward = shares.get("forward", 0.0), shares.get("backward", 0.0)
     if facts.collects and forward > max(backward, _MOSTLY_FORWARD):
-        return f" Forward is longer than backward: much of it may be rollouts. {for_rollouts('forward', None, facts)}"
+        return f"Forward is longer than backward: much of it may be rollouts. {for_rollouts('forward', None, facts)}"
 
     if forward < _MOSTLY_FORWARD or not 0 < _UNTRAINED_RATIO * backward <= forward:
         return ""
 
-    return (
-        f" Backward takes only {ns_text(backward * step)}: where forward is not trained (a frozen part, a teacher, "
-        "sampling), cache its outputs for inputs that are repeated, or call it with more inputs at once, without "
-        "gradients (torch.no_grad())."
+    only = f"Backward takes only {ns_text(backward * step)}"
+    repeated = (
+        "cache its outputs for inputs that are repeated, or call it with more inputs at once, without gradients "
+        "(torch.no_grad())."
     )
+    if heavy is None or not _is_named(heavy):
+        return f"{only}: where forward is not trained (a frozen part, a teacher, sampling), {repeated}"
+
+    return (
+        f"{only}, so {heavy.line.place} seems not to be trained: if it makes the same in each step (a mask, "
+        f"positions), make it once (register_buffer). If it is a frozen part, a teacher or sampling, {repeated}"
+    )
+
+
+def _is_named(heavy: _Code | None) -> bool:
+    """Return whether the heavy code is a function of its own in forward, and not a whole module."""
+    return heavy is not None and heavy.part == "forward" and not heavy.line.function.endswith("forward")
 
 
 def _is_fused(facts: JobFacts) -> bool | None:
