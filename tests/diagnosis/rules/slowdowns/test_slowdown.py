@@ -157,6 +157,23 @@ def test_growth_is_reported_with_its_rate_and_line():
     assert "train.py:23 smooth" in finding.next
 
 
+@pytest.mark.parametrize(("function", "may_be_hook"), [("watch", True), ("Net.forward", False)])
+def test_hooks_that_are_registered_in_each_step_are_a_cause_of_growth_in_forward(function, may_be_hook):
+    """The same function runs once more in each step."""
+    usual = {"forward": 2.0, "backward": 1.5, "optimizer": 0.5}
+    parts = {name: (ms + AT * 0.4 * (name == "forward")) * MS for name, ms in usual.items()}
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+    lines = [
+        SampledLine(0, "forward", "/x/train.py", 6, function, None, 150),
+        SampledLine(0, "backward", "/x/train.py", 30, "<module>", None, 30),
+    ]
+
+    (finding,) = slowdown(run, JobFacts(lines=lines))
+
+    assert finding.next.startswith(f"Look at train.py:6 {function} for what it keeps, repeats or sends")
+    assert ("or hooks that are registered in each step and not removed" in finding.next) is may_be_hook
+
+
 @pytest.mark.parametrize("power", [1, 2, 3])
 def test_growth_that_speeds_up_is_told_from_its_first_step_and_within_what_was_measured(power):
     """From 20 to 100 ms: a scan of a list that itself grows faster."""
