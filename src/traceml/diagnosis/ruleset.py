@@ -352,7 +352,8 @@ def _costs(
         step_ns: of the whole window, which costs are shares of.
     """
     late_ranks, without_stragglers = stragglers(work, facts)
-    found = [with_batch_sizes(each, window) for each in late_ranks]
+    # Stages of a pipeline have inputs of their own kind: tokens, and what the stage before computed of them.
+    found = late_ranks if facts.batches.messages else [with_batch_sizes(each, window) for each in late_ranks]
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining = replayed(work, without_stragglers)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
@@ -469,7 +470,7 @@ def _is_by_chance(finding: Finding) -> bool:
 def _without_explained(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[OwnWork, list[Finding]]:
     """Return own work without what is explained (closures, batch sizes, collections, compiling), and the findings."""
     work = replayed(work, without_more_passes(window, work))
-    explained, even = data_imbalance(window, work)
+    explained, even = ([], {}) if facts.batches.messages else data_imbalance(window, work)
     work = replayed(work, even)
     for rule in (gc_pauses, recompiles):
         found, without = rule(window, work, facts)

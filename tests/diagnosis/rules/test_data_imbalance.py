@@ -10,6 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.data_imbalance import with_batch_sizes, without_largest_batches
@@ -117,6 +118,24 @@ def test_batches_that_are_larger_than_their_work_is_longer_explain_a_late_rank(l
 
     assert told.startswith("Give rank 1 as much data per step")
     assert (late.next in told) is not is_all
+
+
+@pytest.mark.parametrize(("more_ms", "messages"), [(12.0, True), (12.0, False), (60.0, True)])
+def test_inputs_of_two_stages_of_a_pipeline_are_not_compared(more_ms: float, messages: bool) -> None:
+    """The second one gets what the first one has computed, of twice as many elements."""
+    job = Job(ranks=2)
+    sizes = np.random.default_rng(5).uniform(0.98, 1.02, (2, job.steps))
+    sizes[1] *= 2
+    builder = JobFactsBuilder(2)
+    for rank in (0, 1):
+        builder.info(rank, {"kind": "model", "parameters": 100 + 300 * rank, "step": 0})
+        builder.info(rank, {"kind": "collectives", "elements": 65, "messages": messages})
+
+    found = diagnose(steps_of(job, sizes, adds("backward", more_ms, (1,))), builder.build())[0]
+
+    assert found.kind is (Kind.COMPUTE_STRAGGLER if messages else Kind.DATA_IMBALANCE)
+    assert ("as much data per step" in found.next) is not messages
+    assert ("as many elements" in found.summary) is False
 
 
 @pytest.mark.parametrize(
