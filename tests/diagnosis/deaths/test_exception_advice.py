@@ -14,6 +14,7 @@ from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.recorder.exits import describe
 
 
 def label() -> None:
@@ -67,6 +68,12 @@ def no_module() -> None:
     import a_module_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
 
 
+def debugger() -> None:
+    import bdb
+
+    raise bdb.BdbQuit
+
+
 def features() -> None:
     nn.Linear(256, 10)(torch.ones(64, 512))
 
@@ -84,7 +91,8 @@ def end_of(script: Callable[[], None], **facts: object) -> RankExit:
     with pytest.raises(Exception) as raised:  # noqa: PT011 - of several kinds
         script()
 
-    exception = f"{type(raised.value).__name__}: {raised.value}"
+    facts_of_it = describe(raised.value)
+    exception = f"{facts_of_it['exception']}: {facts_of_it['message']}"
     return RankExit(rank=0, state="failed", exception=exception, file="a.py", line=3, function="train", **facts)
 
 
@@ -99,6 +107,7 @@ def end_of(script: Callable[[], None], **facts: object) -> RankExit:
         (other_model, "The checkpoint is of another model"),
         (dtypes, "Convert one of the tensors"),
         (to_numpy, ".detach().cpu().numpy()"),
+        (debugger, "PYTHONBREAKPOINT=0"),
         (no_module, "Install it for the Python that runs the ranks"),
         (features, "The left matrix has 512 columns, the right one 256 rows"),
         (relative_path, "data/train.bin is a relative path"),

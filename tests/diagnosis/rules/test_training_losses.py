@@ -85,6 +85,17 @@ def test_a_single_loss_at_the_end_of_a_fold_is_no_lost_fold():
     assert trainings_not_finite(JobFacts(losses=history([2.0] * 9 + [NAN] * 2 + [2.0] * 9), **facts)) is not None
 
 
+@pytest.mark.parametrize(("resumes_at", "goes_back"), [(0, False), (4000, True)])
+def test_a_loss_that_is_never_finite_has_no_checkpoint_from_before(resumes_at: int, goes_back: bool) -> None:
+    """It is one of the initial weights or the learning rate, unless the training goes on from a checkpoint."""
+    losses = history([2.0] + [NAN] * 20)
+
+    finding = loss_not_finite(JobFacts(losses=losses, latest=(209,), resumes_at=resumes_at))
+
+    assert ("Go back to a checkpoint from before step 9" in finding.next) is goes_back
+    assert finding.next.startswith("Start again with a lower learning rate") is not goes_back
+
+
 @pytest.mark.parametrize(
     ("begins", "where", "goes_back"),
     [((), "since: 200 of", True), ((100,), "since: 200 of", False), ((100, 300), "since, in 2 trainings one", False)],

@@ -79,6 +79,10 @@ _BY_TEXT: Mapping[tuple[str, ...], str] = {
         'Put what the script does under `if __name__ == "__main__":`: a process that is started by spawn or forkserver '
         "imports the script."
     ),
+    ("bdb.bdbquit",): (
+        "A breakpoint was reached, and its debugger had no input or was left: remove breakpoint() or pdb.set_trace() "
+        "from the script, or set PYTHONBREAKPOINT=0."
+    ),
     ("modulenotfounderror",): (
         "Install it for the Python that runs the ranks; for a file of your own, start the run in its folder, or name "
         "that folder in PYTHONPATH."

@@ -25,6 +25,8 @@ _TOLD_SHARE = 0.01  # of the steps: those of earlier trainings that are lost
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
+_AT_ONCE_STEPS = 20
+"""A loss that is not finite after fewer steps is one of the initial weights, the data or the learning rate."""
 _STOP_TRAINING = (
     "Stop such a training at once (if not math.isfinite(loss.item()): break), and leave it out of the results. A lower "
     "learning rate or clipped gradients may keep its loss finite; torch.autograd.set_detect_anomaly(True) names the "
@@ -80,9 +82,16 @@ def _for_lost_training(since: int, facts: JobFacts) -> str:
     if facts.unread_skips:
         return f"GradScaler has the fused optimizer skip a step whose gradients are not finite. {_FOR_LOSS}"
 
+    if since < _AT_ONCE_STEPS and not facts.resumes_at:
+        return (
+            "Start again with a lower learning rate, a warm-up or clipped gradients, and look at the first batches; "
+            "torch.autograd.set_detect_anomaly(True) names the operation."
+        )
+
     return (
-        f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, lower the "
-        "learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the operation."
+        f"Go back to a checkpoint from before step {count_text(since - 1)}. Look at the batches of that step, whose "
+        f"update it may be, and of step {count_text(since)}, lower the learning rate or clip gradients; "
+        "torch.autograd.set_detect_anomaly(True) names the operation."
     )
 
 
