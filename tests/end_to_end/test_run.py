@@ -161,6 +161,7 @@ def test_a_module_is_run(traceml: Traceml, tmp_path: Path) -> None:
     ("end", "status", "expected"),
     [
         ("raise", 1, {"exception": "ValueError"}),
+        ("raise_to_own_hook", 1, {"exception": "ValueError"}),
         ("exit", 3, {"code": 3}),
         ("_exit", 4, {"code": 4}),
         ("kill", 137, {"signal": 9}),
@@ -183,7 +184,7 @@ def test_a_script_that_ends_badly(traceml: Traceml, end: str, status: int, expec
     if end != "interrupt":
         assert report["verdict"]["kind"] == "RANK_LOST"
         assert report["verdict"]["ranks"] == [0]
-    if end == "raise":
+    if end.startswith("raise"):
         assert "ValueError: the batch is bad" in ended.stderr
         assert "traceml/recorder" not in ended.stderr
         assert report["verdict"]["evidence"]["file"].endswith("tiny.py")

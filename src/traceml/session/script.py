@@ -52,6 +52,7 @@ def main(argv: list[str]) -> NoReturn:
         sys.exit(0)
 
     _show(error)
+    _note_exit(error)  # a hook that the script has set, as that of rich or typer, need not call ours
     if isinstance(error, KeyboardInterrupt):
         sys.excepthook = lambda *_: None
         raise error
@@ -229,12 +230,12 @@ def _quit(why: str, status: int) -> NoReturn:
 # --- end of the script ------------------------------------------------------------------------------------------------
 
 
-def _note_exit(leaving: SystemExit) -> None:
-    """Report an exit status that no hook sees."""
+def _note_exit(error: BaseException) -> None:
+    """Report an exit status or an exception that no hook of ours may have seen."""
     from traceml.recorder.exits import status_of
     from traceml.recorder.lifecycle import note_exit
 
-    note_exit(leaving, status_of(leaving))
+    note_exit(error, status_of(error))
 
 
 class SpawnedRanks:
