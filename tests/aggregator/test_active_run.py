@@ -19,6 +19,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.staged_files import STAGED, StagedFile
 from traceml.database.schema import LOGGED, STEPS, Slot
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.facts.ends import END
 from traceml.run_folder import STORE_NAME
 from traceml.transport.exit_report import ExitReport
 from traceml.trusted_files import make_trusted_folder
@@ -182,6 +183,24 @@ def test_rank_that_got_the_jobs_signal_before_its_launcher_has_not_failed(regist
 
     assert run.end(143)
     assert run.state == "stopped"
+
+
+def test_the_signal_that_ended_an_attempt_did_not_end_the_next(registry):  # noqa: F811
+    """A requeued job comes again under its id, and one that lost a preempted node goes on without it."""
+    run, first = join(registry, hello(0, 1, run_id="exp"))
+    run.note_ending({"signal": 15, "time": time.time()})
+    run.disconnected(first)
+    run.take_exit(ExitReport(rank=0, pid=first.incarnation.pid, exitcode=-15, stopped=True))
+
+    _, again = join(registry, hello(0, 1, run_id="exp", recorder="s", attempt=1))
+    assert not run.has_ending
+    assert run.live.facts_builder.ended_by is None
+    leave(run, again)
+
+    assert run.end(0)
+    assert run.state == "finished"
+    with StoreReader(run.path / STORE_NAME) as store:
+        assert "ended_by" not in store.last_event(END).data
 
 
 def test_job_that_was_interrupted_before_its_ranks_came_is_stopped(registry):  # noqa: F811

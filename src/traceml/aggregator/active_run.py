@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from traceml.aggregator.recovery import DeadFlight, appended_rows, dead_flights, recover
 from traceml.aggregator.streams.run_streams import RunStreams
@@ -61,7 +60,6 @@ class ActiveRun(RunStreams):
         self._recovered: list[FlightSnapshot] = []
         self._leaving: list[Peer] = []
         self._unmatched_exits: list[ExitReport] = []
-        self._ended_by: dict[str, Any] = {}
         self.final_findings: list[Finding] = []
         """Findings at the end of the run, if they were wanted."""
 

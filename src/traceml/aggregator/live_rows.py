@@ -57,7 +57,6 @@ class LiveRows:
         self._absent.clear()
         self.absent_elsewhere.clear()
         self._start_over(before.world_size)
-        self.facts_builder.ended_by = before.ended_by
         self.set_hang_rule(before.progress.timeout_s, aborts=before.progress.aborts)
         self.fresh = True
 

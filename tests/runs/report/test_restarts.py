@@ -11,11 +11,16 @@ import pytest
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
+from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
+from traceml.diagnosis.facts.ends import ATTEMPT, END
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.renderers.wording import restarts_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import RestartSection
+from traceml.runs.rows.run_summary_reader import read_run_summary
 
 SECOND = 10**9
 
@@ -32,6 +37,12 @@ def store(folder: Path) -> StoreWriter:
     writer = StoreWriter(folder / STORE_NAME)
     writer.put_meta("run", run_facts(attempt=1))
     return writer
+
+
+def read(folder: Path) -> JobFactsBuilder:
+    """Return the facts of the last attempt."""
+    with StoreReader(folder / STORE_NAME) as reader:
+        return read_run_summary(reader).facts_builder
 
 
 def failed(**facts: Any) -> dict[str, Any]:
@@ -231,3 +242,24 @@ def test_an_earlier_attempt_may_hang_outside_of_steps(tmp_path: Path, phase: str
 
     assert report.time is not None
     assert report.time.hang_s == pytest.approx(hung_s)
+
+
+def test_what_was_seen_of_an_earlier_attempt_is_not_said_of_the_last(tmp_path: Path) -> None:
+    """Who ended it, as a scheduler that queued the job again, and the programs that took its cores."""
+    signal = {"signal": 15, "time": 1_700_000_009.0, "sender": "slurmstepd", "sender_pid": 8, "waited_s": 1.0}
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, SWEPT, SWEPT)
+        writer.event(COMPETING_PROCESSES, {"cores": {"ffmpeg": 2.0}, "started": {}})
+        writer.event(END, {"state": "stopped", "status": 143, "ended_by": signal})
+        writer.commit()
+        before = read(tmp_path / "run")
+        writer.event(ATTEMPT, {"attempt": 1})
+        attempt(writer, 1, 50, 141, *[{"state": "running"}] * 2)
+        writer.put_meta("run", run_facts(attempt=1, state="running", ended=None))
+
+    assert before.ended_by is not None
+    assert before.competing_processes.others == {"ffmpeg": 2.0}
+    now = read(tmp_path / "run")
+    assert now.ended_by is None
+    assert now.competing_processes.others == {}
+    assert build_report(tmp_path / "run").verdict.kind != "RANK_LOST"

@@ -21,6 +21,7 @@ from traceml.database.info_kinds import InfoKind
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import last_written_s
+from traceml.diagnosis.facts.ends import ATTEMPT
 from traceml.run_folder import PAGE_NAME, REPORT_NAME, RUN_FOLDERS, STORE_NAME
 from traceml.transport.hello import WORLD_LIMIT, Hello
 
@@ -46,6 +47,7 @@ class RunStreams:
         self._is_attended = False
         self._signs_s: list[float] = []
         self._last_written_s = last_written_s(path / STORE_NAME)
+        self._ended_by: dict[str, Any] = {}  # signal that ended the newest attempt; see `ActiveRun.note_ending`
         self._facts = RunFacts(path.name, key, named=named)
         self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self.store = StoreWriter(path / STORE_NAME)
@@ -244,7 +246,8 @@ class RunStreams:
         if attempt > self.attempt:
             facts.values["attempt"] = attempt
             self.live.begin_attempt()
-            self.store.event("attempt", {"attempt": attempt})
+            self._ended_by = {}  # it ended the attempt before, or a node of that
+            self.store.event(ATTEMPT, {"attempt": attempt})
             for stream in self.streams:
                 stream.is_diagnosed = stream.attempt >= attempt and not stream.is_helper
 

@@ -13,10 +13,12 @@ from msgspec.structs import replace
 from traceml.formatting import count_text, line_text, ranks_text
 
 __all__ = [
-    "END", "STORE_TIME_LIMITS", "EndingSignal", "LostWorker", "RankExit", "ReadData", "UnevenData", "ended_badly",
-    "ending_signal_of", "lost_worker_of", "merged_exits", "scheduler_words", "uneven_data", "worker_in",
+    "ATTEMPT", "END", "STORE_TIME_LIMITS", "EndingSignal", "LostWorker", "RankExit", "ReadData", "UnevenData",
+    "ended_badly", "ending_signal_of", "lost_worker_of", "merged_exits", "scheduler_words", "uneven_data", "worker_in",
 ]  # fmt: skip
 
+ATTEMPT = "attempt"
+"""Kind of the event at the begin of each attempt of a job but the first: `{"attempt"}`."""
 END = "end"
 """Kind of the event at the end of a run: `{"state", "status", "ended_by"}`, see `ending_signal_of`."""
 STORE_TIME_LIMITS = ("waiting for clients", "wait timeout after")

@@ -30,7 +30,7 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
-from traceml.diagnosis.facts.ends import END, RankExit, ending_signal_of
+from traceml.diagnosis.facts.ends import ATTEMPT, END, RankExit, ending_signal_of
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
@@ -368,8 +368,12 @@ class RunSummaryReader:
             if event.data.get("stream") in self.streams or event.data.get("attempt") == self.attempt:
                 self.facts_builder.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
-        for event in self._events(reader, COMPETING_PROCESSES):
+        began = reader.last_event(ATTEMPT)
+        for event in self._events(reader, COMPETING_PROCESSES, began):
             self.facts_builder.competing_processes.add(event.data)
+
+        for event in self._events(reader, END, began):
+            self.facts_builder.ended_by = ending_signal_of(event.data.get("ended_by"))
 
         for event in self._events(reader, HOST_CHOICE):
             if event.data.get("attempt") == self.attempt:
@@ -379,17 +383,18 @@ class RunSummaryReader:
             if event.data.get("attempt") == self.attempt:
                 self._host_sums[str(event.data.get("host"))] = HostSums.from_row(event.data.get("sums"))
 
-        ended = reader.last_event(END)
-        if ended is not None:
-            self.facts_builder.ended_by = ending_signal_of(ended.data.get("ended_by"))
-
         aborted = reader.last_event(ABORT)
         if aborted is not None and aborted.data.get("attempt") == self.attempt:
             self.facts_builder.progress.was_aborted = True
 
-    def _events(self, reader: StoreReader, kind: str) -> Iterator[RunEvent]:
-        """Yield the events of a kind since the last call."""
-        for event in reader.events(self._event_cursors.get(kind, 0), kind):
+    def _events(self, reader: StoreReader, kind: str, began: RunEvent | None = None) -> Iterator[RunEvent]:
+        """Yield the events of a kind since the last call.
+
+        Args:
+            began: the event before which they are of earlier attempts.
+        """
+        first = 0 if began is None else began.id
+        for event in reader.events(max(self._event_cursors.get(kind, 0), first), kind):
             self._event_cursors[kind] = event.id
             yield event
 
