@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from tests.diagnosis.fabricated import Job, window_of
-from traceml.diagnosis.facts.ends import RankExit
+from tests.diagnosis.memory.memories import leaking
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit
+from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding, with_global_step_numbers
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -66,3 +69,31 @@ def test_ranks_that_count_on_themselves_are_not_shifted() -> None:
 
     facts.info(0, {"kind": "resumed", "step": 40, "before": 40})
     assert facts.build().resumes_at == 0
+
+
+def test_the_step_at_which_a_container_was_counted_is_counted_on() -> None:
+    """As the step since which memory grows, beside which it stands."""
+    grown = {"path": "losses", "file": "/me/train.py", "function": "main", "line": 41, "kind": "list", "count": 4000,
+             "per_step": 1.0, "item_bytes": 4 << 20}  # fmt: skip
+    facts = JobFacts(**leaking(), growing={0: growing_of({"step": 1100, "grown": [grown]})}, resumes_at=4000)
+
+    found = next(each for each in diagnose(window_of(Job(ranks=1)), facts) if each.kind is Kind.MEMORY_LEAK)
+
+    assert f"since step {found.evidence['since_step']:,}" in found.summary
+    assert "it had 4,000 at step 5,100" in found.summary
+    assert found.evidence["since_step"] > 4000
+    assert found.evidence["counted_at_step"] == 5100
+
+
+def test_the_step_in_which_a_rank_had_waited_is_counted_on() -> None:
+    """It may be another one than that of the rank that came furthest."""
+    swept = {"state": "killed", "signal": 15, "stopped": True, "last_step": 811}
+    evaluates = RankExit(rank=0, open_phase="evaluation", **swept)
+    waits = RankExit(rank=1, open_step=812, open_phase="backward", open_s=211.0, **swept)
+    job = {"world_size": 2, "state": "stopped", "exits": (evaluates, waits), "time": RunTime(wall_s=900.0)}
+    facts = JobFacts(**job, ended_by=EndingSignal(15, 1e6), resumes_at=4000)
+
+    found = diagnose(window_of(Job(ranks=2, steps=31)), facts)[0]
+
+    assert "after step 4,811" in found.summary
+    assert "Rank 1 had been in step 4,812 for 3:31" in found.summary

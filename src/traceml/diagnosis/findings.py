@@ -15,7 +15,9 @@ from traceml.formatting import count_text
 
 __all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "significant", "with_global_step_numbers"]
 
-_NUMBERS = ("step", "last_step", "since_step", "until_step", "apart_since_step")
+_NUMBERS = (
+    "step", "last_step", "since_step", "until_step", "apart_since_step", "counted_at_step", "waiting_step",
+)  # fmt: skip
 _IN_TEXT = re.compile(r"(?<=\bstep )\d+(?:,\d{3})*")
 
 

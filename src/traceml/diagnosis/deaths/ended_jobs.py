@@ -9,7 +9,7 @@ from typing import NamedTuple
 from traceml.diagnosis.deaths.end_wording import in_common, step_text, whereabouts
 from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, known_facts
+from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import capitalized, count_text, duration_text, left_text, plural, ranks_text
 from traceml.process_ends import signal_name
@@ -97,13 +97,16 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
 
     last, cause = in_common(found[0], _with_phase(facts)), found[1]
     lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
+    waiting = _waiting(facts)
     did = f"{_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
     return Finding.of(
         Kind.RANK_LOST,
         phase=last.open_phase,
-        summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
+        summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.{waiting.text}",
         next=_CAUSES[cause].next,
-        evidence=_evidence(last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code),
+        evidence=_evidence(
+            last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code, **waiting.evidence
+        ),
         cost_share=1.0,
     )
 
@@ -217,12 +220,12 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> Finding |
 
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
     last = in_common(last, _with_phase(facts))
-    lost = lost_steps(last, facts.exits)
+    lost, waiting = lost_steps(last, facts.exits), _waiting(facts)
     return Finding.of(
         Kind.RANK_LOST,
         severity=Severity.WARNING if returned and by.launcher_pid is None else None,
         phase=None if returned else last.open_phase,
-        summary=f"{_outside_summary(by, last, returned=returned)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
+        summary=f"{_outside_summary(by, last, returned=returned)}{lost_steps_text(lost)}.{waiting.text}",
         next=f"{_for_sender(by)}. {_to_resume(by, lost)}" if by.scheduler is None else _CAUSES[by.scheduler].next,
         evidence=_evidence(
             last,
@@ -232,6 +235,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> Finding |
             sender=by.sender or None,
             sender_pid=by.sender_pid,
             launcher_pid=by.launcher_pid,
+            **waiting.evidence,
         ),
         cost_share=1.0,
     )
@@ -250,7 +254,7 @@ def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str
     return f"{name} ended the job{step_text(last)}"
 
 
-def _waiting_text(facts: JobFacts) -> str:
+def _waiting(facts: JobFacts) -> Explanation:
     """Return a sentence on ranks that had waited long for others, which were elsewhere; empty without such ranks.
 
     A job that seems to hang is ended by hand, or by its time limit.
@@ -258,12 +262,13 @@ def _waiting_text(facts: JobFacts) -> str:
     waiting = [each for each in facts.exits if each.open_phase in _WAITING and _is_long(each, facts)]
     elsewhere = whereabouts(each for each in facts.exits if each.open_phase not in (*_WAITING, "exit"))
     if not waiting or not elsewhere:
-        return ""
+        return Explanation()
 
     longest = max(waiting, key=lambda each: each.open_s or 0.0)
     ranks = capitalized(ranks_text(sorted(each.rank for each in waiting)))
     passed = duration_text(longest.open_s or 0.0)
-    return f" {ranks} had been in step {count_text(longest.step)} for {passed}; meanwhile {elsewhere}."
+    text = f" {ranks} had been in step {count_text(longest.step)} for {passed}; meanwhile {elsewhere}."
+    return Explanation(text, evidence={"waiting_step": longest.step})
 
 
 def _is_long(ended: RankExit, facts: JobFacts) -> bool:

@@ -50,6 +50,7 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
         container_type=found.kind,
         elements=found.count,
         elements_per_step=found.per_step,
+        counted_at_step=found.step if found.step >= 0 else None,
         holds_graph=found.holds_graph,
         file=found.file,
         function=found.function,
