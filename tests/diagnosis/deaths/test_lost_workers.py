@@ -113,6 +113,22 @@ def test_a_missing_file_of_the_dataset_is_no_dead_worker():
     assert worker_causing_end(ended, JobFacts(lost_workers={0: [DEAD]})) is None
 
 
+def test_a_rank_that_ended_with_its_worker_did_not_go_on() -> None:
+    """What torch ended for it is told with that end; of what the launcher ended, it is not said that it went on."""
+    swept = RankExit(rank=1, state="killed", signal=15, stopped=True, last_step=107)
+    facts = {"world_size": 2, "state": "failed", "lost_workers": {0: [DEAD], 1: [replace(DEAD, pid=4712)]}}
+    told = worker_lost(JobFacts(exits=(ended(KILLED), swept), **facts), [0])
+    later = worker_lost(JobFacts(exits=(ended(KILLED), replace(swept, last_step=120)), **facts), [0])
+    raised = replace(ended(KILLED), rank=1, exception=KILLED.replace("4711", "4712"), line=30)
+
+    assert told.summary == (
+        "Loader worker 1 (process 4712) was killed by signal 9 (SIGKILL) on rank 1, in step 108. The rank has ended, "
+        "too, without a further step."
+    )
+    assert later.summary.endswith("The script continued; batches of that iterator may be missing.")
+    assert worker_lost(JobFacts(exits=(ended(KILLED), raised), **facts), [0]) is None
+
+
 def test_a_script_that_caught_it_has_a_finding():
     """The run goes on, and says which worker and when."""
     finding = worker_lost(JobFacts(lost_workers={3: [DEAD]}))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.ends import LostWorker, RankExit, worker_in
+from traceml.diagnosis.facts.ends import LostWorker, RankExit, ended_badly, worker_in
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
@@ -21,15 +21,18 @@ __all__ = [
 # What reading a batch of a worker that is gone raises, where torch does not notice its end first.
 _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")
 _NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # the message about a missing file has its name
+_CONTINUED = "The script continued; batches of that iterator may be missing."
+_ENDED = "The rank has ended, too, without a further step."
 
 
 def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> Finding | None:
     """Return the finding about workers that died while their rank continued: the first of them.
 
     Args:
-        explained: ranks whose end is a finding already.
+        explained: ranks whose end is a finding already; those that torch ended for a worker are not told again.
     """
-    known = set(explained)
+    ended = {each.rank: each for each in ended_badly(facts.exits)}
+    known = {*explained, *(rank for rank, each in ended.items() if worker_causing_end(each, facts) is not None)}
     lost = [(rank, each) for rank, workers in facts.lost_workers.items() if rank not in known for each in workers]
     if not lost or facts.state == RunStatus.STOPPED:
         return None
@@ -44,10 +47,15 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> Finding | Non
         Kind.WORKER_LOST,
         ranks=tuple(sorted({rank for rank, _ in lost})),
         phase="input_wait",
-        summary=f"{died}. The script continued; batches of that iterator may be missing.",
+        summary=f"{died}. {_ENDED if rank in ended and _is_of_end(first, ended[rank]) else _CONTINUED}",
         next=for_worker(first),
         evidence=worker_evidence(first) | {"lost": len(lost)},
     )
+
+
+def _is_of_end(lost: LostWorker, ended: RankExit) -> bool:
+    """Whether a rank made no further step after the death of its worker."""
+    return ended.step is None or (lost.step is not None and lost.step >= ended.step)
 
 
 def worker_causing_end(ended: RankExit, facts: JobFacts) -> LostWorker | None:
