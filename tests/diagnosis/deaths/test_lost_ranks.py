@@ -496,6 +496,17 @@ def test_ranks_that_fail_together_did_not_end_because_of_each_other():
     assert (finding.ranks, finding.evidence["failed_too"]) == ((1,), [0])
 
 
+def test_a_later_exception_of_a_ranks_own_is_not_said_to_be_because_of_another():
+    """Ranks without a process group, say: nothing shows that one needed the other."""
+    own = {"state": "failed", "code": 1, "file": "a.py"}
+    exits = [RankExit(rank=at, exception=f"KeyError: {at}", line=at, at_s=300.0 * at, **own) for at in (1, 2, 3)]
+    two, three = (rank_lost(JobFacts(exits=tuple(exits[:number]))) for number in (2, 3))
+
+    assert two.summary.endswith("; rank 2 ended with KeyError: 2 at a.py:2, 5:00 later.")
+    assert three.summary.endswith("; ranks 2, 3 failed, up to 10:00 later.")
+    assert (two.ranks, two.evidence["failed_too"], "followed" in two.evidence) == ((1,), [2], False)
+
+
 def test_ranks_that_the_launcher_killed_are_no_cause():
     """The signal with which a launcher ends the others is no cause."""
     exits = (

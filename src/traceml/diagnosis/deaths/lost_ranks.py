@@ -25,14 +25,14 @@ from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import GrowthCause, growth_cause
-from traceml.formatting import capitalized, ranks_text
+from traceml.formatting import capitalized, duration_text, ranks_text
 from traceml.process_ends import signal_name
 
 __all__ = ["rank_lost", "root_causes", "was_stopped"]
 
 # Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
 _SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
-_TOGETHER_S = 1.0  # within this time of the first, an exception of a rank's own is not for that one
+_TOGETHER_S = 1.0  # an exception within this time of the first came with it
 
 
 def rank_lost(facts: JobFacts) -> Finding | None:
@@ -54,7 +54,7 @@ def rank_lost(facts: JobFacts) -> Finding | None:
     lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else memory_end_of_worker(worker, first.rank, facts)
     grown = _grown_container(first, memory, facts)
-    because = _beside_text(beside) + (f"; {ranks_text(followed)} ended because of that" if followed else "")
+    because = _beside_text(first, beside) + (f"; {ranks_text(followed)} ended because of that" if followed else "")
     summary = f"{_summary(causes, memory, worker)}{lost_steps_text(lost)}{because}."
     return Finding.of(
         Kind.RANK_LOST,
@@ -150,24 +150,23 @@ def _without(some: Sequence[RankExit], ends: Sequence[RankExit]) -> list[RankExi
 
 
 def _beside(first: RankExit, others: Sequence[RankExit]) -> list[RankExit]:
-    """Return the ranks whose own exception came with the end of the first, or that missed another one as it did."""
+    """Return the ranks that an exception of their own has ended, or that missed another one as the first did."""
     if failed_because_of_peer(first):
         return [ended for ended in others if failed_because_of_peer(ended)]
 
-    first_s = first.at_s
-    if first_s is None:
-        return []
-
-    own = [ended for ended in others if _failed_by_itself(ended) and not ended.stopped]
-    return [ended for ended in own if ended.at_s is not None and abs(ended.at_s - first_s) <= _TOGETHER_S]
+    return [ended for ended in others if _failed_by_itself(ended) and not ended.stopped]
 
 
-def _beside_text(beside: Sequence[RankExit]) -> str:
+def _beside_text(first: RankExit, beside: Sequence[RankExit]) -> str:
     if not beside:
         return ""
 
     ranks = ranks_text([ended.rank for ended in beside])
-    return f"; {ranks} {end_text(beside[0], None, many=False)}, too" if len(beside) == 1 else f"; {ranks} failed, too"
+    did = end_text(beside[0], None, many=False) if len(beside) == 1 else "failed"
+    known_s = [ended.at_s - first.at_s for ended in beside if ended.at_s is not None and first.at_s is not None]
+    later_s = 0.0 if failed_because_of_peer(first) else max(known_s, default=0.0)
+    when = "too" if later_s <= _TOGETHER_S else f"{'up to ' * (len(beside) > 1)}{duration_text(later_s)} later"
+    return f"; {ranks} {did}, {when}"
 
 
 def _failed_by_itself(ended: RankExit) -> bool:
