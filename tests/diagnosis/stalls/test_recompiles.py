@@ -98,6 +98,14 @@ def test_a_limit_counts_without_a_cost():
     assert "no longer compiled" in verdict.headline
 
 
+def test_a_function_that_may_have_one_version_is_not_compiled_again():
+    """torch._dynamo.config.recompile_limit = 1."""
+    (verdict, *_) = found(compilations(Compiled.FIRST, Compiled.LIMIT, ms=0.1))
+
+    assert verdict.summary.startswith("torch.compile compiled train.py:24 forward once; the last reason: ")
+    assert (verdict.evidence["recompiles"], verdict.evidence["line"]) == (0, 24)
+
+
 @pytest.mark.parametrize(
     "details",
     [(Compiled.FIRST, Compiled.AGAIN, Compiled.AGAIN), (Compiled.FIRST,) * 8],

@@ -117,21 +117,20 @@ def _place_of(place: tuple[str | None, int | None, str | None]) -> str:
 
 def _finding(work: OwnWork, facts: JobFacts, rank: int, rows: Rows, share: float) -> Finding:
     again = rows[rows["detail"] == Compiled.AGAIN]
-    guards, functions = again[again["text_id"] >= 0], len(np.unique(rows["line_id"]))
+    told = again if len(again) else rows  # where torch allows a single version, none is compiled again
+    guards, functions = told[told["text_id"] >= 0], len(np.unique(rows["line_id"]))
     guard = facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else ""  # the newest that was not met
-    file, line, function = called = parsed_place(facts.pauses.most_frequent(rank, again, "line_id"))
+    file, line, function = called = parsed_place(facts.pauses.most_frequent(rank, told, "line_id"))
     gave_up = bool((rows["detail"] == Compiled.LIMIT).any())  # calls run uncompiled from then on
     gain, seconds = speedup_of_share(share), _seconds(rows)
     place = _place_of(called)
-    more = f" and {plural(functions - 1, 'other function')}" if functions > 1 else ""
+    what = (place or "the model") + (f" and {plural(functions - 1, 'other function')}" if functions > 1 else "")
+    did = f"recompiled {what} {plural(len(again), 'time')}" if len(again) else f"compiled {what} once"
     why = f"; the last reason: {guard}" if guard else ""
     took = f", in {duration_text(seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
     return Finding.of(
         Kind.RECOMPILES,
-        summary=(
-            f"torch.compile recompiled {place or 'the model'}{more} {plural(len(again), 'time')}{took}"
-            f"{why}.{_GIVEN_UP if gave_up else ''}"
-        ),
+        summary=f"torch.compile {did}{took}{why}.{_GIVEN_UP if gave_up else ''}",
         next=_advice(guard) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
         evidence={
             "recompiles": len(again),
