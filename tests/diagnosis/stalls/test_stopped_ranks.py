@@ -107,6 +107,16 @@ def test_several_stops_are_summed():
     assert "stopped 2 times for 40 s, the longest 30 s, in step 58" in verdict.summary
 
 
+def test_a_suspended_machine_did_not_sleep_for_the_time_of_a_signal() -> None:
+    """What is told is of one kind, the longest; the cost is of all."""
+    stops = [Stop(60.0, "suspended", 57, 57), STOP]
+    verdict = found(PAIR, wall_s=200.0, stops={1: stops})[0]
+
+    assert verdict.headline == "The machine of rank 1 was suspended for 60 s"
+    assert "stopped for 60 s, at step 57: the machine was suspended" in verdict.summary
+    assert (verdict.evidence["stops"], verdict.cost_share) == (1, pytest.approx(0.45))
+
+
 def test_while_the_run_goes_on_old_stops_are_forgotten():
     """The window shows what is so now."""
     last = window_of(ALONE).steps[-1]

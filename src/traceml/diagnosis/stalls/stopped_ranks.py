@@ -99,8 +99,10 @@ def _is_same(one: Stop, other: Stop) -> bool:
 
 
 def _finding(ranks: tuple[int, ...], stops: Sequence[Stop], share: float, *, others_wait: bool) -> Finding:
-    longest, seconds = max(stops, key=lambda stop: stop.seconds), sum(stop.seconds for stop in stops)
+    longest = max(stops, key=lambda stop: stop.seconds)
     is_suspended = longest.part == "suspended"
+    stops = [stop for stop in stops if (stop.part == "suspended") is is_suspended]  # one of the other kind is not told
+    seconds = sum(stop.seconds for stop in stops)
     subject = f"{capitalized(ranks_text(ranks))} {'was' if len(ranks) == 1 else 'were'}"
     times = "" if len(stops) == 1 else f" {plural(len(stops), 'time')}"
     most = "" if len(stops) == 1 else f", the longest {duration_text(longest.seconds)}"
