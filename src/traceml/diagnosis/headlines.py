@@ -158,10 +158,12 @@ def hang(finding: FindingFacts) -> str:
     evidence = finding.evidence
     cause, waiting = str(evidence.get("cause", "")), evidence.get("waiting")
     ranks = capitalized(ranks_text(finding.ranks))
-    file = evidence.get("file")
-    at = f", in {_place(evidence)}" if file else ""
+    file, first = evidence.get("file"), evidence.get("first_rank")
+    where = f"in {_place(evidence)}" if file else ""
     if not file and finding.phase:
-        at = f", {evidence['state']}" if evidence.get("state") else f", in {phase_words(finding.phase)}"
+        where = str(evidence.get("state") or f"in {phase_words(finding.phase)}")
+
+    at = where and (f", {where}" if first is None else f", rank {first} {where}")
 
     if cause in _HANGS and (finding.ranks or cause in _OF_ALL):
         are = f"{ranks} {'is' if len(finding.ranks) == 1 else 'are'}"
@@ -174,7 +176,10 @@ def hang(finding: FindingFacts) -> str:
         )
         return text if cause == "ended" else text + (at if cause in _OF_ALL else "")
 
-    many = len(finding.ranks) != 1
+    if not finding.ranks:
+        return f"No rank makes progress{at}"
+
+    many = len(finding.ranks) > 1
     if waiting:
         return f"{ranks} {'block' if many else 'blocks'} the others{at}"
 

@@ -168,6 +168,19 @@ def test_sizes_of_an_all_reduce_must_agree():
 
     assert "of 4,096 elements" in summary(found(at(0, "all_reduce", 1024), at(1, "all_reduce", 4096)))
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
+    assert "Rank 0 is in all_reduce #3 of 1 element (" in summary(found(at(0, "all_reduce", 1), at(1, "all_reduce", 9)))
+
+
+def test_tensors_of_one_call_are_told_where_their_sum_is_the_same():
+    """A sentence that says of all ranks that they have 5 elements would deny that their sizes differ."""
+    one, other = (
+        snapshot(rank, call("all_reduce"), line(5), groups=(group(3, "all_reduce", sizes=sizes),))
+        for rank, sizes in enumerate([(2, 3), (3, 2)])
+    )
+
+    told = summary(found(one, other))
+    assert "Rank 0 is in all_reduce #3 of 2 + 3 elements" in told
+    assert "rank 1 is in all_reduce #3 of 3 + 2 elements" in told
 
 
 def test_groups_of_one_description_do_not_meet():
@@ -406,6 +419,21 @@ def test_calls_that_point_to_no_rank_are_listed():
     assert "rank 0 in rpc_sync (train.py:20 main), rank 1 in shutdown (train.py:30 main)" in summary(finding)
     assert "did not answer" not in finding.next
     assert finding.next.startswith("Find out what these calls wait for")
+    assert finding.headline == "No rank makes progress, rank 0 in train.py:20 main"
+
+
+def test_the_place_of_one_rank_is_not_that_of_all():
+    """The headline says whose it is, unless all of them are there."""
+    waits = in_backward(0, groups=(group(15, "all_reduce", members=()),))
+    apart = [snapshot(rank, line(5 + rank, "stuck"), groups=BEHIND) for rank in (1, 2)]
+    together = [replace(each, frames=apart[0].frames) for each in apart]
+    met = [replace(waits, rank=rank, frames=(ENGINE, line(27 + rank))) for rank in range(3)]
+
+    assert found(waits, *apart, ranks=3).headline == "Ranks 1, 2 block the others, rank 1 in train.py:6 stuck"
+    assert found(waits, *together, ranks=3).headline == "Ranks 1, 2 block the others, in train.py:6 stuck"
+    assert found(*met, ranks=3).headline == "All ranks hang in all_reduce #15, rank 0 in train.py:27 main"
+    alone = [replace(each, rank=each.rank - 1) for each in apart]
+    assert found(*alone).headline == "Ranks 0, 1 make no progress, rank 0 in train.py:6 stuck"
 
 
 def test_a_rank_without_an_answer_is_no_culprit():

@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
-from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank, hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_wording import are_apart, failed_thread, handling_rank, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -69,6 +69,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
         thread_exception=failed.exception if failed is not None else None,
         handled_exception=handling.handled if handling is not None else None,
         **({} if shown is None else _of_snapshot(shown)),
+        **({"first_rank": shown.rank} if shown is not None and are_apart(found) else {}),
     )
 
 

@@ -21,7 +21,7 @@ from traceml.formatting import (
     ranks_text,
 )
 
-__all__ = ["failed_thread", "handling_rank", "hang_summary", "operation_text"]
+__all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "operation_text"]
 
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
@@ -138,6 +138,11 @@ def _of_data_text(found: DetectedHang, data: UnevenData, what: str) -> str:
     return f"{ranks_text(data.ranks)} never reached {what or 'the collective'}: {text} for {_age(found, data.ranks)}"
 
 
+def are_apart(found: DetectedHang) -> bool:
+    """Return whether the ranks that block the others, or that are stuck, are at several places."""
+    return len({_place(found, stuck.rank) for stuck in found.stuck}) > 1
+
+
 def _stuck_text(found: DetectedHang) -> str:
     ranks = sorted(found.snapshots)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
@@ -178,19 +183,25 @@ def _ended_text(found: DetectedHang) -> str:
 
 def _different_text(found: DetectedHang) -> str:
     parts = []
-    groups: dict[tuple[str, int, int | None], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[int, ...], int | None], list[int]] = defaultdict(list)
     for rank in found.blame.apart:
         wait = found.blame.waits[rank]
-        size = sum(wait.sizes) if found.blame.cause is HangCause.SIZES else 0
-        groups[wait.operation, size, wait.peer if found.blame.cause is HangCause.ROOTS else None].append(rank)
+        sizes = wait.sizes if found.blame.cause is HangCause.SIZES else ()
+        groups[wait.operation, sizes, wait.peer if found.blame.cause is HangCause.ROOTS else None].append(rank)
 
-    for (_, size, _), ranks in sorted(groups.items(), key=lambda item: item[1]):
-        of = f" of {count_text(size)} elements" if size else ""
+    has_sums = len({sum(sizes) for _, sizes, _ in groups}) == len(groups)  # that differ; else each tensor is told
+    for (_, sizes, _), ranks in sorted(groups.items(), key=lambda item: item[1]):
+        of = _elements_text((sum(sizes),) if has_sums else sizes) if sizes else ""
         be = "is" if len(ranks) == 1 else "are"
         parts.append(f"{ranks_text(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
 
     why = _WHY.get(found.blame.cause, "different code paths")
     return f"{', '.join(parts)}, for {_age(found)}: {why}{_waiters_text(found)}"
+
+
+def _elements_text(sizes: tuple[int, ...]) -> str:
+    """Return ` of 4,096 elements`; of several tensors ` of 2 + 4,096 elements`."""
+    return f" of {' + '.join(map(count_text, sizes))} element{'' if sizes == (1,) else 's'}"
 
 
 def _state_text(found: DetectedHang, ranks: Sequence[int]) -> str:
