@@ -33,7 +33,7 @@ from traceml.database.snapshots.rank_snapshot import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.diagnosis.facts.ends import RankExit
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs import blame
@@ -928,6 +928,25 @@ def test_a_longer_time_limit_is_not_advised_to_ranks_that_never_meet():
     assert "timeout=..." not in finding.next
 
 
+def test_what_a_rank_does_after_the_job_was_asked_to_end_is_no_hang() -> None:
+    """It saves, or waits for a server, until the scheduler kills it."""
+    killed = RankExit(rank=0, state="killed", signal=9, at_s=1000.0)
+    job = facts([snapshot(0, line(80, "upload"), quiet_s=28.0)], killed, ranks=1, state="failed")
+    asked = [structs.replace(job, ended_by=EndingSignal(15, 1000.0 - before_s)) for before_s in (30.0, 25.0, 10.0)]
+
+    assert judged(job) is not None
+    assert [judged(each) is not None for each in asked] == [False, False, True]
+
+
+@pytest.mark.parametrize("oom", [None, "group"])
+def test_a_rank_that_the_kernel_killed_for_lack_of_memory_did_not_hang(oom: str | None) -> None:
+    """It waited for its pages before; the finding about its end has the cause."""
+    waiting, swaps = in_backward(0, quiet_s=20.0), replace(STUCK, process_state="D", wchan="folio_wait", quiet_s=20.0)
+    exits = (structs.replace(STOPPED[1], rank=0), RankExit(rank=1, state="killed", signal=9, oom=oom))
+
+    assert (found(waiting, swaps, exits=exits, state="failed") is None) is (oom is not None)
+
+
 def test_a_finished_run_has_not_hung():
     """However long it stood still at some time."""
     assert found(in_backward(0), STUCK, exits=[RankExit(rank=rank) for rank in (0, 1)], state="finished") is None
@@ -1098,6 +1117,9 @@ def test_an_exception_of_another_line_shows_that_a_process_went_on(raised, ranks
     finding = found(long, *others, exits=[ended], ranks=ranks, state="failed")
 
     assert (finding is not None) is is_hang
+    if finding is not None:  # what ended the job is said, too
+        at = f" at train.py:{raised['line']} main" if raised else ""
+        assert finding.summary.endswith(f" {'It' if ranks == 1 else 'Rank 0'} then ended with ValueError: x{at}.")
 
 
 def test_the_signal_that_ends_a_rank_is_no_work_of_it():

@@ -68,6 +68,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
         failed_thread=failed.name if failed is not None else None,
         thread_exception=failed.exception if failed is not None else None,
         handled_exception=handling.handled if handling is not None else None,
+        exception=found.raised.exception if found.raised is not None else None,
         **({} if shown is None else _of_snapshot(shown)),
         **({"first_rank": shown.rank} if shown is not None and are_apart(found) else {}),
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot, user_line
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.ends import RankExit, ended_badly
+from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
@@ -50,6 +50,7 @@ class DetectedHang(msgspec.Struct, frozen=True):
     ended: Mapping[int, RankExit]  # how ranks have ended that the others wait for
     is_over: bool = False
     timed_out: tuple[int, ...] = ()  # ranks whose wait the time limit of a collective has ended
+    raised: RankExit | None = None  # the end of a rank that blocks the others, or is stuck, by an exception of its own
 
     @property
     def stuck(self) -> list[RankSnapshot]:
@@ -164,7 +165,8 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     snapshots = {
         each.rank: _with_exit(each.snapshot, exits.get(each.rank)) for each in ranks if each.snapshot is not None
     }
-    if not snapshots or len(snapshots) < len(ranks):
+    # A process that lacks memory hardly runs, until the kernel ends it for that.
+    if not snapshots or len(snapshots) < len(ranks) or any(ended.oom == "group" for ended in exits.values()):
         return None
 
     if facts.world_size == 1 and any(_has_continued(each, exits.get(rank)) for rank, each in snapshots.items()):
@@ -179,7 +181,8 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
         return None
 
     timed_out = tuple(sorted(rank for rank, ended in exits.items() if ended.reached_time_limit))
-    found = msgspec.structs.replace(found, timed_out=timed_out, is_over=True)
+    raised = next((exits[each.rank] for each in found.stuck if _has_raised(exits.get(each.rank), found.blame)), None)
+    found = msgspec.structs.replace(found, timed_out=timed_out, raised=raised, is_over=True)
     started = any(each.step >= 0 for each in ranks)
     usual_s = (
         max(ENDED_S, _ENDED_STEP_FACTOR * step_p99_s, _ENDED_GAP_FACTOR * progress.longest_gap_s)
@@ -190,13 +193,31 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if progress.was_aborted or (timed_out and not by_rows):
         return found
 
+    quiet_s = _quiet_before_s(found, exits, facts.ended_by)
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.
     live_s = _limit_s(found, progress, step_p99_s)
     if len(ranks) + len(finished) < facts.world_size:  # others may never have got as far as the recorder
-        return found if not by_rows and found.quiet_s >= live_s else None
+        return found if not by_rows and quiet_s >= live_s else None
 
     by_rows_s = max(usual_s, _ENDED_GAP_FACTOR * max(progress.longest_quiet_s))
-    return found if found.quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
+    return found if quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
+
+
+def _quiet_before_s(found: DetectedHang, exits: Mapping[int, RankExit], by: EndingSignal | None) -> float:
+    """Return the seconds without progress until the job was asked to end: what ranks do then is part of their end."""
+    if by is None or not by.at_s:
+        return found.quiet_s
+
+    after_s = {rank: ended.gone_s - by.at_s for rank, ended in exits.items() if ended.gone_s is not None}
+    return min(each.quiet_s - max(after_s.get(rank, 0.0), 0.0) for rank, each in found.snapshots.items())
+
+
+def _has_raised(ended: RankExit | None, blamed: Blame) -> bool:
+    """Whether an exception of its own ended a rank: no signal, nor a collective in which it was."""
+    if ended is None or not ended.exception or ended.rank in blamed.waits:
+        return False
+
+    return not (ended.interrupted or ended.stopped or ended.reached_time_limit)
 
 
 def _has_continued(snapshot: RankSnapshot, ended: RankExit | None) -> bool:

@@ -13,6 +13,7 @@ from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, WAITS_FOR_THREAD, a
 from traceml.formatting import (
     capitalized,
     count_text,
+    cut_text,
     duration_text,
     exception_line,
     line_text,
@@ -26,6 +27,7 @@ __all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "opera
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
 _LISTED = 3  # different places that a sentence lists
+_MAX_TEXT = 160  # characters of an exception
 
 
 def operation_text(wait: GroupSnapshot) -> str:
@@ -62,7 +64,8 @@ def hang_summary(found: DetectedHang) -> str:
         text = _late_text(found)
 
     data = f" {found.blame.data.sentence}" if found.blame.data is not None and found.blame.has_ended else ""
-    return f"{capitalized(text)}.{data}{_time_limit_text(found)}{_failed_thread_text(found)}{_handled_text(found)}"
+    more = (_time_limit_text, _failed_thread_text, _handled_text, _raised_text)
+    return f"{capitalized(text)}.{data}{''.join(sentence(found) for sentence in more)}"
 
 
 def _time_limit_text(found: DetectedHang) -> str:
@@ -101,6 +104,16 @@ def _handled_text(found: DetectedHang) -> str:
     who, raised = "It" if len(found.snapshots) == 1 else f"Rank {snapshot.rank}", snapshot.raised_line
     at = f", raised at {line_text(raised.file, raised.line, raised.function)}" if raised else ""
     return f" {who} is handling {exception_line(snapshot.handled)}{at}."
+
+
+def _raised_text(found: DetectedHang) -> str:
+    """Return the sentence about the exception with which a hang has ended by itself."""
+    ended = found.raised
+    if ended is None:
+        return ""
+
+    who, at = "It" if len(found.snapshots) == 1 else f"Rank {ended.rank}", f" at {ended.place}" if ended.place else ""
+    return f" {who} then ended with {cut_text(exception_line(ended.exception or ''), _MAX_TEXT)}{at}."
 
 
 def handling_rank(found: DetectedHang) -> RankSnapshot | None:
