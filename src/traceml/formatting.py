@@ -50,6 +50,7 @@ __all__ = [
     "sample_text",
     "shell_joined",
     "shell_quoted",
+    "short_exception",
     "short_label",
     "summed_text",
     "value_text",
@@ -105,6 +106,7 @@ _ELIDED = ".../"  # for folders of a path
 _COLORS = re.compile(r"\x1b\[[\d;]*m")
 _CODE = re.compile("`([^`\n]+)`")
 _NUMBERS = re.compile("([0-9]+)")
+_EXCEPTION_CHARS = 160
 _MAX_MS = 1e9  # of a duration that is written in full
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
@@ -428,6 +430,11 @@ def exception_line(exception: str) -> str:
     lines = [stripped for line in _COLORS.sub("", exception).splitlines() if (stripped := line.strip())]
     shown = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
     return " ".join(shown)
+
+
+def short_exception(exception: str) -> str:
+    """Return `exception_line` cut to a length that fits into a sentence."""
+    return cut_text(exception_line(exception), _EXCEPTION_CHARS)
 
 
 def phase_words(phase: str) -> str:

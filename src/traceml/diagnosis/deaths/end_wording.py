@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from traceml.diagnosis.facts.ends import RankExit
-from traceml.formatting import bytes_text, count_text, cut_text, exception_line, parsed_place, phase_words, place_words
+from traceml.formatting import (
+    bytes_text,
+    count_text,
+    exception_line,
+    parsed_place,
+    phase_words,
+    place_words,
+    short_exception,
+)
 from traceml.process_ends import exit_text, signal_name, signal_text
 
 if TYPE_CHECKING:  # it needs numpy, whose import takes as long as the rest of the card of a finished report
     from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 
 __all__ = [
-    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text", "short_exception",
+    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text",
     "signal_of_code", "step_text", "was_cut_off", "whereabouts",
 ]  # fmt: skip
 
@@ -37,11 +45,6 @@ def exit_words(ended: RankExit) -> str | None:
     """Return the text with which a script ended itself: `sys.exit('no data')`; None if it did not."""
     name, _, text = (ended.exception or "").partition(": ")
     return text if name == _SYSTEM_EXIT else None
-
-
-def short_exception(exception: str) -> str:
-    """Return `Type: message` of an exception in one line, cut to a length for a sentence."""
-    return cut_text(exception_line(exception), 160)
 
 
 def was_cut_off(ended: RankExit) -> bool:

@@ -12,7 +12,6 @@ from traceml.diagnosis.deaths.end_wording import (
     in_common,
     place_evidence,
     seen_text,
-    short_exception,
     step_text,
     was_cut_off,
 )  # fmt: skip
@@ -25,7 +24,7 @@ from traceml.diagnosis.facts.memory_growth import MemoryKind
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import GrowthCause, growth_cause
-from traceml.formatting import capitalized, duration_text, ranks_text
+from traceml.formatting import capitalized, duration_text, ranks_text, short_exception
 from traceml.process_ends import signal_name
 
 __all__ = ["rank_lost", "root_causes", "was_stopped"]

@@ -13,13 +13,13 @@ from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, WAITS_FOR_THREAD, a
 from traceml.formatting import (
     capitalized,
     count_text,
-    cut_text,
     duration_text,
     exception_line,
     line_text,
     phase_words,
     plural,
     ranks_text,
+    short_exception,
 )
 
 __all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "operation_text"]
@@ -27,7 +27,6 @@ __all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "opera
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
 _LISTED = 3  # different places that a sentence lists
-_MAX_TEXT = 160  # characters of an exception
 
 
 def operation_text(wait: GroupSnapshot) -> str:
@@ -113,7 +112,7 @@ def _raised_text(found: DetectedHang) -> str:
         return ""
 
     who, at = "It" if len(found.snapshots) == 1 else f"Rank {ended.rank}", f" at {ended.place}" if ended.place else ""
-    return f" {who} then ended with {cut_text(exception_line(ended.exception or ''), _MAX_TEXT)}{at}."
+    return f" {who} then ended with {short_exception(ended.exception or '')}{at}."
 
 
 def handling_rank(found: DetectedHang) -> RankSnapshot | None:
