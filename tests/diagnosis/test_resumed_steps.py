@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.memory.memories import leaking
+from tests.diagnosis.rules.slowdowns.test_related_findings import adds_in
 from traceml.diagnosis.facts.ends import EndingSignal, RankExit
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -97,3 +98,19 @@ def test_the_step_in_which_a_rank_had_waited_is_counted_on() -> None:
 
     assert "after step 4,811" in found.summary
     assert "Rank 1 had been in step 4,812 for 3:31" in found.summary
+
+
+def test_the_part_of_the_run_that_has_a_cost_is_counted_on() -> None:
+    """The first epoch after the restart fills the cache anew; the machine takes cores in parts of the run."""
+
+    def found(resumes_at: int) -> Finding:
+        job = Job(ranks=1, steps=400, wander=0.5, wander_steps=60)
+        window = window_of(job, adds_in(slice(0, 60), "input_wait", 18.0), seed=3)
+        return diagnose(window, JobFacts(world_size=1, resumes_at=resumes_at))[0]
+
+    before, after = found(0), found(4000)
+
+    until = before.evidence["until_step"]
+    assert after.evidence["until_step"] == 4000 + until
+    assert f" of it is before step {until}." in before.summary
+    assert f" of it is before step {4000 + until:,}." in after.summary

@@ -35,9 +35,9 @@ def test_a_cost_of_the_second_training_is_told_with_its_steps(part: str) -> None
     always, *_ = diagnose(window_of(job, adds(part, 3.5)), facts)
 
     assert late.kind is always.kind is (Kind.INPUT_BOUND if part == "input_wait" else Kind.RESIDUAL_HEAVY)
-    assert " % of it is in the steps from 30" in late.summary
+    assert " % of it is from step 30" in late.summary
     assert late.evidence["since_step"] == pytest.approx(300, abs=2)
-    assert "in the steps" not in always.summary
+    assert "of it is" not in always.summary
 
 
 def test_waits_of_the_first_epoch_alone_are_not_those_of_a_run_without_a_cache() -> None:
@@ -48,7 +48,7 @@ def test_waits_of_the_first_epoch_alone_are_not_those_of_a_run_without_a_cache()
     found, *_ = diagnose(window_of(job, adds_in(slice(0, 60), "input_wait", 18.0), seed=3), facts)
 
     assert found.kind is Kind.INPUT_BOUND
-    assert " % of it is in the steps before 6" in found.summary
+    assert " % of it is before step 6" in found.summary
     assert found.next.startswith("If Photos fills a cache then")
 
 
@@ -60,4 +60,4 @@ def test_what_every_nth_step_costs_is_not_what_the_others_do() -> None:
     found, *_ = diagnose(window_of(job, plots, adds_in(slice(300, 400), "other", 2.5)), JobFacts(world_size=1))
 
     assert found.evidence["every_n_steps"] == 50
-    assert "in the steps from" not in found.summary
+    assert "of it is" not in found.summary

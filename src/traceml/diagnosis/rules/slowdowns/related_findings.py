@@ -86,9 +86,9 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
     evidence = slow.evidence()
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     when = {
-        "stays": f"in the steps from {since} on",
-        "first": f"in the steps before {until}",
-        "recovers": f"in the steps from {since} to {until}",
+        "stays": f"from step {since} on",
+        "first": f"before step {until}",
+        "recovers": f"from step {since} to step {until}",
     }
     is_first = change.shape == "first" and part == "input_wait"
     return replace(
