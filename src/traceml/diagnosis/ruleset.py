@@ -333,10 +333,11 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
     costs = _costs(window, without_explained, whole, facts, work.step_ns)
     found = [*without_largest_batches(costs, explained), *explained]
     if history is None or history is window or len(history) < MIN_STEPS:
-        return _with_slowdown(found, window, without_explained, facts, only_now=history is not None)
+        return _with_slowdown(found, window.steps, window, without_explained, facts, only_now=history is not None)
 
     past = as_one_training(history, own_work_of(history, facts), facts.other_models)
-    timing = _with_slowdown(found, history, _without_explained(history, past, facts)[0], facts, only_now=True)
+    past, _ = _without_explained(history, past, facts)
+    timing = _with_slowdown(found, window.steps, history, past, facts, only_now=True)
     # Slow steps that are over may be too few of a long run, and many of the window.
     in_window = _slow_until(_slower(window, without_explained, facts, _late_ranks(found)))
     return timing._replace(slow_until=max(timing.slow_until, in_window))
@@ -406,11 +407,18 @@ def _waiting_ns(work: OwnWork) -> float:
 
 
 def _with_slowdown(
-    found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts, *, only_now: bool
+    found: list[Finding],
+    judged: NDArray[np.int64],
+    window: AlignedSteps,
+    work: OwnWork,
+    facts: JobFacts,
+    *,
+    only_now: bool,
 ) -> _Timing:
     """Return the findings about steps with that about steps that became slower, where it is no part of another.
 
     Args:
+        judged: the steps that the findings are about; the others of the window tell only when they became slower.
         only_now: whether the findings are about the newest steps: slow ones that have ended are none of them.
     """
     if is_newest_part(window, facts):
@@ -432,7 +440,7 @@ def _with_slowdown(
         slower = [each for each in slower if (each.ranks, each.phase) not in told]
 
     if not slower:
-        found = _with_own_steps(found, window, work, facts)
+        found = _with_own_steps(found, judged, window, work, facts)
         slow_until = max(slow_until, _slow_until(found) if only_now else 0)
 
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
@@ -500,7 +508,9 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     return continued or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
-def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
+def _with_own_steps(
+    found: list[Finding], judged: NDArray[np.int64], window: AlignedSteps, work: OwnWork, facts: JobFacts
+) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late, or which have most of a cost.
 
     In the times of whole steps other noise may hide these.
@@ -509,8 +519,11 @@ def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, f
         return found
 
     bins, several = StepHistory.of(window, work), _has_several(window, facts)
-    found = [with_part_of_run(each, bins, work, facts) for each in found]
-    return [each if several and depends_on_model(each.phase) else with_steps_from_history(each, bins) for each in found]
+    found = [with_part_of_run(each, judged, bins, work, facts) for each in found]
+    return [
+        each if several and depends_on_model(each.phase) else with_steps_from_history(each, judged, bins)
+        for each in found
+    ]
 
 
 def _has_several(window: AlignedSteps, facts: JobFacts) -> bool:

@@ -61,3 +61,32 @@ def test_what_every_nth_step_costs_is_not_what_the_others_do() -> None:
 
     assert found.evidence["every_n_steps"] == 50
     assert "of it is" not in found.summary
+
+
+def test_a_cost_of_now_is_not_in_steps_that_are_over() -> None:
+    """The live view judges the steps after the first epoch: they still wait, in each of them."""
+    first, others = adds_in(slice(0, 60), "input_wait", 120.0), adds_in(slice(60, 400), "input_wait", 5.0)
+    window = window_of(Job(ranks=1, steps=400), first, others)
+
+    found, *_ = diagnose(window, JobFacts(loader=LOADER), window)
+
+    assert (found.kind, found.evidence["steps"]) == (Kind.INPUT_BOUND, 340)
+    assert found.cost_share == pytest.approx(0.27, abs=0.02)
+    assert "of it is" not in found.summary
+    assert "until_step" not in found.evidence
+    assert "num_workers=1" in found.next
+
+
+def test_a_rank_that_is_late_now_is_not_said_to_have_been_late() -> None:
+    """It was late by far more in the first steps, which the live view no longer judges."""
+
+    def late(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own["forward"][2] += np.where(np.arange(800) < 200, 20.0, 4.0)
+
+    window = window_of(Job(ranks=4, steps=800), late)
+
+    found, *_ = diagnose(window, JobFacts(world_size=4), window)
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (2,))
+    assert found.evidence["steps"] == 600
+    assert "slow until" not in found.summary

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import for_first_batches
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -49,8 +50,12 @@ def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
     return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence})
 
 
-def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
-    """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged."""
+def with_steps_from_history(late: Finding, judged: NDArray[np.int64], bins: StepHistory) -> Finding:
+    """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged.
+
+    Args:
+        judged: the steps that it is about; slow ones before them are not those in which the ranks are late.
+    """
     if not (late.blames_ranks and late.ranks) or not len(bins.ranks):
         return late
 
@@ -61,13 +66,19 @@ def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
 
     slow = SlowSteps(alone, change)
     mean, lost = slow.mean_and_lost_ns()
-    return _timed(late, slow.evidence()) if lost >= MIN_COST_RATIO * late.cost_share * mean else late
+    is_told = lost >= MIN_COST_RATIO * late.cost_share * mean and _are_slow(judged, slow.evidence()).any()
+    return _timed(late, slow.evidence()) if is_told else late
 
 
-def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: JobFacts) -> Finding:
+def with_part_of_run(
+    cost: Finding, judged: NDArray[np.int64], bins: StepHistory, work: OwnWork, facts: JobFacts
+) -> Finding:
     """Return a finding about a cost of all steps with the part of the run that has most of it; others unchanged.
 
     The first epoch reads files that are cached afterwards; a second training has a data set of its own.
+
+    Args:
+        judged: the steps whose cost it is; the part is told if it has some of them, and not all.
     """
     part, is_of_all_steps = cost.phase, "phase_ms" in cost.evidence  # not of every n-th step, or of new workers
     if not is_of_all_steps or part is None or not bins.parts_ns.get(part, np.zeros(1)).any():
@@ -84,6 +95,10 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
         return cost
 
     evidence = slow.evidence()
+    inside = _are_slow(judged, evidence)
+    if not inside.any() or inside.all():
+        return cost
+
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     when = {
         "stays": f"from step {since} on",
@@ -97,6 +112,11 @@ def with_part_of_run(cost: Finding, bins: StepHistory, work: OwnWork, facts: Job
         next=for_first_batches(cost.evidence.get("dataset", "the data set"), facts) if is_first else cost.next,
         evidence={**cost.evidence, **evidence},
     )
+
+
+def _are_slow(steps: NDArray[np.int64], evidence: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Return which steps are in the slow part that the evidence of a finding names."""
+    return np.asarray((steps >= evidence["since_step"]) & (steps < evidence.get("until_step", np.inf)))
 
 
 def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
