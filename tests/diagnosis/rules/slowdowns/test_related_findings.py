@@ -90,3 +90,31 @@ def test_a_rank_that_is_late_now_is_not_said_to_have_been_late() -> None:
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (2,))
     assert found.evidence["steps"] == 600
     assert "slow until" not in found.summary
+
+
+def test_rare_long_waits_belong_to_the_rest_of_the_run() -> None:
+    """The first steps wait for 5 ms each, then every tenth for 100 ms: no median has these, and most of the cost is."""
+
+    def waits(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own["input_wait"][:, :80] += 5.0
+        own["input_wait"][:, 80::10] += 100.0
+
+    found, *_ = diagnose(window_of(Job(ranks=1, steps=400), waits), JobFacts(loader=LOADER))
+
+    assert found.kind is Kind.INPUT_BOUND
+    assert "of it is before" not in found.summary
+    assert "until_step" not in found.evidence
+
+
+@pytest.mark.parametrize(("every", "is_told"), [(10, False), (40, True)])
+def test_a_rank_that_is_late_in_every_nth_step_afterwards_is_still_late(every: int, is_told: bool) -> None:
+    """By 40 ms in every tenth step it is late by two thirds of the 6 ms before."""
+
+    def late(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own["forward"][2, :300] += 6.0
+        own["forward"][2, 300::every] += 40.0
+
+    found, *_ = diagnose(window_of(Job(ranks=4, steps=800), late), JobFacts(world_size=4))
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (2,))
+    assert ("slow until step 30" in found.summary) is is_told

@@ -66,8 +66,8 @@ def with_steps_from_history(late: Finding, judged: NDArray[np.int64], bins: Step
 
     slow = SlowSteps(alone, change)
     mean, lost = slow.mean_and_lost_ns()
-    is_told = lost >= MIN_COST_RATIO * late.cost_share * mean and _are_slow(judged, slow.evidence()).any()
-    return _timed(late, slow.evidence()) if is_told else late
+    is_clear, evidence = lost >= MIN_COST_RATIO * late.cost_share * mean and slow.is_of_mean(), slow.evidence()
+    return _timed(late, evidence) if is_clear and _are_slow(judged, evidence).any() else late
 
 
 def with_part_of_run(
@@ -90,11 +90,13 @@ def with_part_of_run(
         return cost
 
     slow = SlowSteps(alone, change)
-    held, steps = slow.phase_ns(part, slow.slow) / slow.phase_ns(part), int(bins.steps[slow.slow].sum())
-    if held < HELD_SHARE or steps > MAX_PART * bins.steps.sum():
+    evidence = slow.evidence()
+    of_all = alone.single_ns[_are_slow(alone.single_steps, evidence)].sum() / alone.single_ns.sum()
+    # Rare long steps, as of every tenth batch, are not in the medians of bins.
+    held = min(slow.phase_ns(part, slow.slow) / slow.phase_ns(part), float(of_all))
+    if held < HELD_SHARE or int(bins.steps[slow.slow].sum()) > MAX_PART * bins.steps.sum():
         return cost
 
-    evidence = slow.evidence()
     inside = _are_slow(judged, evidence)
     if not inside.any() or inside.all():
         return cost
