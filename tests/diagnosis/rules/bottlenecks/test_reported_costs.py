@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
@@ -168,6 +169,35 @@ def test_advice_that_gains_less_than_the_waiting_costs_says_so(cores, is_told):
 
     assert ("(60 %); without any of it steps would be 2.5x faster." in waiting.summary) is is_told
     assert (waiting.speedup_if_fixed < 0.9 / (1 - waiting.cost_share)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("input_wait", Kind.INPUT_BOUND), ("other", Kind.INPUT_BOUND), ("h2d", Kind.H2D_BOUND)]
+)
+def test_a_cost_is_what_steps_lose_also_where_ranks_have_it_longer(part: str, kind: Kind) -> None:
+    """In each step another rank waits 12 ms less and computes 12 ms more: without any waiting that one remains."""
+
+    def one_is_short(own, random) -> None:
+        steps = np.arange(400)
+        ranks = random.integers(0, 4, len(steps))
+        own[part] += 20.0
+        own[part][ranks, steps] -= 12.0
+        own["forward"][ranks, steps] += 12.0
+
+    lines = [
+        SampledLine(rank, name, "a.py", 9, "main", "/lib/x.py:3 read", count)
+        for rank in range(4)
+        for name, count in (("input_wait", 70), ("backward", 30))
+    ]  # of an iterator: no loader waits
+    loading = {"loader": LoaderFacts(num_workers=0)} if part == "input_wait" else {"lines": lines}
+    job = Job(ranks=4, steps=400, own={**OWN, "input_wait": 0.0, "forward": 4.0, "backward": 8.0})
+    said = diagnose(window_of(job, one_is_short), JobFacts(world_size=4, **loading))
+    finding = next(each for each in said if each.kind is kind)
+
+    lost_ms = finding.cost_share * finding.evidence["step_ms"]
+    assert lost_ms < 0.6 * finding.evidence["phase_ms"]
+    assert f"{lost_ms:.3g} ms of each " in finding.summary
+    assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share), rel=0.02)
 
 
 def test_the_gain_beside_another_cause_is_that_of_the_run():

@@ -54,8 +54,8 @@ def input_bound(
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
     rare = share_of_long_waits(work)
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
-    # Ranks that wait in turns wait for each other, too: loading in advance saves what the steps lose.
-    pipeline = pipeline_of(work, facts, max(float(cost.removed.mean()), cost.saved_ns), step_ns)
+    # What steps lose: more than ranks that wait in turns do, less where one that waits little computes more.
+    pipeline = pipeline_of(work, facts, cost.saved_ns, step_ns)
     line = cost.line(facts) or cost.line_beside(hidden_ns, facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
@@ -119,7 +119,7 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: floa
     seen = line or blamed_line(lines, "other", phase_share, cost.ranks)  # also in a loop of one line, which is not told
     called = main_library(lines, "other", seen) if seen else None
     is_model = line is not None and runs_forward(lines, "other", line)
-    advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called, runs_model=is_model)
+    advised = for_iterator(facts, cost.saved_ns, step_ns, called, runs_model=is_model)
     where = (line.of_it if line else "") + _without_all(cost, advised)
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{where}."
     evidence = line.evidence(phase_share) if line else {}

@@ -75,10 +75,8 @@ class PhaseCost(msgspec.Struct, frozen=True):
     def of_step(self) -> str:
         """The cost in words: `20.4 ms of each 31 ms step (65 %)`."""
         share = percent_text(self.saved_ns / self.step_ns)
-        # Ranks that have it in turns wait for each other: a step loses more than the mean of each.
-        lost_ns = max(float(self.removed.mean()), self.saved_ns)
         less = f", not counting {' and '.join(self.excluded)}" if self.excluded else ""
-        return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{less})"
+        return f"{ns_text(self.saved_ns)} of each {ns_text(self.step_ns)} step ({share}{less})"
 
     @property
     def in_turns(self) -> bool:
