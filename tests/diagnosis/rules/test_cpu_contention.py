@@ -98,6 +98,15 @@ def test_other_programs_are_reported():
     assert found.next.startswith("End or move the other programs on this host")
 
 
+def test_only_the_gain_is_capped():
+    """What was waited is told as it was counted: of 96 %, sentence, evidence and cost said 90 %."""
+    found = cpu_contention(oversubscribed(samples(busy=0.05), waited=0.96, started_processes={}))
+
+    assert "waited for a CPU core for 96 % of the time." in found.summary
+    assert found.evidence["cpu_wait_share"] == found.cost_share == 0.96
+    assert found.speedup_if_fixed == pytest.approx(10)
+
+
 def test_processes_that_the_script_started_are_no_other_programs():
     """A program that augments samples, started by the script, takes nearly all that the rank does not."""
     started = {"python augment.py": 1.4}

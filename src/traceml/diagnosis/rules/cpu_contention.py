@@ -19,6 +19,7 @@ __all__ = ["OTHERS_CORES", "cpu_contention", "is_oversubscribed_by_others"]
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""
 _MAX_SHARE = 0.9
+"""The gain is that of this share of the time at most."""
 _MIN_COUNTED_S = 1.0
 """In less training than this the first steps and the start-up before them are most of what was counted."""
 _MOSTLY = 0.5
@@ -56,7 +57,6 @@ def cpu_contention(facts: JobFacts) -> Finding | None:
     if waited < WARNING_SHARE or (counted_s and np.median(counted_s) < _MIN_COUNTED_S):
         return None
 
-    waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
     bound = _bound_together(facts) or Explanation()
@@ -80,7 +80,7 @@ def cpu_contention(facts: JobFacts) -> Finding | None:
             **bound.evidence,
         ),
         cost_share=waited,
-        speedup_if_fixed=speedup_of_share(waited),
+        speedup_if_fixed=speedup_of_share(min(waited, _MAX_SHARE)),
     )
 
 
