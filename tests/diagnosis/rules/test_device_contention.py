@@ -49,6 +49,15 @@ def test_programs_that_compute_on_the_device_are_reported() -> None:
     assert first.severity is Severity.CRITICAL
 
 
+def test_the_headline_has_the_share_of_the_sentence() -> None:
+    """Only the gain is capped."""
+    first, *_ = found(shared(96.0))
+
+    assert first.headline == "Other programs compute on GPU 2: 96 % of step time"
+    assert "GPU 2 for 96 % of the time" in first.summary
+    assert first.speedup_if_fixed == pytest.approx(10)
+
+
 @pytest.mark.parametrize(
     "machine",
     [

@@ -157,7 +157,7 @@ def device_contention(facts: JobFacts) -> Finding | None:
         return None
 
     rank, worst = max(found, key=lambda each: each[1].others)
-    where, share = f"GPU {worst.index}{facts.of_host(rank)}", min(worst.others, _MAX_SHARE)
+    where, share = f"GPU {worst.index}{facts.of_host(rank)}", worst.others
     return Finding.of(
         Kind.DEVICE_CONTENTION,
         summary=(
@@ -175,7 +175,7 @@ def device_contention(facts: JobFacts) -> Finding | None:
             "device_busy_share": worst.utilization,
         },
         cost_share=share,
-        speedup_if_fixed=speedup_of_share(share),
+        speedup_if_fixed=speedup_of_share(min(share, _MAX_SHARE)),
     )
 
 
