@@ -9,6 +9,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -118,3 +119,17 @@ def test_a_rank_that_is_late_in_every_nth_step_afterwards_is_still_late(every: i
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (2,))
     assert ("slow until step 30" in found.summary) is is_told
+
+
+def test_waiting_for_an_iterator_is_not_dated_by_a_loader_beside_it() -> None:
+    """The iterator takes half of each step; a loader of 0.15 ms per step, which ends at step 80, half a percent."""
+    job = Job(ranks=1, steps=400, own={"input_wait": 0.0, "forward": 4.0, "backward": 8.0, "optimizer": 1.5})
+    lines = [SampledLine(0, part, "a.py", 9, "main", None, 70) for part in ("input_wait", "backward")]
+    of_loader = adds_in(slice(0, 80), "input_wait", 0.15)
+
+    found, *_ = diagnose(window_of(job, adds("other", 14.0), of_loader), JobFacts(world_size=1, lines=lines))
+
+    assert found.kind is Kind.INPUT_BOUND
+    assert "for data of an iterator" in found.summary
+    assert "of it is before" not in found.summary
+    assert "until_step" not in found.evidence

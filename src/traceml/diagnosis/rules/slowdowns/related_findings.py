@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.advice import for_first_batches
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.slowdowns.coinciding_changes import CORE_WAITS
 from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES
 from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
@@ -82,6 +82,10 @@ def with_part_of_run(
     """
     part, is_of_all_steps = cost.phase, "phase_ms" in cost.evidence  # not of every n-th step, or of new workers
     if not is_of_all_steps or part is None or not bins.parts_ns.get(part, np.zeros(1)).any():
+        return cost
+
+    # Waiting for an iterator is measured as `other`: what is in the phase that it is told of is a small loader's.
+    if work.parts[part].max(axis=0).mean() < WARNING_SHARE * work.step_ns:
         return cost
 
     alone = bins.of_part(part, work)
