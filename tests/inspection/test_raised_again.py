@@ -66,12 +66,23 @@ def empty() -> None:
         raise RuntimeError("no data") from error
 
 
+def grouped() -> None:
+    raise ExceptionGroup("unhandled errors in a TaskGroup", [ValueError("bad record")])
+
+
+def several() -> None:
+    raise ExceptionGroup("unhandled errors in a TaskGroup", [ValueError("bad record"), KeyError("label")])
+
+
+ITSELF = (fail, second_attempt, second_attempt_in_c, hidden, empty, several)
+
+
 @pytest.mark.parametrize(
     ("script", "kind"),
     [
         (fail, ValueError), (from_cause, ValueError), (in_handler, ValueError), (twice, ValueError),
         (second_attempt, FileNotFoundError), (second_attempt_in_c, ValueError), (hidden, RuntimeError),
-        (empty, RuntimeError),
+        (empty, RuntimeError), (grouped, ValueError), (several, ExceptionGroup),
     ],
 )  # fmt: skip
 def test_the_first_of_those_that_are_raised_again_is_found(script: Callable[[], None], kind: type[Exception]) -> None:
@@ -81,7 +92,7 @@ def test_the_first_of_those_that_are_raised_again_is_found(script: Callable[[], 
 
     first = raised_first(raised.value)
     assert type(first) is kind
-    assert (first is raised.value) == (script in (fail, second_attempt, second_attempt_in_c, hidden, empty))
+    assert (first is raised.value) == (script in ITSELF)
 
 
 @pytest.mark.parametrize(("is_own", "kind"), [(True, ValueError), (False, RuntimeError)])

@@ -237,6 +237,19 @@ def test_an_exception_that_is_raised_again_counts_as_the_first(serving: Serving,
     assert "in <module>" in row["stack"]
 
 
+@pytest.mark.parametrize(
+    "pool", ["concurrent.futures.ProcessPoolExecutor(1)", "multiprocessing.get_context('fork').Pool(1)"]
+)
+def test_the_line_in_a_process_of_a_pool_is_told(serving: Serving, run_script: Run, pool: str) -> None:
+    """Where its results are taken, nothing is wrong."""
+    tokenize = "import concurrent.futures, multiprocessing\ndef tokenize(number):\n    raise ValueError('bad text')\n"
+    run_script(START + tokenize + f"with {pool} as pool:\n    list(pool.map(tokenize, [1]))\n")
+
+    row = exit_rows(serving)[-1]
+    assert (row["exception"], row["message"]) == ("ValueError", "bad text (in a process of a pool)")
+    assert (row["line"], row["function"]) == (9, "tokenize")
+
+
 def test_the_exception_behind_a_status_is_recorded(serving: Serving, run_script: Run) -> None:
     """`except Exception: sys.exit(4)` hides the reason from the screen, not from us."""
     done = run_script(START + "try:\n    1 / 0\nexcept Exception:\n    sys.exit(4)\n")

@@ -29,15 +29,18 @@ def raised_first(error: BaseException) -> BaseException:
 
 def _replaced(error: BaseException) -> BaseException | None:
     """Return the exception that one has replaced; None if it stands for itself."""
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # as of asyncio.TaskGroup
+        return error.exceptions[0]
+
     last = _last(error.__traceback__)
     if last is None:
         return None
 
     explicit, is_users = error.__cause__, is_user_file(last.tb_frame.f_code.co_filename)
     if explicit is not None:
-        origin = _last(explicit.__traceback__)
-        is_origin_users = origin is not None and is_user_file(origin.tb_frame.f_code.co_filename)
-        return None if isinstance(explicit, _NO_ERRORS) or not (is_users or is_origin_users) else explicit
+        origin = _last(explicit.__traceback__)  # None for one that only has the text of another process
+        is_told = origin is not None and (is_users or is_user_file(origin.tb_frame.f_code.co_filename))
+        return explicit if is_told and not isinstance(explicit, _NO_ERRORS) else None
 
     handled = None if error.__suppress_context__ or isinstance(error.__context__, _NO_ERRORS) else error.__context__
     caught = None if handled is None else handled.__traceback__

@@ -39,6 +39,7 @@ _PLACE = "_traceml_place"  # of a SystemExit: where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
 _EXEC = ("execv", "execve")  # the others of `os.exec*` call these
+_REMOTE = "RemoteTraceback"  # how names end of classes of causes that hold a traceback of another process
 _WAITING = threading._shutdown.__code__  # type: ignore[attr-defined]
 _ADDRESS_SPACE = "Max address space"
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
@@ -383,7 +384,7 @@ def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dic
 
     stack = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))
     facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it contains lines of the user's code
-    return facts | _in_worker(text)
+    return facts | _in_worker(text) | _in_pool(error)
 
 
 def address_limit_bytes() -> int | None:
@@ -409,14 +410,29 @@ def _in_worker(text: str) -> dict[str, Any]:
         return {}
 
     trace, kind, message = text[caught.end() :].rpartition(f"\n{caught['kind']}")
-    frames = [match for match in _FRAME.finditer(trace) if is_user_file(match["file"])]
     worker = f"{message.removeprefix(':').strip()[:_MESSAGE_CHARS]} (in {caught['where']})"
     facts: dict[str, Any] = {"message": secrets_only().mask_text(worker.strip())} if kind else {}
-    if frames:
-        file, line, function = frames[-1].group("file", "line", "function")
-        facts |= {"file": file, "line": int(line), "function": function}
+    return facts | _place_in(trace)
 
-    return facts
+
+def _in_pool(error: BaseException) -> dict[str, Any]:
+    """Return message and line of an exception of a process of a pool, whose traceback is the text of its cause.
+
+    So do multiprocessing, concurrent.futures and joblib raise it again.
+    """
+    cause = error.__cause__
+    place = _place_in(_text_of(cause)) if type(cause).__name__.endswith(_REMOTE) and cause is not None else {}
+    return place and {"message": _masked(f"{_text_of(error)} (in a process of a pool)"), **place}
+
+
+def _place_in(trace: str) -> _Place:
+    """Return the innermost place of the user's code in the text of a traceback."""
+    frames = [match for match in _FRAME.finditer(trace) if is_user_file(match["file"])]
+    if not frames:
+        return {}
+
+    file, line, function = frames[-1].group("file", "line", "function")
+    return {"file": file, "line": int(line), "function": function}
 
 
 def _type_name(error: BaseException) -> str:
