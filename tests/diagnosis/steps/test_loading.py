@@ -279,6 +279,18 @@ def test_a_single_core_gains_nothing_by_workers():
             "__getitems__",
         ),
         (pipeline(640, 5, workers=16), replace(FOLDER, num_workers=16), "more workers will not help", "at once"),
+        (
+            pipeline(640, 5, cores=64, workers=16),
+            replace(FOLDER, length=640, num_workers=16),
+            "or have more fetches at once (32 workers: at most 2.0x faster)",
+            "will not help",
+        ),
+        (
+            pipeline(640, 5, cores=20, workers=16),
+            replace(FOLDER, num_workers=16),
+            "or have more fetches at once (20 workers: at most 1.24x faster)",
+            "will not help",
+        ),
         (pipeline(20, 10, cores=1), FOLDER, "cheaper", "num_workers="),
         (pipeline(40, 5, cpu=0.1, cores=None, workers=16), FOLDER, "local disk", "decode"),
         (

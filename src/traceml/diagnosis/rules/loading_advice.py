@@ -32,7 +32,7 @@ from traceml.diagnosis.facts.sampled_shares import (
 )
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import IDLE_SHARE, TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
+from traceml.diagnosis.steps.loading import COUNTS, IDLE_SHARE, TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
@@ -523,13 +523,16 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
 
 
 def _at_once(loader: LoaderFacts, pipeline: Pipeline) -> str:
-    """Return further advice where more workers than are advised would help, as they only wait; else nothing."""
-    more = 2 * pipeline.workers
+    """Return further advice where more workers than are advised would help: on free cores, or as they only wait."""
+    more, computes = 2 * pipeline.workers, pipeline.takes_cpu
+    if computes:
+        more = min(more, pipeline.cores or more)
+
     gain = pipeline.gain(more)
-    if pipeline.takes_cpu or gain < WORTHWHILE:
+    if gain < WORTHWHILE or (computes and pipeline.workers < COUNTS[-1]):
         return ""
 
-    threads = _threads(loader)
+    threads = "" if computes else _threads(loader)
     fewer = f"{threads}, or " if threads else ""
     return f", or have more fetches at once ({fewer}{count_text(more)} workers: {gain_text(gain, 'at most')})"
 

@@ -25,8 +25,8 @@ from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
-    "IDLE_SHARE", "TAKE_NS", "Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of", "share_at_work",
-    "share_of_long_waits",
+    "COUNTS", "IDLE_SHARE", "TAKE_NS", "Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of",
+    "share_at_work", "share_of_long_waits",
 ]  # fmt: skip
 
 TAKE_NS = 3e5
