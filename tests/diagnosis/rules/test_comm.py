@@ -319,6 +319,17 @@ def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one(parallel: s
     assert Kind.JITTER not in kinds
 
 
+def test_an_average_in_each_measured_step_is_none_of_each_step() -> None:
+    """Local SGD averages in every eighth step, and short steps are measured at multiples of eight."""
+    own = {"input_wait": 0.1, "forward": 0.4, "backward": 0.8, "optimizer": 0.15}
+    window = window_of(Job(steps=400, own=own, comm=16, meets_every=8))
+    measured = np.where(window.steps % 8 == 7, window.backward_own, np.float32(np.nan))
+
+    found = diagnose(replace(window, backward_own=measured), JobFacts(world_size=2))
+
+    assert [each.kind for each in found] == [Kind.HEALTHY]
+
+
 def test_a_slow_network_is_told_beside_a_late_rank() -> None:
     """All ranks wait in 16 steps, for none of them."""
     window = window_of(Job(ranks=4, steps=400), adds("other", 6.0, (1,)))

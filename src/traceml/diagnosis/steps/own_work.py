@@ -228,7 +228,7 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
         represents=window.represents,
         excess_of_represented=window.excess_of_represented,
     )
-    return replace(work, wait=_least(window.wait[:, measured], work)) if grouped and known else work
+    return replace(work, wait=_least(_usual_wait(window), work)) if grouped and known else work
 
 
 def have_half(values: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
@@ -329,6 +329,16 @@ def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
         return np.arange(len(window))
 
     return np.flatnonzero(window.begins | np.roll(meets, 1))
+
+
+def _usual_wait(window: AlignedSteps) -> Floats:
+    """Return the waiting in the steps that measured it, less what collectives take longer there than in others.
+
+    Steps are measured at multiples of a power of two, as are those at whose end a script may average weights.
+    """
+    comm, measured = window.times["comm"], window.measured
+    more = np.median(comm[:, measured], axis=1) - np.median(comm, axis=1)
+    return np.asarray(window.wait[:, measured] - np.maximum(more, 0)[:, None])
 
 
 def _least(wait: Floats, work: OwnWork) -> Floats:
