@@ -328,6 +328,7 @@ def test_an_average_in_each_measured_step_is_none_of_each_step() -> None:
     found = diagnose(replace(window, backward_own=measured), JobFacts(world_size=2))
 
     assert [each.kind for each in found] == [Kind.HEALTHY]
+    assert "waiting for the rank that works longest" not in found[0].summary
 
 
 def test_a_slow_network_is_told_beside_a_late_rank() -> None:

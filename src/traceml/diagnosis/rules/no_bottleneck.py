@@ -94,7 +94,8 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     where = "" if heavy is None else f" {capitalized(heavy.text)}."
     evidence |= _evidence_of_code(heavy, own)
     # No communication is waiting for a rank that is late in this step.
-    uneven = shares[_WAITING] - min_wait_ns(work) / step if work.grouped and work.backward_known else 0.0
+    exchange = max(min_wait_ns(work), float(window.times["comm"].min(axis=0).mean()))
+    uneven = shares[_WAITING] - exchange / step if work.grouped and work.backward_known else 0.0
     if is_uneven := uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
         where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
 
