@@ -40,7 +40,7 @@ __all__ = [
     "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
     "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code",
     "for_rank_without_core", "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group",
-    "for_straggler", "in_threads", "longer_limit", "waiting_text",
+    "for_straggler", "in_threads", "longer_limit", "reading_ahead", "waiting_text",
 ]  # fmt: skip
 
 
@@ -515,15 +515,12 @@ FOR_UNMEASURED_JITTER = (
 """Advice on rare long steps of which backward or communication is most."""
 
 
-def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:
+def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None, facts: JobFacts) -> str:
     """Return advice on rare long steps, by the part and the rank that make them long, if it is one."""
     where = f" on rank {rank}" if rank is not None else ""
     if part == "input_wait":
         what = "the data of these steps" if line is None else line.place
-        return (
-            f"Look{where} at {what}: the first batch of an epoch, a file that is read slowly. Loader workers "
-            "(num_workers) read ahead meanwhile."
-        )
+        return f"Look{where} at {what}: the first batch of an epoch, a file that is read slowly.{reading_ahead(facts)}"
 
     if line is not None:
         return (
@@ -547,6 +544,12 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
         f"Look{where} for inputs of unusual size or shape in those steps, more calls of the model (evaluation, "
         "sampling), recompilation, and other processes on the host."
     )
+
+
+def reading_ahead(facts: JobFacts) -> str:
+    """Return the sentence that workers read ahead of data that is slow at times, for a loader without any."""
+    may_read_ahead = facts.loader is not None and not facts.loader_workers
+    return " Loader workers (num_workers) can read ahead meanwhile." if may_read_ahead else ""
 
 
 def for_first_batches(what: str, facts: JobFacts) -> str:

@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
@@ -44,6 +45,18 @@ def test_the_line_of_rare_long_steps_is_named():
     assert "train.py:70 rebuild" in found.next
     assert (found.evidence["file"], found.evidence["line"], found.evidence["function"]) == (FILE, 70, "rebuild")
     assert 0.2 < found.evidence["line_share"] < 0.4
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_workers_that_the_loader_has_are_no_advice(workers: int) -> None:
+    """They read ahead already."""
+    loader = LoaderFacts(num_workers=workers)
+    window = window_of(Job(steps=400), adds("input_wait", 200, (1,), chance=0.02))
+
+    found = next(each for each in diagnose(window, JobFacts(loader=loader)) if each.kind is Kind.JITTER)
+
+    assert found.phase == "input_wait"
+    assert ("num_workers" in found.next) is (not workers)
 
 
 @pytest.mark.parametrize(("samples", "named"), [(60, True), (15, False)])

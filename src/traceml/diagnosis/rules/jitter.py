@@ -247,7 +247,7 @@ def _jitter(
     elif facts.collects and phase in (None, "other", "forward") and sums.get("forward", 0.0) > JOINT_SHARE * sums[part]:
         action = advice.for_rollouts(phase or part, line, facts)
     else:
-        action = advice.for_jitter(phase, rank, line)
+        action = advice.for_jitter(phase, rank, line, facts)
 
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding.of(

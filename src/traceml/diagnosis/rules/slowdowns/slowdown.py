@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from traceml.diagnosis.advice import WAITED_FOR, flush_denormals, for_first_batches
+from traceml.diagnosis.advice import WAITED_FOR, flush_denormals, for_first_batches, reading_ahead
 from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, calls_code, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
@@ -239,8 +239,7 @@ def _advice(shape: str, since: int, where: SlowParts, ranks: tuple[int, ...], fa
     if known is not None:
         return known
 
-    may_read_ahead = part == "input_wait" and facts.loader is not None and not facts.loader_workers
-    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if may_read_ahead else ""
+    meanwhile = reading_ahead(facts) if part == "input_wait" else ""
     if where.line is not None:
         waits = part is not None and facts.waits_in(part, where.line)
         what = f"waits for then ({WAITED_FOR}): it does not compute" if waits else "does only then"
