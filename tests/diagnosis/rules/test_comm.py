@@ -53,6 +53,14 @@ def test_some_reductions_too_many():
     assert "2 of the 4 backward passes" in found(facts(4, 2)).summary
 
 
+def test_the_mean_of_reductions_is_what_their_gain_is_of():
+    """One in half of the steps, and two in the others: a third of the communication can be left out."""
+    finding = found(facts(4, 1.5))
+    step, comm = finding.evidence["step_ms"], finding.evidence["comm_ms"]
+
+    assert finding.speedup_if_fixed == pytest.approx(step / (step - comm / 3))
+
+
 def test_stages_that_wait_for_each_other_are_no_slow_network() -> None:
     """Ranks of a pipeline send each other messages; without communication they would wait as long."""
     window = window_of(Job(comm=20.0, steps=100))

@@ -88,7 +88,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     evidence = _evidence(work, facts, cost, step, explicit)
     known = facts.batches.reductions  # backward passes of a step, and reductions of gradients
     if not is_explicit and known is not None and known[1] >= MIN_REDUCTIONS:  # one would do
-        return [_too_many_reductions(round(known[0]), round(known[1]), cost, step, evidence)]
+        return [_too_many_reductions(*known, cost, step, evidence)]
 
     if unseen := facts.unseen_ranks:
         return [_waiting_for_unseen(unseen, cost, step, evidence)]
@@ -247,15 +247,15 @@ def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit
 
 
 def _too_many_reductions(
-    backwards: int, reductions: int, cost: float, step: float, evidence: dict[str, Any]
+    backwards: float, reductions: float, cost: float, step: float, evidence: dict[str, Any]
 ) -> Finding:
-    gain = speedup(step, cost * (1 - 1 / reductions))
-    which = f"all {backwards}" if reductions == backwards else f"{reductions} of the {backwards}"
+    gain, passes, reduced = speedup(step, cost * (1 - 1 / reductions)), round(backwards), round(reductions)
+    which = f"all {passes}" if reduced == passes else f"{reduced} of the {passes}"
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, and no rank is late: {which} backward passes of a step "
         "average the gradients, where the last one is enough."
     )
     action = (
-        f"Run all but the last of the {backwards} micro-batches of a step, forward and backward, under model.no_sync()."
+        f"Run all but the last of the {passes} micro-batches of a step, forward and backward, under model.no_sync()."
     )
     return _finding(cost, step, summary, action, evidence, gain)
