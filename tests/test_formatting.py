@@ -240,6 +240,7 @@ def test_a_function_inside_another_is_named_with_it():
 def test_one_thing_is_no_plural():
     """`1 step`, and thousands are grouped."""
     assert [plural(count, "step") for count in (0, 1, 1204)] == ["0 steps", "1 step", "1,204 steps"]
+    assert [plural(count, "batch") for count in (1, 2)] == ["1 batch", "2 batches"]
 
 
 @pytest.mark.parametrize(

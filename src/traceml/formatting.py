@@ -164,8 +164,9 @@ def ordinal_text(number: int) -> str:
 
 
 def plural(count: int | None, word: str) -> str:
-    """Return `1 step`, `1,204 steps`."""
-    return f"{count_text(count)} {word}" if count == 1 else f"{count_text(count)} {word}s"
+    """Return `1 step`, `1,204 steps`, `3 batches`."""
+    ending = "" if count == 1 else "es" if word.endswith("tch") else "s"
+    return f"{count_text(count)} {word}{ending}"
 
 
 def ms_text(ms: float | None) -> str:

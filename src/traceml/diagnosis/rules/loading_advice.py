@@ -339,7 +339,7 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, lin
     if pauses.short_epoch is not None:
         return LoadingAdvice(
             f"{look} Workers begin an epoch only when the training does, and an epoch of "
-            f"{count_text(pauses.short_epoch)} batches is too short for them to get ahead of such a wait: in longer "
+            f"{plural(pauses.short_epoch, 'batch')} is too short for them to get ahead of such a wait: in longer "
             f"epochs (the data set several times, or a sampler that continues) {ahead} would cover it."
         )
 
@@ -420,9 +420,10 @@ def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
     if pipeline.is_taken_ahead or longer < _MUCH_MORE * gain:
         return ""
 
+    batches = plural(round(pipeline.epoch_steps or 1), "batch")
     return (
-        f" Workers begin an epoch only when the training does, and it has {round(pipeline.epoch_steps or 1)} batches: "
-        f"in longer epochs (the data set several times, or a sampler that continues) {gain_text(longer, 'at most')}."
+        f" Workers begin an epoch only when the training does, and it has {batches}: in longer epochs (the data set "
+        f"several times, or a sampler that continues) {gain_text(longer, 'at most')}."
     )
 
 
