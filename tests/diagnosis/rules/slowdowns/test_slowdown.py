@@ -71,6 +71,23 @@ def test_denormal_numbers_are_told_where_the_optimizer_becomes_slower(part: str,
     assert (finding.phase, "torch.set_flush_denormal(True)" in finding.next) == (part, told)
 
 
+@pytest.mark.parametrize(("width", "told"), [(WIDTH, True), (4, False)])
+def test_denormal_numbers_are_told_where_the_optimizer_grows_until_later_steps(width: int, told: bool) -> None:
+    """More and more averages shrink to such numbers, of a run of 960 steps and not of 240."""
+    grows = history(AT * 1.0, part="optimizer")
+    shorter = replace(grows, first_step=AT * width, steps=np.full(BINS, width))
+    lines = (
+        SampledLine(0, "optimizer", "/x/train.py", 23, "Lion.step", None, 180),
+        SampledLine(0, "forward", "/x/train.py", 40, "Net.forward", None, 120),
+    )
+
+    (finding,) = slowdown(shorter, JobFacts(lines=lines))
+
+    assert (finding.evidence["shape"], finding.evidence["since_step"]) == ("growth", 0)
+    assert ("torch.set_flush_denormal(True)" in finding.next) is told
+    assert "train.py:23 Lion.step" in finding.next
+
+
 @pytest.mark.parametrize(
     ("elements", "explains", "severity"),
     [

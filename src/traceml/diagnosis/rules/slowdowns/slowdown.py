@@ -147,7 +147,7 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
     # From one step to the next, as longer episodes; what a script keeps makes one pass longer, or code outside of it.
     may_be_work = change.shape == "growth" and PASSES.issubset(where.parts)
     meanwhile = "".join(f" {'And' if at else 'Meanwhile'} {each.text}." for at, each in enumerate(beside[:2]))
-    since = evidence.get("since_step", int(steps.bins.first_step[-1]))
+    since = int(steps.bins.first_step[-1]) if change.shape == "growth" else evidence["since_step"]
     is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or not is_other)
     return Finding.of(
         Kind.SLOWDOWN,
@@ -259,9 +259,8 @@ def _for_shape(shape: str, since: int, part: str | None, where: SlowParts, facts
     """Return the advice on what makes a part slower in this way; None if nothing is known of it."""
     denormals = flush_denormals(facts)
     if part == "optimizer" and shape in ("growth", "stays") and since >= _DENORMAL_STEPS and denormals:
-        return (
-            f"{denormals} If that changes nothing, look at what else changes in {phases_text(where.parts, None)} then."
-        )
+        place = where.line.place if where.line else None
+        return f"{denormals} If that changes nothing, look at what else changes in {phases_text([part], place)} then."
 
     if part == "input_wait" and shape == "first":
         return for_first_batches("the data set" if where.line is None else where.line.place, facts)
