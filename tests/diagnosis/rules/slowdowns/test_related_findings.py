@@ -51,6 +51,8 @@ def test_waits_of_the_first_epoch_alone_are_not_those_of_a_run_without_a_cache()
     assert found.kind is Kind.INPUT_BOUND
     assert " % of it is before step 6" in found.summary
     assert found.next.startswith("If Photos fills a cache then")
+    assert "workers_advised" not in found.evidence  # nor the gain of them in all steps
+    assert found.speedup_if_fixed == pytest.approx(1 / (1 - 0.85 * found.cost_share), abs=0.002)
 
 
 def test_what_every_nth_step_costs_is_not_what_the_others_do() -> None:

@@ -18,6 +18,7 @@ from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES
 from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
 from traceml.diagnosis.steps.change_points import level_change
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
+from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, ns_text, percent_text
 
@@ -112,6 +113,10 @@ def with_part_of_run(
         "recovers": f"from step {since} to step {until}",
     }
     is_first = change.shape == "first" and part == "input_wait"
+    if is_first:  # the number of workers, and their gain, are those of the advice that is replaced
+        known = {name: value for name, value in cost.evidence.items() if name != "workers_advised"}
+        cost = replace(cost, evidence=known, speedup_if_fixed=speedup_of_share(held * cost.cost_share))
+
     return replace(
         cost,
         summary=f"{cost.summary} {percent_text(held)} of it is {when[change.shape]}.",
