@@ -316,7 +316,8 @@ def slowdown(finding: FindingFacts) -> str:
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     shape = evidence.get("shape")
     if shape == "growth":
-        return f"Steps become slower: at the end they take {factor} as long"
+        end = f"by step {until}" if "until_step" in evidence else "at the end"
+        return f"Steps become slower: {end} they take {factor} as long"
 
     when = f"until step {until}" if shape == "first" else f"since step {since}"
     return f"Steps take {factor} as long {when}" + (f", until step {until}" if shape == "recovers" else "")

@@ -64,7 +64,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, by_pace, own_work_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed, without_more_passes
-from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.diagnosis.steps.step_history import NO_END, StepHistory
 from traceml.formatting import count_text, ns_text, ranks_text
 
 __all__ = ["diagnose", "is_newest_part"]
@@ -533,11 +533,12 @@ def _has_several(window: AlignedSteps, facts: JobFacts) -> bool:
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:
     training = window.select(columns)
     work, _ = _without_explained(training, own_work_of(training, facts), facts)
-    after = window.steps[window.steps > training.steps[-1]]
+    first, last = (int(training.steps[at]) for at in (0, -1))
+    after = window.steps[window.steps > last]
     return replace(
         StepHistory.of(training, work),
-        start=int(training.steps[0]),
-        end=int(after[0] if len(after) else training.steps[-1] + 1),
+        start=first if first > window.steps[0] else 1,
+        end=int(after[0]) if len(after) else NO_END,
         of_run=float(training.total.sum() / window.total.sum()),
     )
 
@@ -548,7 +549,9 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps, facts: 
     The thread or process that fills a queue begins before the first step; what it cannot keep up with is reported.
     """
     is_queue = waiting.kind is Kind.INPUT_BOUND and waiting.phase == "input_wait" and slower.phase == "other"
-    stays = slower.evidence.get("shape") == "stays" and "function" not in slower.evidence
+    shape, until = (slower.evidence.get(name) for name in ("shape", "until_step"))
+    lasts = shape == "stays" or (shape == "recovers" and until in facts.other_models)  # to the end of its training
+    stays = lasts and "function" not in slower.evidence
     since, last = slower.evidence.get("since_step", 0), int(window.steps[-1])
     early = 2 * (since - facts.first_step) <= last - facts.first_step
     return is_queue and stays and early

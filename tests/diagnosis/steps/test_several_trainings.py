@@ -95,6 +95,52 @@ def test_a_slowdown_within_a_training_is_found():
     assert Kind.SLOWDOWN in kinds(ALONE, slower)
 
 
+@pytest.mark.parametrize(
+    ("slow", "says", "when"),
+    [
+        ((0, 80), "Until step 80 a step takes ", "until step 80"),
+        ((120, 200), "From step 120 to step 200 a step takes ", "since step 120, until step 200"),
+        ((200, 280), "From step 200 to step 280 a step takes ", "since step 200, until step 280"),
+        ((320, 400), "From step 320 to step 400 a step takes ", "since step 320, until step 400"),
+        ((400, 480), "From step 400 to step 480 a step takes ", "since step 400, until step 480"),
+        ((520, 600), "Since step 520 a step takes ", "since step 520"),
+    ],
+)
+def test_a_slowdown_within_a_training_is_told_by_the_steps_of_the_run(slow, says, when):
+    """What is at the first or last steps of a training is not at those of the run, and has ended with its training."""
+
+    def slower(own, _) -> None:
+        own["forward"][:, slice(*slow)] *= 8
+
+    facts, window = JobFacts(other_models=STARTS), window_of(ALONE, slower)
+    found = next(each for each in diagnose(window, facts) if each.kind is Kind.SLOWDOWN)
+    live = {each.kind for each in diagnose(window, facts, window)}
+
+    assert found.summary.startswith(says)
+    assert found.headline.endswith(f" as long {when}")
+    assert (Kind.SLOWDOWN in live) is ("until" not in when)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "says"),
+    [(0, 200, "Steps grow by 1.5"), (200, 400, "Since step 200 steps grow by 1.5"), (400, 600, "Since step 400 steps")],
+)
+def test_growth_within_a_training_ends_with_it(first, last, says):
+    """A graph of all steps so far that each training begins anew."""
+
+    def grows(own, _) -> None:
+        own["backward"][:, first:last] += np.linspace(0, 300, 200)
+
+    facts, window = JobFacts(other_models=STARTS), window_of(ALONE, grows)
+    found = next(each for each in diagnose(window, facts) if each.kind is Kind.SLOWDOWN)
+    has_ended = last < 600
+
+    assert found.summary.startswith(says)
+    assert (f" ms each until step {last}, from " in found.summary) is has_ended
+    assert (f" by step {last} they take " in found.headline) is has_ended
+    assert (Kind.SLOWDOWN in {each.kind for each in diagnose(window, facts, window)}) is not has_ended
+
+
 def test_parts_keep_their_sums():
     """So the shares of the step are true."""
     window = window_of(ALONE, sweep(2, 2))

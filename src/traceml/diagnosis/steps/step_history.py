@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 
-__all__ = ["StepHistory"]
+__all__ = ["NO_END", "StepHistory"]
 
 MIN_STEPS_PER_BIN = 4
 """A bin has at least this many steps, as single ones are noise."""
+NO_END = 1 << 62
+"""End of what lasts: no step comes after it."""
 _MAX_BINS = 64
-_END = 1 << 62
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +46,7 @@ class StepHistory(msgspec.Struct, frozen=True):
     single_ns: Floats = np.empty(0)
     single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = {}
     start: int = 1  # first step of what is compared: a training, where a run has several
-    end: int = _END  # the first one after it
+    end: int = NO_END  # the first one after it
     of_run: float = 1.0  # its share of the step time of the run
 
     @classmethod
@@ -104,7 +105,7 @@ class StepHistory(msgspec.Struct, frozen=True):
             at: the bin; its first step, where no single step can be named.
         """
         first = self.first_step
-        is_near = (self.single_steps >= first[max(at - 1, 0)]) & (self.single_steps < [*first[at + 1 :], _END][0])
+        is_near = (self.single_steps >= first[max(at - 1, 0)]) & (self.single_steps < [*first[at + 1 :], NO_END][0])
         steps, times_ns = self.single_steps[is_near], self.single_ns[is_near]
         misfit = np.cumsum(np.abs(times_ns - before_ns) - np.abs(times_ns - after_ns))
         split = int(misfit.argmin()) + 1 if len(misfit) else 0

@@ -743,15 +743,17 @@ QUEUE = (
 )
 
 
-@pytest.mark.parametrize(("since", "lines", "told"), [(60, QUEUE, False), (230, QUEUE, True), (60, METRICS, True)])
-def test_a_queue_that_was_full_at_first_is_no_slowdown(since, lines, told):
+@pytest.mark.parametrize("training_ends", [300, 200])
+@pytest.mark.parametrize(("since", "lines", "told"), [(60, QUEUE, False), (160, QUEUE, True), (60, METRICS, True)])
+def test_a_queue_that_was_full_at_first_is_no_slowdown(since, lines, told, training_ends):
     """Its thread does not keep up, and that is told; later, or in other code, steps do become slower."""
 
     def later(own, _random):
-        own["other"] = own["other"] + np.where(np.arange(own["other"].shape[1]) >= since, 15.0, 0.0)
+        own["other"][:, since:training_ends] += 15.0
 
     own = {"forward": 6.0, "backward": 10.0, "optimizer": 2.0, "other": 1.0}  # without a loader
-    findings = diagnose(window_of(Job(ranks=1, steps=300, grouped=False, own=own), later), JobFacts(lines=lines))
+    facts = JobFacts(lines=lines, other_models=(training_ends,))
+    findings = diagnose(window_of(Job(ranks=1, steps=300, grouped=False, own=own), later), facts)
 
     kinds = [finding.kind for finding in findings]
     assert (Kind.SLOWDOWN in kinds) is told

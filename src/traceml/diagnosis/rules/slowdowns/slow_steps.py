@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.findings import known_facts
 from traceml.diagnosis.steps.change_points import LevelChange, level_change
 from traceml.diagnosis.steps.own_work import have_half
-from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.diagnosis.steps.step_history import NO_END, StepHistory
 
 __all__ = ["DOMINANT_SHARE", "SlowSteps"]
 
@@ -73,6 +73,11 @@ class SlowSteps(NamedTuple):
         usual = (self.bins.start, starts[change.first]) if change.first else (starts[change.last], self.bins.end)
         return usual, self.slow_range
 
+    @property
+    def begins_later(self) -> bool:
+        """Whether other steps of the run precede the slow ones: usual ones, or those of another training."""
+        return bool(self.change.first) or self.bins.start > 1
+
     def levels(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the usual time of each phase in ns, in usual steps and in slow ones."""
         return self._medians(self.usual), self._medians(self.slow)
@@ -133,17 +138,21 @@ class SlowSteps(NamedTuple):
         return self if own is None or own.shape != self.change.shape else SlowSteps(alone, own)
 
     def evidence(self) -> dict[str, Any]:
-        """Return the shape and the steps, as a finding has them."""
+        """Return the shape and the steps in the whole run, as a finding has them."""
         bins, change = self.bins, self.change
         usual_ns, slow_ns = change.before_ns, change.after_ns
         since = int(bins.first_step[change.first])
         if change.first and change.shape != "growth":
             since = bins.edge(change.first, usual_ns, slow_ns)
 
-        end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
+        end = bins.end if bins.end < NO_END else None
+        if change.last < len(bins.steps):
+            end = bins.edge(change.last, slow_ns, usual_ns)
+
+        slow_part = "first" if not self.begins_later else "stays" if end is None else "recovers"
         per_step = (slow_ns - usual_ns) / max(int(bins.first_step[-1] - bins.first_step[change.first]), 1)
         return {
-            "shape": change.shape,
+            "shape": "growth" if change.shape == "growth" else slow_part,
             "since_step": since,
             **known_facts(until_step=end),
             **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),

@@ -154,7 +154,7 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
         severity=Severity.INFO if is_meant else None,
         ranks=ranks,
         phase=part,
-        summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + meanwhile,
+        summary=_summary(steps, evidence, None if is_meant else share, whose + where.text) + meanwhile,
         next=beside[0].advice if is_beside else _advice(change.shape, since, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
@@ -209,20 +209,23 @@ def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool
     return is_cause and change.factor * (1 - waited) < STILL_SLOWER
 
 
-def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | None, where: str) -> str:
+def _summary(steps: SlowSteps, evidence: Mapping[str, Any], share: float | None, where: str) -> str:
+    change = steps.change
     usual, slow = ns_text(change.before_ns), ns_text(change.after_ns)
     cost = "." if share is None else f"; that costs {percent_text(share)} of step time."
-    if change.shape == "growth":
-        per_step = ns_text(1e6 * evidence["growth_ms_per_step"])
-        since = f"Since step {count_text(evidence['since_step'])} steps" if change.first else "Steps"
-        return f"{since} grow by {per_step} each, from {usual} to {slow}{where}{cost}"
-
-    longer = f"a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
-    if change.shape == "stays":
-        return f"Since step {since} {longer}"
+    if change.shape == "growth":
+        begins = f"Since step {since} steps" if steps.begins_later else "Steps"
+        each = f"{ns_text(1e6 * evidence['growth_ms_per_step'])} each"
+        ends = f" until step {until}" if "until_step" in evidence else ""
+        return f"{begins} grow by {each}{ends}, from {usual} to {slow}{where}{cost}"
 
-    return f"Until step {until} {longer}" if change.shape == "first" else f"From step {since} to step {until} {longer}"
+    when = {
+        "stays": f"Since step {since}",
+        "first": f"Until step {until}",
+        "recovers": f"From step {since} to step {until}",
+    }[evidence["shape"]]
+    return f"{when} a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
 
 
 def _advice(shape: str, since: int, where: SlowParts, ranks: tuple[int, ...], facts: JobFacts) -> str:
