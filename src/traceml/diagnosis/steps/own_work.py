@@ -49,6 +49,7 @@ _EDGE = 1  # steps at each end of a window, which may have what precedes and fol
 _MANY_RANKS = 40
 _LITTLE_INPUT = 0.01  # of the step
 _MIN_SURPLUS_NS = 0.5e6
+_FAR_LONGER = 2.0  # collectives of measured steps that take so much longer than usual are those of some steps
 
 Rows = NDArray[np.intp]
 """Indices of ranks in the window."""
@@ -337,8 +338,9 @@ def _usual_wait(window: AlignedSteps) -> Floats:
     Steps are measured at multiples of a power of two, as are those at whose end a script may average weights.
     """
     comm, measured = window.times["comm"], window.measured
-    more = np.median(comm[:, measured], axis=1) - np.median(comm, axis=1)
-    return np.asarray(window.wait[:, measured] - np.maximum(more, 0)[:, None])
+    there, usual = np.median(comm[:, measured], axis=1), np.median(comm, axis=1)
+    more = np.where(there >= _FAR_LONGER * usual, there - usual, 0.0)
+    return np.asarray(window.wait[:, measured] - more[:, None])
 
 
 def _least(wait: Floats, work: OwnWork) -> Floats:
