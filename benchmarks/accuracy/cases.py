@@ -107,8 +107,8 @@ _LOUD = frozenset({"JITTER", "RESIDUAL_HEAVY", "INPUT_BOUND"})
 
 _CLASSIFIER = (
     _case("classifier", "classifier", steps=180),
-    _case("classifier, workers that start in each epoch", "classifier --workers 2", "INPUT_BOUND", phase="input_wait",
-          steps=180),
+    _case("classifier, workers that start in each epoch", "classifier --workers 2 --batches 30", "INPUT_BOUND",
+          phase="input_wait", steps=90),
     _case("classifier beside a program", "classifier", steps=180, beside=True),
     _case("metrics in Python", "classifier --fault metrics --epochs 2", "RESIDUAL_HEAVY", phase="other",
           function="update_metrics", steps=120),
@@ -181,6 +181,7 @@ _DEATHS = (
     _death("allocation", cause="out_of_memory", function="allocate"),
     _death("segfault", function="crash"),
     _death("raise", function="fail"),
+    _death("raise_again", function="fail"),
     _death("worker", function="decode"),
     _death("exit"),
     _death("os_exit", function="stop"),
@@ -258,6 +259,17 @@ _HABITS = (
         "prepares_a_table", "RESIDUAL_HEAVY", "INPUT_BOUND", function="prepares_a_table.<locals>.features", steps=150
     ),
     _habit("saves_each_10th_step", "CHECKPOINT_STALLS", phase="checkpoint", steps=200, never=_LOUD),
+    _habit(
+        "rewrites_its_log", "RESIDUAL_HEAVY", phase="other", function="rewrites_its_log.<locals>.rewrite", steps=600
+    ),
+    _habit(
+        "registers_a_hook_in_each_step",
+        "SLOWDOWN",
+        phase="forward",
+        function="registers_a_hook_in_each_step.<locals>.watch",
+        steps=1500,
+    ),
+    _habit("makes_a_mask_in_each_forward", steps=200, unsaid=("Nothing needs fixing",)),
     _habit("evaluates_a_loader_each_50_steps", *QUIET, "EVAL_HEAVY", steps=200, never=_LOUD),
     _habit("validates_with_gradients", *QUIET, "EVAL_HEAVY", steps=300, never=_LOUD),
     _habit("calls_for_each_sample", *QUIET, "RESIDUAL_HEAVY", steps=200, unsaid=("torch.compile",)),
@@ -389,6 +401,8 @@ _SHARDED = (
     _case("FSDP2 x2", "sharded fsdp", *QUIET, "COMM_BOUND", ranks=2, steps=120, never=_STRAGGLERS),
     _case("tensor parallel x2", "sharded tensor_parallel", *QUIET, "COMM_BOUND", ranks=2,
           steps=200, never=_STRAGGLERS | {"RESIDUAL_HEAVY"}),
+    _case("two stages x2", "sharded two_stages", "COMPUTE_STRAGGLER", ranks=2, blamed=(1,), steps=300,
+          never={"DATA_IMBALANCE"}, unsaid=("as much data per step",)),
     _case("local SGD x2", "sharded local_sgd", "COMM_BOUND", ranks=2, phase="comm", function="average", steps=400),
     _case("spawned by the script", "sharded spawned", *QUIET, "COMM_BOUND", steps=150, never=_STRAGGLERS),
 )  # fmt: skip

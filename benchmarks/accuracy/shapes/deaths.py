@@ -84,7 +84,7 @@ def stop(how: str) -> None:
         sys.exit(3)
     elif how == "os_exit":
         os._exit(4)
-    elif how == "raise":
+    elif how in ("raise", "raise_again"):
         fail()
 
 
@@ -103,16 +103,29 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     bad = 16 * options.at if dies and options.how == "worker" else None
     loader = DataLoader(Rows(bad), batch_size=16, num_workers=1 if options.how == "worker" else 0)
+    try:
+        train(model, optimizer, loader, options.how, options.at if dies else None)
+    except Exception as error:
+        if options.how == "raise_again":
+            raise RuntimeError("the training has failed") from error
+
+        raise
+
+    dist.destroy_process_group()
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, how: str, dies_at: int | None
+) -> None:
+    """Train, and die in a step."""
     for step, (rows, labels) in enumerate(loader):
         loss = nn.functional.cross_entropy(model(rows), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         time.sleep(0.01)
-        if dies and step >= options.at:
-            stop(options.how)
-
-    dist.destroy_process_group()
+        if dies_at is not None and step >= dies_at:
+            stop(how)
 
 
 if __name__ == "__main__":

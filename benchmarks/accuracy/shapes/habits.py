@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import multiprocessing
 import queue
 import sys
@@ -338,6 +339,52 @@ def saves_each_10th_step():
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name)
 
     fit(model, optimizer, DataLoader(rows(), 16), save)
+
+
+def rewrites_its_log():
+    """Reads all rows in each 10th step, and writes them with the new ones."""
+    model, log = net(64, 1024, depth=2), io.StringIO("[]")
+
+    def rewrite(step, loss):
+        if step % 10 == 9:
+            kept = json.loads(log.getvalue())
+            kept += [{"step": step, "loss": loss.item()}] * 500
+            log.seek(0)
+            json.dump(kept, log)
+
+    fit(model, torch.optim.SGD(model.parameters(), 0.01), DataLoader(rows(9600), 16), rewrite)
+
+
+def registers_a_hook_in_each_step():
+    """Each hook stays, and is called in all later steps."""
+    model, seen = net(), {}
+
+    def watch(module, inputs, output):
+        seen["std"] = output.detach().std()
+
+    def register(step, loss):
+        model[0].register_forward_hook(watch)
+
+    fit(model, torch.optim.SGD(model.parameters(), 0.01), DataLoader(rows(24000), 16), register)
+
+
+class Masked(nn.Module):
+    """Makes the same mask in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net(64, 256)
+
+    def mask(self):
+        return torch.ones(1200, 1200, dtype=torch.float64).tril().float()
+
+    def forward(self, x):
+        return self.net(x) * self.mask()[-1, :10]
+
+
+def makes_a_mask_in_each_forward():
+    model = Masked()
+    fit(model, torch.optim.SGD(model.parameters(), 0.01), DataLoader(rows(), 16))
 
 
 def evaluates_a_loader_each_50_steps():

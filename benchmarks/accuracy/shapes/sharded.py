@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism, local SGD, and processes that a script spawns by itself."""
+"""FSDP2, tensor parallelism, two stages, local SGD, and processes that a script spawns by itself."""
 
 import os
 import sys
@@ -63,6 +63,32 @@ def local_sgd():
     dist.destroy_process_group()
 
 
+def two_stages():
+    """A pipeline by send and recv, whose second stage computes far more than the first."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    if rank == 0:
+        stage = nn.Sequential(nn.Linear(256, 512), nn.ReLU())
+    else:
+        stage = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.ReLU()) for _ in range(4)))
+    optimizer = torch.optim.SGD(stage.parameters(), 0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        if rank == 0:
+            hidden = stage(torch.randn(64, 256))
+            gradient = torch.empty_like(hidden)
+            dist.send(hidden.detach(), 1)
+            dist.recv(gradient, 1)
+            hidden.backward(gradient)
+        else:
+            hidden = torch.empty(64, 512)
+            dist.recv(hidden, 0)
+            stage(hidden.requires_grad_()).square().mean().backward()
+            dist.send(hidden.grad, 0)
+        optimizer.step()
+    dist.destroy_process_group()
+
+
 def work(rank, world):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29781")
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -81,4 +107,4 @@ def spawned():
 
 
 if __name__ == "__main__":
-    {"fsdp": fsdp, "tensor_parallel": tensor_parallel, "local_sgd": local_sgd, "spawned": spawned}[sys.argv[1]]()
+    globals()[sys.argv[1]]()
