@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator
 from itertools import count
 
+import numpy as np
 import pytest
 
 from tests.eventually import eventually
 from traceml.database.schema import LOADER_WORKERS
 from traceml.inspection.kernel_state import process_info
 from traceml.samplers import worker_sampler
-from traceml.samplers.worker_sampler import EAGER_READS, LoaderWorkersSampler
+from traceml.samplers.worker_sampler import EAGER, EARLY_PARTS, MEMORY_SHARE, LoaderWorkersSampler
 
 pytestmark = pytest.mark.process
 SECOND = 10**9
@@ -65,7 +66,7 @@ def test_the_budget_bounds_how_often_workers_are_read(worker):
 
 
 def test_memory_is_read_often_at_first(worker, monkeypatch):
-    """A run of a minute has enough readings to judge; later, each of 100 ms allows none for 50 s."""
+    """A run of any length has enough readings to judge; later, each of 100 ms allows none for 50 s."""
     clock_ns = 0
     read = worker_sampler._memory
 
@@ -77,10 +78,14 @@ def test_memory_is_read_often_at_first(worker, monkeypatch):
     monkeypatch.setattr(worker_sampler, "_memory", slow)
     monkeypatch.setattr(worker_sampler.time, "thread_time_ns", lambda: clock_ns)
     sampler = LoaderWorkersSampler(lambda: [(0, (worker.pid,))])
-    rows = [row for each in range(EAGER_READS + 11) for row in sampled(sampler, each * 10 * SECOND)]
+    rows = [row for second in range(700) for row in sampled(sampler, second * SECOND)]
 
-    read_in = [at for at, row in enumerate(rows) if row["private_bytes"] >= 0]
-    assert read_in == [*range(1, EAGER_READS + 2), EAGER_READS + 6]
+    usual_s = 0.1 / MEMORY_SHARE
+    read_at = np.array([row["t_ns"] for row in rows if row["private_bytes"] >= 0]) / SECOND - 1
+    assert np.diff(read_at).min() >= usual_s / EAGER
+    assert np.diff(read_at[read_at > EARLY_PARTS * usual_s]) == pytest.approx(usual_s, abs=2)
+    for run_s in (60, 120, 240):
+        assert np.count_nonzero((read_at >= run_s / 4) & (read_at < run_s)) >= 8
 
 
 def test_fast_growth_is_seen_between_readings(worker, monkeypatch):

@@ -11,7 +11,7 @@ from traceml.database.schema import LOADER_WORKERS, Table
 from traceml.inspection.kernel_state import core_wait_ns, process_info, read_text
 from traceml.samplers.base import Sampler, SampleRow
 
-__all__ = ["EAGER_READS", "Groups", "LoaderWorkersSampler"]
+__all__ = ["EAGER", "EARLY_PARTS", "MEMORY_SHARE", "Groups", "LoaderWorkersSampler"]
 
 Groups = Callable[[], Iterable[tuple[int, tuple[int, ...]]]]
 
@@ -19,8 +19,11 @@ STATE_SHARE = 0.001
 """Share of a core that reading the state of the workers may take."""
 MEMORY_SHARE = 0.002
 """Share of a core that reading their private memory may take: the kernel walks all pages of a process, some 10 ms."""
-EAGER_READS, _EAGER = 12, 10
-"""So many first readings of memory may take ten times that share: a run of a minute has enough of them to judge."""
+EAGER, EARLY_PARTS = 10, 6
+"""The first readings of memory may take so many times that share, if they are a sixth of the time so far apart.
+
+Then a run of any length has eight of them in its last three quarters, which suffice to judge.
+"""
 FAST_BYTES = 16 << 20
 """New memory of workers since their last readings that is worth a value of its own."""
 _UNKNOWN = -1
@@ -46,9 +49,15 @@ class _Budget:
         """Return whether it may run now."""
         return t_ns >= self._due_ns
 
-    def spent(self, t_ns: int, cost_ns: int) -> None:
-        """Record a run and its CPU time."""
-        self._due_ns = t_ns + int(cost_ns / self._share)
+    def spent(self, t_ns: int, cost_ns: int, sooner_ns: float | None = None) -> None:
+        """Record a run and its CPU time.
+
+        Args:
+            sooner_ns: time after which it may run again, if that is up to `EAGER` times sooner.
+        """
+        apart_ns = cost_ns / self._share
+        apart_ns = apart_ns if sooner_ns is None else min(apart_ns, max(sooner_ns, apart_ns / EAGER))
+        self._due_ns = t_ns + int(apart_ns)
 
 
 class LoaderWorkersSampler(Sampler):
@@ -70,7 +79,8 @@ class LoaderWorkersSampler(Sampler):
         self._parent = os.getpid()
         self._known: dict[int, _WorkerMemory] = {}
         self._parents: dict[int, int] = {}  # of each worker
-        self._turn = self._reads = 0
+        self._turn = 0
+        self._first_ns: int | None = None
         self._read: int | None = None  # worker whose memory was read since the last rows
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
@@ -145,9 +155,8 @@ class LoaderWorkersSampler(Sampler):
         if found is not None:
             self._known[pid], self._read = found, pid
 
-        self._reads += 1
-        cost_ns = time.thread_time_ns() - began
-        self._memory.spent(t_ns, cost_ns // _EAGER if self._reads <= EAGER_READS else cost_ns)
+        self._first_ns = t_ns if self._first_ns is None else self._first_ns
+        self._memory.spent(t_ns, time.thread_time_ns() - began, (t_ns - self._first_ns) / EARLY_PARTS)
 
 
 def _cores(pids: Iterable[int]) -> set[int]:
