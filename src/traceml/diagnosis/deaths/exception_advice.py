@@ -102,7 +102,10 @@ def for_exception(ended: RankExit, facts: JobFacts) -> str | None:
         )
 
     if path := _RELATIVE.search(ended.exception or ""):
-        return f"{path[1]} is a relative path: it begins in the folder in which the run was started."
+        return (
+            f"{path[1]} is a relative path: it begins in the folder in which the run was started, unless the script "
+            "changes that."
+        )
 
     texts = {**(_OF_SAMPLES if ended.open_phase == "input_wait" else {}), **_BY_TEXT}
     return next((text for words, text in texts.items() if ended.exception_mentions(*words)), None)
