@@ -19,10 +19,10 @@ STATE_SHARE = 0.001
 """Share of a core that reading the state of the workers may take."""
 MEMORY_SHARE = 0.002
 """Share of a core that reading their private memory may take: the kernel walks all pages of a process, some 10 ms."""
-EAGER, EARLY_PARTS = 10, 6
-"""The first readings of memory may take so many times that share, if they are a sixth of the time so far apart.
+EAGER, EARLY_PARTS = 10, 8
+"""The first readings of memory may take so many times that share, if they are an eighth of the time so far apart.
 
-Then a run of any length has eight of them in its last three quarters, which suffice to judge.
+Then a run of any length has nine of them or more in its last three quarters, which suffice to judge.
 """
 FAST_BYTES = 16 << 20
 """New memory of workers since their last readings that is worth a value of its own."""
