@@ -72,8 +72,15 @@ class WithLoss(nn.Module):
         return out * 2
 
 
-def test_a_model_inside_a_wrapper_is_told_until_either_is_in_training(traced: Traced) -> None:
-    """The wrapper's own mode says nothing: the evaluation was of what is inside."""
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_model_inside_a_wrapper_is_told_until_either_is_in_training(traced: Traced, *, compiles: bool) -> None:
+    """The wrapper's own mode says nothing: the evaluation was of what is inside.
+
+    In a process that has compiled something, the last step of a loop has no row yet.
+    """
+    if compiles:
+        torch.compile(lambda x: x.sin(), backend="eager")(torch.ones(3))
+
     net = model()
     whole = WithLoss(net)
     optimizer = sgd(whole)

@@ -49,7 +49,7 @@ class EvaluationMode:
         if parameter is not None and len(self._watched) < _MOST:
             self._watched.append(
                 _WatchedModel(
-                    weakref.ref(model), weakref.ref(parameter), self._clock.step, parameter._version, self._clock.rows
+                    weakref.ref(model), weakref.ref(parameter), self._clock.step, parameter._version, self._trained()
                 )
             )
 
@@ -82,8 +82,8 @@ class EvaluationMode:
         if self._first is None:
             self._first = watched.since
 
-        rows = self._clock.rows
-        self._steps += rows - watched.rows
+        trained = self._trained()
+        self._steps += trained - watched.trained
         self._report(
             InfoKind.EVALUATION_MODE,
             model=type(model).__name__,
@@ -91,7 +91,12 @@ class EvaluationMode:
             step=self._first,
             steps=self._steps,
         )
-        return watched._replace(version=watched.version + updates, rows=rows, least_updates=1)
+        return watched._replace(version=watched.version + updates, trained=trained, least_updates=1)
+
+    def _trained(self) -> int:
+        """Return the steps that this process has trained: the newest may have no row yet."""
+        clock = self._clock
+        return clock.rows + bool(clock.step_call or clock.ended.may_be_step)
 
 
 class _WatchedModel(NamedTuple):
@@ -101,7 +106,7 @@ class _WatchedModel(NamedTuple):
     parameter: Callable[[], Any]  # one that may be trained
     since: int  # step
     version: int  # of the parameter when its steps were last counted
-    rows: int  # of the steps then: a training that is resumed counts its steps on
+    trained: int  # steps of this process then: a training that is resumed counts its steps on
     least_updates: int = _LEAST_UPDATES  # with fewer, it is not told
 
     def updates(self) -> int:
