@@ -143,6 +143,11 @@ class BlamedLine(msgspec.Struct, frozen=True):
         return SampledShare(self.share, self.samples).is_rough
 
     @property
+    def is_module(self) -> bool:
+        """Whether the function is the forward of a module, and no other one that a module or a hook calls."""
+        return self.function.endswith(".forward")
+
+    @property
     def of_it(self) -> str:
         """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
         return f", {self.share_text} of it in {self.place}"

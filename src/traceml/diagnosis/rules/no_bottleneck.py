@@ -101,7 +101,9 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
 
     usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
     untrained = "" if work.grouped else _untrained(facts, shares, step, heavy)
-    cheaper = own.advice if own else untrained if _is_named(heavy) and untrained else f"{usual} {untrained}".rstrip()
+    is_named = heavy is not None and heavy.is_named
+    usual = untrained if untrained and is_named else f"{usual} {untrained}".rstrip()
+    cheaper = own.advice if own else usual
     summary, cheaper = short or (f"A step takes {ns_text(step)}: {_largest(shares)}.{where}", cheaper)
     return Finding.of(
         Kind.HEALTHY,
@@ -145,6 +147,11 @@ class _Code(NamedTuple):
     @property
     def text(self) -> str:
         return f"{self.line.share_text} of {self.part} is in {self.line.place}"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a function of its own in forward, and not a whole module."""
+        return self.part == "forward" and not self.line.is_module
 
 
 class _OwnCode(NamedTuple):
@@ -233,8 +240,7 @@ def _compute_bound(
     untrained = _untrained(facts, shares, step, heavy)
     faster = own.advice if own else f"{for_compute(heaviest, facts, device=work.device)} {untrained}".rstrip()
     if heavy and own is None and heavy.part == heaviest == "forward" and not work.device and not for_debugging(facts):
-        is_model = heavy.line.function.endswith(".forward")
-        watches = "" if is_model else "; if it only watches (a hook), run it every n-th step"
+        watches = "" if heavy.line.is_module else "; if it only watches (a hook), run it every n-th step"
         faster = f"If {heavy.line.place} loops in Python, use operations on whole tensors{watches}. {faster}"
     return Finding.of(
         Kind.COMPUTE_BOUND,
@@ -394,18 +400,13 @@ def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float, heavy:
         "cache its outputs for inputs that are repeated, or call it with more inputs at once, without gradients "
         "(torch.no_grad())."
     )
-    if heavy is None or not _is_named(heavy):
+    if heavy is None or not heavy.is_named:
         return f"{only}: where forward is not trained (a frozen part, a teacher, sampling), {repeated}"
 
     return (
         f"{only}, so {heavy.line.place} seems not to be trained: if it makes the same in each step (a mask, "
         f"positions), make it once (register_buffer). If it is a frozen part, a teacher or sampling, {repeated}"
     )
-
-
-def _is_named(heavy: _Code | None) -> bool:
-    """Return whether the heavy code is a function of its own in forward, and not a whole module."""
-    return heavy is not None and heavy.part == "forward" and not heavy.line.function.endswith("forward")
 
 
 def _is_fused(facts: JobFacts) -> bool | None:

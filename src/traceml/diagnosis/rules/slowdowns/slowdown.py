@@ -286,8 +286,8 @@ def _for_shape(shape: str, since: int, part: str | None, where: SlowParts, facts
         )
 
     if where.line is not None:
-        is_in_module = part == "forward" and not where.line.function.endswith("forward")
-        hooks = ", or hooks that are registered in each step and not removed" * is_in_module
+        may_be_hook = part == "forward" and not where.line.is_module
+        hooks = ", or hooks that are registered in each step and not removed" * may_be_hook
         return (
             f"Look at {where.line.place} for what it keeps, repeats or sends: a list, a history or a graph that "
             f"grows{hooks}."
