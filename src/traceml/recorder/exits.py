@@ -421,8 +421,11 @@ def _in_pool(error: BaseException) -> dict[str, Any]:
     So do multiprocessing, concurrent.futures and joblib raise it again.
     """
     cause = error.__cause__
-    place = _place_in(_text_of(cause)) if type(cause).__name__.endswith(_REMOTE) and cause is not None else {}
-    return place and {"message": _masked(f"{_text_of(error)} (in a process of a pool)"), **place}
+    if cause is None or not type(cause).__name__.endswith(_REMOTE):
+        return {}
+
+    place = _place_in(_text_of(cause))
+    return {"message": _masked(f"{_text_of(error)} (in a process of a pool)"), **place} if place else {}
 
 
 def _place_in(trace: str) -> _Place:

@@ -17,7 +17,7 @@ from traceml.diagnosis.advice import (
 )
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_wording import exit_words, signal_of_code, was_cut_off, whereabouts
-from traceml.diagnosis.deaths.exception_advice import for_exception
+from traceml.diagnosis.deaths.exception_advice import for_exception, mentioned
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends import STORE_TIME_LIMITS, RankExit
@@ -355,7 +355,7 @@ def _advice(ended: RankExit, facts: JobFacts) -> _Text:
     if _is_cut(ended):
         return _NO_ROOM
 
-    if text := _mentioned(ended, _BY_RESOURCE):
+    if text := mentioned(ended, _BY_RESOURCE):
         return text
 
     if ended.signal is not None:
@@ -373,7 +373,7 @@ def _advice(ended: RankExit, facts: JobFacts) -> _Text:
             "function, a lock or an open file in them cannot be pickled."
         )
 
-    if text := _mentioned(ended, _BY_WORDS):
+    if text := mentioned(ended, _BY_WORDS):
         return text
 
     if text := for_exception(ended, facts):
@@ -384,10 +384,6 @@ def _advice(ended: RankExit, facts: JobFacts) -> _Text:
         return f"{look}; {_traceback_text(ended)}."
 
     return _without_report(ended)
-
-
-def _mentioned(ended: RankExit, texts: Mapping[tuple[str, ...], _Text]) -> _Text | None:
-    return next((text for words, text in texts.items() if ended.exception_mentions(*words)), None)
 
 
 def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:

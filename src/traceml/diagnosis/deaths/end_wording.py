@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # it needs numpy, whose import takes as long as the rest of t
     from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 
 __all__ = [
-    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text",
-    "signal_of_code", "step_text", "was_cut_off", "whereabouts",
+    "end_summary", "end_text", "exit_words", "in_common", "place_evidence", "seen_text", "signal_of_code", "step_text",
+    "was_cut_off", "whereabouts",
 ]  # fmt: skip
 
 _MAX_SIGNAL = 64

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import count_text, plural
 
-__all__ = ["for_exception"]
+__all__ = ["for_exception", "mentioned"]
+
+_Text = TypeVar("_Text")
 
 _LABEL = re.compile(r"Target (-?\d+) is out of bounds")
 _PRODUCT = re.compile(r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
@@ -107,7 +110,12 @@ def for_exception(ended: RankExit, facts: JobFacts) -> str | None:
             "changes that."
         )
 
-    texts = {**(_OF_SAMPLES if ended.open_phase == "input_wait" else {}), **_BY_TEXT}
+    of_samples = mentioned(ended, _OF_SAMPLES) if ended.open_phase == "input_wait" else None
+    return of_samples or mentioned(ended, _BY_TEXT)
+
+
+def mentioned(ended: RankExit, texts: Mapping[tuple[str, ...], _Text]) -> _Text | None:
+    """Return the first text of whose words, in lower case, the exception of a rank has any; None without one."""
     return next((text for words, text in texts.items() if ended.exception_mentions(*words)), None)
 
 

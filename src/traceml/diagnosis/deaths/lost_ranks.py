@@ -7,14 +7,7 @@ from signal import SIGABRT
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
-from traceml.diagnosis.deaths.end_wording import (
-    end_text,
-    in_common,
-    place_evidence,
-    seen_text,
-    step_text,
-    was_cut_off,
-)  # fmt: skip
+from traceml.diagnosis.deaths.end_wording import end_text, in_common, place_evidence, seen_text, step_text, was_cut_off
 from traceml.diagnosis.deaths.ended_jobs import ended_by_scheduler, ended_from_outside, lost_steps, lost_steps_text
 from traceml.diagnosis.deaths.lost_loader_workers import death_words, for_worker, worker_causing_end, worker_evidence
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd, is_out_of_memory, memory_end, memory_end_of_worker
