@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.installed_code import run_installed
 from traceml.inspection.raised_again import raised_first
 
 
@@ -98,19 +98,16 @@ def test_the_first_of_those_that_are_raised_again_is_found(script: Callable[[], 
 @pytest.mark.parametrize(("is_own", "kind"), [(True, ValueError), (False, RuntimeError)])
 def test_a_library_hides_only_what_the_script_has_raised(tmp_path: Path, is_own: bool, kind: type[Exception]) -> None:
     """Its own errors it explains best: a refused connection has no host, the error made of it has."""
-    library = tmp_path / "site-packages" / "mapper.py"
-    library.parent.mkdir()
-    library.write_text(
+    names = run_installed(
+        tmp_path,
         "def apply(function):\n"
         "    try:\n"
         "        function() if function else int('data')\n"
         "    except ValueError as error:\n"
-        "        raise RuntimeError('mapping failed') from error\n"
+        "        raise RuntimeError('mapping failed') from error\n",
     )
-    space: dict[str, Any] = {}
-    exec(compile(library.read_text(), str(library), "exec"), space)
     with pytest.raises(RuntimeError) as raised:
-        space["apply"](fail if is_own else None)
+        names["apply"](fail if is_own else None)
 
     assert type(raised_first(raised.value)) is kind
 

@@ -14,6 +14,7 @@ from torch._utils import ExceptionWrapper
 
 from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
+from tests.installed_code import run_installed
 from tests.recorder.conftest import Run, exit_rows, stored_steps
 from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.facts.ends import RankExit
@@ -188,19 +189,16 @@ def test_the_complaint_of_torchs_writer_is_what_broke_the_file(before: BaseExcep
 
 def test_the_line_of_what_a_library_handles_is_the_one_that_called_it(tmp_path: Path) -> None:
     """Of a full disk torch's writer raises two errors: the traceback of the first begins in torch."""
-    library = tmp_path / "site-packages" / "writer.py"
-    library.parent.mkdir()
-    library.write_text(
+    names = run_installed(
+        tmp_path,
         "def write():\n"
         "    try:\n"
         "        open('/missing/model.pt')\n"
         "    finally:\n"
-        "        raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 800 vs 0')\n"
+        "        raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 800 vs 0')\n",
     )
-    space: dict[str, Any] = {}
-    exec(compile(library.read_text(), str(library), "exec"), space)
     with pytest.raises(RuntimeError) as raised:
-        space["write"]()
+        names["write"]()
 
     facts = describe(raised.value)
     assert facts["exception"] == "FileNotFoundError"
