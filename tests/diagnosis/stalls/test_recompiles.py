@@ -126,6 +126,21 @@ def test_many_functions_compiled_anew_once_are_silent():
     assert {each.kind for each in found(pauses, long_forwards(8))} == {Kind.COMPUTE_BOUND}
 
 
+def test_all_versions_that_one_step_needs_are_no_recompilations():
+    """An optimizer that is compiled for one parameter has a version for each shape; the limit of them is still told."""
+    pauses = compilations(Compiled.FIRST, *[Compiled.AGAIN] * 7, every=0)
+    assert not [each for each in found(pauses, time=RunTime.of(10.0, {"steps": 9.0})) if each.kind is Kind.RECOMPILES]
+
+    pauses = compilations(Compiled.FIRST, *[Compiled.AGAIN] * 7, Compiled.LIMIT, every=0)
+    assert "run in eager mode" in found(pauses)[0].summary
+
+    pauses = compilations(Compiled.FIRST, *[Compiled.AGAIN] * 7, every=0)
+    pauses._rows[0]["step"] = [1, 1, 1, 1, 1, 12, 13, 14]
+    verdict = found(pauses, time=RunTime.of(10.0, {"steps": 9.0}))[0]
+    assert "recompiled train.py:24 forward 3 times" in verdict.summary
+    assert pauses.set_up_compile_s(0) == pytest.approx(5 * 0.4)
+
+
 def test_only_first_compilations_of_the_first_steps_are_set_up():
     """Not those that a change of the inputs causes, nor those of later steps, nor those of an evaluation before."""
     pauses = compilations(Compiled.FIRST, Compiled.AGAIN, Compiled.FIRST, Compiled.FIRST, Compiled.BACKWARD)

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.formatting import parsed_place
 
-__all__ = ["PauseHistory", "Saves"]
+__all__ = ["PauseHistory", "Saves", "are_first_versions"]
 
 MAX_ROWS = 16_384
 """Rows kept of each rank, the newest."""
@@ -39,6 +39,12 @@ class Saves(msgspec.Struct, frozen=True):
     def evidence(self) -> dict[str, object]:
         """Return what is known, as a finding's evidence."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def are_first_versions(rows: Rows) -> NDArray[np.bool_]:
+    """Return which compilations a function's first step needs, as those for parameters of each shape."""
+    called = rows[["line_id", "step"]]
+    return np.isin(called, called[rows["detail"] == Compiled.FIRST])
 
 
 class PauseHistory:
@@ -85,7 +91,7 @@ class PauseHistory:
         """Return the seconds for which functions were compiled for the first time in the first steps of a rank."""
         rows = self.rows(rank, Pause.COMPILATION)
         in_set_up = (rows["step"] >= 0) & (rows["step"] < self._numbers.first + SET_UP_STEPS)
-        return float(rows["ns"][in_set_up & (rows["detail"] == Compiled.FIRST)].sum()) / 1e9
+        return float(rows["ns"][in_set_up & are_first_versions(rows)].sum()) / 1e9
 
     def early_compile_s(self, rank: int) -> float:
         """Return the seconds of compiling before the first step of a rank.

@@ -93,8 +93,8 @@ def wall_time(
     if not ranks and records and (known.untraced or all(stream.state == "finished" for stream in records)):
         spent_s = dict.fromkeys(spent_s, 0.0)  # what it did was not seen: it is not the start-up of a training
 
-    compiled_s = min(_mean([known.compile_s.get(each.rank, 0.0) for each in counted]), spent_s["steps"])
-    set_up_s = _mean([each.last.set_up_ns / _S for each in ranks])
+    set_up_s = _mean([each.last.set_up_ns / _S for each in ranks])  # of the first steps: in `begin`, not in `steps`
+    compiled_s = min(_mean([known.compile_s.get(each.rank, 0.0) for each in counted]), set_up_s + spent_s["steps"])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
     begin = "restart" if attempt > 0 else "startup"  # compiling in the first steps is no training
     spent_s |= {"steps": spent_s["steps"] - more_s, begin: spent_s[begin] + more_s}

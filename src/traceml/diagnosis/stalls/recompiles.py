@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Compiled, Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.pauses import Rows
+from traceml.diagnosis.facts.pauses import Rows, are_first_versions
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -38,7 +38,7 @@ _GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled versi
 def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about recompiled functions, and the parts of the step without these compilations.
 
-    It is about the compilations of a run beyond the first of each function, of the rank that spent most on them.
+    It is about the compilations of a run after the first step of each function, of the rank that spent most on them.
     """
     taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION)
     # A compilation explains a long step, even if it is too short for a finding.
@@ -64,7 +64,7 @@ def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float
 
 
 def _are_recompilations(rows: Rows) -> NDArray[np.bool_]:
-    return np.asarray(rows["detail"] != Compiled.FIRST)
+    return np.asarray(~are_first_versions(rows) | (rows["detail"] == Compiled.LIMIT))
 
 
 def _seconds(rows: Rows) -> float:
@@ -73,11 +73,11 @@ def _seconds(rows: Rows) -> float:
 
 def _often(rows: Rows) -> Rows:
     """Return the rows of functions that were recompiled often, without the first of each."""
+    rows = rows[_are_recompilations(rows)]
     again = rows[rows["detail"] == Compiled.AGAIN]["line_id"]
     functions, counts = np.unique(again, return_counts=True)
     limited = rows[rows["detail"] == Compiled.LIMIT]["line_id"]
-    often = np.isin(rows["line_id"], np.concatenate([functions[counts >= MIN_NUMBER], limited]))
-    return rows[often & _are_recompilations(rows)]
+    return rows[np.isin(rows["line_id"], np.concatenate([functions[counts >= MIN_NUMBER], limited]))]
 
 
 def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:
