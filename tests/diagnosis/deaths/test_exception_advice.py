@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from traceml.diagnosis.deaths.end_advice import for_exit
 from traceml.diagnosis.facts.ends import RankExit
@@ -46,6 +48,10 @@ def sizes_of_samples() -> None:
     default_collate([torch.ones(2), torch.ones(3)])
 
 
+def missing_sample() -> None:
+    default_collate([None, None])
+
+
 def pickled() -> None:
     import pickle
 
@@ -72,6 +78,105 @@ def debugger() -> None:
     import bdb
 
     raise bdb.BdbQuit
+
+
+def classes_of_two_dimensions() -> None:
+    nn.functional.cross_entropy(torch.zeros(4, 3), torch.zeros(4, 1).long())
+
+
+def classes_as_floats() -> None:
+    nn.functional.cross_entropy(torch.zeros(4, 3), torch.zeros(4))
+
+
+def classes_as_one_hot() -> None:
+    nn.functional.cross_entropy(torch.zeros(4, 3), torch.zeros(4, 3).long())
+
+
+def binary_shapes() -> None:
+    nn.functional.binary_cross_entropy_with_logits(torch.zeros(4, 1), torch.zeros(4))
+
+
+def binary_types() -> None:
+    nn.functional.binary_cross_entropy_with_logits(torch.zeros(4, requires_grad=True), torch.zeros(4).long())
+
+
+def no_probability() -> None:
+    nn.functional.binary_cross_entropy(torch.tensor([2.0]), torch.ones(1))
+
+
+def float_tokens() -> None:
+    nn.Embedding(3, 2)(torch.zeros(2))
+
+
+def channels_last() -> None:
+    nn.Conv2d(3, 4, 3)(torch.zeros(1, 8, 8, 3))
+
+
+def double_images() -> None:
+    nn.Conv2d(3, 4, 3)(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+
+
+def small_image() -> None:
+    nn.MaxPool2d(4)(torch.zeros(1, 3, 2, 2))
+
+
+def smaller_than_its_kernel() -> None:
+    nn.Conv2d(3, 4, 7)(torch.zeros(1, 3, 4, 4))
+
+
+def empty_data_set() -> None:
+    DataLoader([], 4, shuffle=True)  # type: ignore[var-annotated]
+
+
+def no_parameters() -> None:
+    torch.optim.SGD([], 0.1)
+
+
+def no_leaf() -> None:
+    torch.optim.SGD([torch.ones(2, requires_grad=True) * 2], 0.1)
+
+
+def loss_made_of_tensors() -> None:
+    nn.CrossEntropyLoss(torch.zeros(4, 3), torch.zeros(4))  # type: ignore[arg-type]
+
+
+def objects_in_a_checkpoint() -> None:
+    torch.load(saved(nn.Linear(2, 2)))
+
+
+def cut_checkpoint() -> None:
+    torch.load(io.BytesIO(saved(torch.zeros(1000)).getvalue()[:1000]))
+
+
+def other_optimizer() -> None:
+    one, two = (torch.optim.SGD([torch.ones(1)] * count, 0.1) for count in (1, 2))
+    one.load_state_dict(two.state_dict())
+
+
+def scaled_16_bits() -> None:
+    scaler, weight = torch.amp.GradScaler("cpu"), nn.Parameter(torch.ones(1).half())
+    scaler.scale((weight * 2).sum()).backward()
+    scaler.unscale_(torch.optim.SGD([weight], 0.1))
+
+
+def steps_beyond_the_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 2)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+
+
+def rows_of_objects() -> None:
+    torch.from_numpy(np.array(["a", None]))
+
+
+def saved(what: object) -> io.BytesIO:
+    """Return a file with what torch saves."""
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return file
 
 
 def features() -> None:
@@ -109,6 +214,27 @@ def end_of(script: Callable[[], None], **facts: object) -> RankExit:
         (to_numpy, ".detach().cpu().numpy()"),
         (debugger, "PYTHONBREAKPOINT=0"),
         (no_module, "Install it for the Python that runs the ranks"),
+        (classes_of_two_dimensions, "numbers of the classes as int64"),
+        (classes_as_floats, "numbers of the classes as int64"),
+        (classes_as_one_hot, "numbers of the classes as int64"),
+        (binary_shapes, "in the shape and type of the output"),
+        (binary_types, "in the shape and type of the output"),
+        (no_probability, "binary_cross_entropy_with_logits"),
+        (float_tokens, "Tokens and indices are integers"),
+        (channels_last, "permute(0, 3, 1, 2)"),
+        (double_images, "Convert one of the tensors"),
+        (small_image, "The image is too small"),
+        (smaller_than_its_kernel, "The image is too small"),
+        (empty_data_set, "The data set is empty"),
+        (no_parameters, "nn.ModuleList"),
+        (no_leaf, "nn.Parameter"),
+        (loss_made_of_tensors, "nn.CrossEntropyLoss()(output, target)"),
+        (objects_in_a_checkpoint, "weights_only=False"),
+        (cut_checkpoint, "The file is not complete"),
+        (other_optimizer, "an optimizer with other parameters"),
+        (scaled_16_bits, "GradScaler is for weights of 32 bits"),
+        (steps_beyond_the_schedule, "made for fewer steps"),
+        (rows_of_objects, "holds objects"),
         (features, "The left matrix has 512 columns, the right one 256 rows"),
         (relative_path, "data/train.bin is a relative path"),
         (lambda: Path("/missing/train.bin").read_text(), "Read a.py:3 train; the full traceback"),
@@ -118,7 +244,40 @@ def test_a_usual_mistake_has_its_advice(script: Callable[[], None], words: str) 
     assert words in for_exit(end_of(script), JobFacts())
 
 
-@pytest.mark.parametrize(("script", "words"), [(sizes_of_samples, "differ in size"), (pickled, "gets the data set by")])
+@pytest.mark.parametrize(
+    "text",
+    ["RuntimeError: operator torchvision::nms does not exist",
+     "ImportError: flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c104cuda9SetDeviceEi"],
+)  # fmt: skip
+def test_an_extension_of_another_torch_is_told(text: str) -> None:
+    """Such libraries are not installed with the tests."""
+    assert "versions that belong together" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["RuntimeError: Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
+     "RuntimeError: Input type (torch.FloatTensor) and weight type (torch.cuda.FloatTensor) should be the same or"],
+)  # fmt: skip
+def test_a_convolution_on_two_devices_is_told(text: str) -> None:
+    """Without a GPU the message cannot be had; that of other types is alike."""
+    assert "Move them to one device" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
+
+
+def test_a_host_without_a_network_is_told() -> None:
+    """The message is that of transformers."""
+    text = "OSError: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them"
+    assert "HF_HUB_OFFLINE=1" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (sizes_of_samples, "differ in size"),
+        (pickled, "gets the data set by"),
+        (missing_sample, "left out in a collate_fn"),
+    ],
+)
 def test_what_is_wrong_with_samples_is_told_of_the_loader_alone(script: Callable[[], None], words: str) -> None:
     assert words in for_exit(end_of(script, open_phase="input_wait"), JobFacts())
     assert words not in for_exit(end_of(script), JobFacts())

@@ -33,6 +33,10 @@ _OF_SAMPLES: Mapping[tuple[str, ...], str] = {
         "place of lambdas and local ones, and open files, locks and connections in the worker (worker_init_fn, or the "
         "first __getitem__)."
     ),
+    ("default_collate: batch must contain",): (
+        "The loader makes batches of tensors, arrays, numbers, texts, and lists and dicts of them: an image needs the "
+        "transform ToTensor() or ToImage(), a sample that is None must be left out in a collate_fn."
+    ),
     ("cannot re-initialize cuda in forked",): (
         "Return CPU tensors from the data set, and move the batch to the GPU in the loop; workers that need the GPU "
         "must be started with multiprocessing_context='spawn'."
@@ -62,13 +66,92 @@ _BY_TEXT: Mapping[tuple[str, ...], str] = {
         "The checkpoint is of another model; the message lists what differs. Names with `module.` are of "
         "DistributedDataParallel (save model.module.state_dict()), those with `_orig_mod.` of torch.compile."
     ),
-    ("expected scalar type", "have the same dtype", "found dtype"): (
-        "Convert one of the tensors: arrays of NumPy are float64 where weights are float32 (batch.float()), and what "
-        "comes out of autocast may be of 16 bits (loss in float())."
+    ("multi-target not supported", "expected target dtype to be long", "for target with class probabilities"): (
+        "cross_entropy takes the numbers of the classes as int64 without a dimension for them (y.squeeze(1).long()), "
+        "or probabilities as floats in the shape of the output."
     ),
-    ("tensors to be on the same device",): (
+    ("must be the same as input size", "be cast to the desired output type long"): (
+        "The binary cross entropy takes targets in the shape and type of the output: y.float(), and unsqueeze(1) where "
+        "the output has a dimension more."
+    ),
+    ("between 0 and 1",): (
+        "binary_cross_entropy takes probabilities: use binary_cross_entropy_with_logits and no sigmoid. nan is not "
+        "between 0 and 1 either."
+    ),
+    ("one of the following scalar types: long, int",): (
+        "Tokens and indices are integers: make them so where they are read, or call .long(). A tensor of an empty list "
+        "is of floats."
+    ),
+    ("channels, but got",): (
+        "A convolution takes images as (batch, channels, height, width): permute(0, 3, 1, 2) where the channels are "
+        "last, convert('RGB') where an image is gray, or fit in_channels."
+    ),
+    ("output size is too small", "be greater than actual input size"): (
+        "The image is too small for that many layers with a stride: use larger images, or leave out a pooling."
+    ),
+    ("got num_samples=0",): (
+        "The data set is empty: look at its folder, at the pattern of its files, and at what its filters leave. A "
+        "relative path begins in the folder in which the run was started."
+    ),
+    ("empty parameter list",): (
+        "The model has no parameters: layers in a list or dict need nn.ModuleList or nn.ModuleDict, layers that are "
+        "made later must be made before the optimizer, and a filter of parameters may leave none."
+    ),
+    ("a non-leaf tensor",): (
+        "What is optimized must be made as it is: call .to(), or the operation on it, before requires_grad_(), or use "
+        "nn.Parameter."
+    ),
+    ("boolean value of tensor with more",): (
+        "A condition takes one number: use .any(), .all() or torch.where. A loss class is made first and called then: "
+        "nn.CrossEntropyLoss()(output, target)."
+    ),
+    ("weights only load failed",): (
+        "The file has more than tensors in it: torch.load(path, weights_only=False), if you trust its source, or save "
+        "state_dict() and plain numbers."
+    ),
+    ("failed finding central directory",): (
+        "The file is not complete, as after a run that was ended while it saved, or a full disk: load an earlier one. "
+        "Saved under another name first and then renamed (os.replace), a file is always whole."
+    ),
+    ("parameter group that doesn't match", "different number of parameter groups"): (
+        "The checkpoint is of an optimizer with other parameters: make the optimizer after all changes of the model "
+        "(frozen layers, a new head), as when it was saved."
+    ),
+    (
+        "couldn't connect to 'https://huggingface.co",
+        "localentrynotfounderror",
+        "maxretryerror",
+        "cannot find the requested files in the disk cache",
+    ): (
+        "This host reaches no such server: load the files on one that does (`hf download`), on a file system that both "
+        "have (HF_HOME), and set HF_HUB_OFFLINE=1."
+    ),
+    ("attempting to unscale fp16 gradients",): (
+        "GradScaler is for weights of 32 bits: leave the model in float32 and run forward under torch.autocast, or "
+        "train in bfloat16 without a scaler."
+    ),
+    ("the specified number of total steps is",): (
+        "The schedule was made for fewer steps: total_steps is epochs * len(loader), divided by the batches that are "
+        "accumulated, and includes those that a resumed run has made before."
+    ),
+    ("type numpy.object_",): (
+        "That array holds objects, as of rows that differ in length, texts or None: convert them to numbers first."
+    ),
+    ("operator torchvision::", "load custom c++ ops", "undefined symbol"): (
+        "An extension was built for another torch: install versions that belong together (torch, torchvision, "
+        "torchaudio) from one index, or build the extension again."
+    ),
+    (
+        "tensors to be on the same device",
+        "(torch.floattensor) and weight type (torch.cuda",
+        "(torch.cuda.floattensor) and weight type (torch.floattensor",
+    ): (
         "Move them to one device: the model once, the batch in each step; a tensor that a module makes needs "
         "register_buffer, or device=x.device."
+    ),
+    ("expected scalar type", "have the same dtype", "found dtype", "and bias type", "and weight type"): (
+        "Convert one of the tensors: arrays of NumPy are float64 where weights are float32 (batch.float()), and what "
+        "comes out of autocast may be of 16 bits (loss in float())."
     ),
     ("torch not compiled with cuda",): (
         "This torch is a build for the CPU: install one for CUDA, or choose the device by torch.cuda.is_available()."
