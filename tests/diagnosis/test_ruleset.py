@@ -844,6 +844,28 @@ def test_a_script_that_launches_functions_is_told_to_trace_these(launches: bool)
     assert ("trace_step()" in found.next) is not launches
 
 
+@pytest.mark.parametrize(
+    ("length", "batch_size", "drop_last", "ranks", "words"),
+    [
+        (0, 8, False, 1, "The data set is empty"),
+        (50, 64, True, 1, "50 samples of the data set make no whole batch of 64"),
+        (100, 64, True, 2, "50 samples of the data set make no whole batch of 64"),
+        (100, 64, True, 1, "trace_step()"),
+        (50, 64, False, 1, "trace_step()"),
+        (None, 64, True, 1, "trace_step()"),
+        (50, None, True, 1, "trace_step()"),
+    ],
+)
+def test_a_loader_without_a_batch_is_the_reason_for_no_step(
+    length: int | None, batch_size: int | None, drop_last: bool, ranks: int, words: str
+) -> None:
+    """The script's loop ends at once, and so does the script, without an error."""
+    loader = LoaderFacts(length=length, batch_size=batch_size, drop_last=drop_last)
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="finished", loader=loader, world_size=ranks))[0]
+
+    assert words in found.next
+
+
 def test_a_logging_script_that_calls_init_is_traced():
     """Its recorder only logged at first; a store of an earlier version does not tell."""
     builder = JobFactsBuilder()

@@ -67,9 +67,9 @@ class InfoKind(StrEnum):
     # Data.
     LOADER = (
         "loader", "a data loader gave an iterator, or `trace_data` got an iterable",
-        ("loader:text dataset:text length:int in_memory num_workers:int batch_size:int pin_memory persistent_workers "
-         "prefetch_factor start_method:text objects:list samplers:list is_iterable is_undivided trainer:text "
-         "number:int"),
+        ("loader:text dataset:text length:int in_memory num_workers:int batch_size:int drop_last pin_memory "
+         "persistent_workers prefetch_factor start_method:text objects:list samplers:list is_iterable is_undivided "
+         "trainer:text number:int"),
     )  # fmt: skip
     LOADERS_MADE = (
         "loaders_made", "number of loaders of one data set so far", "dataset:text length:int num_workers:int made",

@@ -35,10 +35,10 @@ from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import bytes_text, capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
-    "AS_MUCH_IN_EACH_STEP", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT", "FOR_UNMEASURED_JITTER",
-    "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR", "WITHOUT_ANOMALIES",
-    "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
-    "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code",
+    "AS_MUCH_IN_EACH_STEP", "EMPTY_DATA_SET", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT",
+    "FOR_UNMEASURED_JITTER", "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR",
+    "WITHOUT_ANOMALIES", "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies",
+    "for_debugging", "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code",
     "for_rank_without_core", "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group",
     "for_straggler", "in_threads", "longer_limit", "reading_ahead", "waiting_text",
 ]  # fmt: skip
@@ -72,6 +72,10 @@ SAME_COLLECTIVES = (
 """For ranks that call different collectives."""
 WITHOUT_ANSWERS = "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
 """For a script that reads from its input."""
+EMPTY_DATA_SET = (
+    "The data set is empty: look at its folder, at the pattern of its files, and at what its filters leave. A relative "
+    "path begins in the folder in which the run was started."
+)
 EXPLICIT_EXIT = (
     "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. A "
     "script that ends this way on purpose must call traceml.shutdown() first."

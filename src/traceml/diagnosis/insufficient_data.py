@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.states import RunStatus
+from traceml.diagnosis.advice import EMPTY_DATA_SET
 from traceml.diagnosis.facts.blamed_lines import PROGRAMS, calls_code, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
@@ -12,7 +13,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.no_bottleneck import shares_text
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
-from traceml.formatting import count_text, ns_text, percent_text
+from traceml.formatting import count_text, ns_text, percent_text, plural
 
 __all__ = ["MIN_STEPS", "awaits_rows", "too_few_ranks", "too_few_steps", "unknown_backward"]
 
@@ -107,9 +108,31 @@ def _for_ended(facts: JobFacts, *, began: bool) -> str:
     if facts.launches:
         return _TO_LAUNCH
 
+    if without_batch := _without_batch(facts):
+        return without_batch
+
     return (
         "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
         "traceml.trace_step()."
+    )
+
+
+def _without_batch(facts: JobFacts) -> str:
+    """Return advice where the data loader had no batch to give; empty if it may have had one."""
+    loader = facts.loader
+    samples = None if loader is None else loader.samples_of_rank(facts.world_size)
+    if loader is None or samples is None:
+        return ""
+
+    if not samples:
+        return EMPTY_DATA_SET
+
+    if not loader.drop_last or loader.batch_size is None or samples >= loader.batch_size:
+        return ""
+
+    return (
+        f"{plural(samples, 'sample')} of the data set make no whole batch of {count_text(loader.batch_size)}, and "
+        "drop_last=True leaves out what is not whole: use smaller batches, or drop_last=False."
     )
 
 

@@ -166,7 +166,8 @@ def test_a_function_of_the_script_may_divide_a_stream_as_a_worker_begins(functio
 
 def test_data_by_index_is_no_stream():
     """The loader divides it."""
-    described = loader_facts(DataLoader(range(8)))
+    described = loader_facts(DataLoader(range(8), drop_last=True))
+    assert described["drop_last"] is True
     assert (described["is_iterable"], described["is_undivided"]) == (False, False)
 
 

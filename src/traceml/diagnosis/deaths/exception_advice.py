@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from traceml.diagnosis.advice import EMPTY_DATA_SET
 from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import count_text, plural
@@ -33,7 +34,7 @@ _OF_SAMPLES: Mapping[tuple[str, ...], str] = {
         "place of lambdas and local ones, and open files, locks and connections in the worker (worker_init_fn, or the "
         "first __getitem__)."
     ),
-    ("default_collate: batch must contain",): (
+    ("default_collate: batch must contain", "'nonetype' object has no attribute 'numel'"): (
         "The loader makes batches of tensors, arrays, numbers, texts, and lists and dicts of them: an image needs the "
         "transform ToTensor() or ToImage(), a sample that is None must be left out in a collate_fn."
     ),
@@ -89,10 +90,7 @@ _BY_TEXT: Mapping[tuple[str, ...], str] = {
     ("output size is too small", "be greater than actual input size"): (
         "The image is too small for that many layers with a stride: use larger images, or leave out a pooling."
     ),
-    ("got num_samples=0",): (
-        "The data set is empty: look at its folder, at the pattern of its files, and at what its filters leave. A "
-        "relative path begins in the folder in which the run was started."
-    ),
+    ("got num_samples=0",): EMPTY_DATA_SET,
     ("empty parameter list",): (
         "The model has no parameters: layers in a list or dict need nn.ModuleList or nn.ModuleDict, layers that are "
         "made later must be made before the optimizer, and a filter of parameters may leave none."
@@ -225,8 +223,7 @@ def _last_batch_text(ended: RankExit, facts: JobFacts) -> str:
     if not samples or loader is None or not loader.length or not loader.batch_size or samples >= loader.batch_size:
         return ""
 
-    of_rank = -(-loader.length // facts.world_size)  # a DistributedSampler gives each rank as many
-    if samples not in (loader.length % loader.batch_size, of_rank % loader.batch_size):
+    if samples not in {(loader.samples_of_rank(ranks) or 0) % loader.batch_size for ranks in (1, facts.world_size)}:
         return ""
 
     had = f"The last batch of the epoch had {plural(samples, 'sample')} in place of {count_text(loader.batch_size)}"

@@ -53,6 +53,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "in_memory": _in_memory(dataset),
         "num_workers": getattr(loader, "num_workers", None),
         "batch_size": getattr(own, "batch_size", getattr(own, "bs", None)),
+        "drop_last": getattr(own, "drop_last", None),
         "pin_memory": getattr(loader, "pin_memory", None),
         "persistent_workers": getattr(loader, "persistent_workers", None),
         "prefetch_factor": getattr(loader, "prefetch_factor", None),

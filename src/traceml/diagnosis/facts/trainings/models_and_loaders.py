@@ -27,6 +27,7 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     num_workers: int | None = None
     in_memory: bool | None = None
     batch_size: int | None = None
+    drop_last: bool | None = None
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
     start_method: str | None = None
@@ -63,6 +64,10 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     def can_keep_workers(self) -> bool:
         """Whether its workers end with each epoch, and an option would keep them; fastai has none."""
         return not (self.persistent_workers or self.trainer == "fastai")
+
+    def samples_of_rank(self, ranks: int) -> int | None:
+        """Return how many samples a DistributedSampler gives each of some ranks; None if unknown."""
+        return None if self.length is None else -(-self.length // ranks)
 
     def option(self, name: str) -> str:
         """Return the name under which the script sets an argument of DataLoader: that of its trainer, if it has one."""
