@@ -195,6 +195,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "EVAL_MODE": lambda: found(
         ALONE, evaluation_mode=EvaluationModeSteps("Net", ["BatchNorm2d", "Dropout"], 100, 500), latest=(599,)
     ),
+    "NO_ZERO_GRAD": lambda: found(ALONE, keeps_gradients="AdamW"),
     "NUMERIC": lambda: found(
         Job(ranks=2), losses=losses_of([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, NAN, NAN, NAN, NAN]), latest=(79, 79)
     ),

@@ -106,6 +106,11 @@ class InfoKind(StrEnum):
         "evaluation_mode", "a model was trained in eval(), in so many steps since the first of them",
         "model:text layers:list step:int steps:int",
     )  # fmt: skip
+    KEPT_GRADIENTS = (
+        "kept_gradients",
+        "nothing clears the gradients of an optimizer",
+        "optimizer:text",
+    )
     PROFILER = "profiler", "torch's profiler records, or has ended", "on"
     OWN_UPDATE = "own_update", "a function that reads gradients outside the phases", "file function"
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"

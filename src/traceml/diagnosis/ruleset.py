@@ -28,6 +28,7 @@ from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import (
     duplicate_data,
     loss_not_finite,
+    never_cleared,
     never_synchronized,
     repeated_by_workers,
     same_order,
@@ -204,6 +205,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         repeated_by_workers(facts),
         never_synchronized(facts),
         trained_in_evaluation_mode(facts),
+        never_cleared(facts),
         *outside_steps(window, facts, hung=ended is not None and ended.kind is Kind.HANG),
         stopped_ranks(window, facts),
         same_order(facts),

@@ -18,6 +18,7 @@ from traceml.instrument import device, timed_calls
 from traceml.instrument.backward import patch_backward, timed_backward
 from traceml.instrument.facts.evaluation_mode import EvaluationMode
 from traceml.instrument.facts.fact_reports import FactReports
+from traceml.instrument.facts.kept_gradients import KeptGradients
 from traceml.instrument.forward import (
     patch_checkpoint_sequential,
     patch_compile,
@@ -63,6 +64,7 @@ class TorchHooks:
         batches: sizes and fingerprints of the inputs.
         overhead: the measured cost of the hooks.
         evaluation_mode: models that are trained in `eval()`.
+        kept_gradients: optimizers whose gradients are not cleared.
         sizes: of what collectives carry; None where torch was built without them.
     """
 
@@ -94,6 +96,7 @@ class TorchHooks:
             clock, self._timer, self._on_model, functools.partial(patch_optimizer, patches, clock)
         )
         self.evaluation_mode = EvaluationMode(clock, self.discovery.is_trained_as_a_whole, facts.report)
+        self.kept_gradients = KeptGradients(lambda: clock.rows, facts.report)
 
     def patch_passes(self) -> None:
         """Time forward and backward passes, and what is done with gradients."""
@@ -102,7 +105,7 @@ class TorchHooks:
         patch_scripting(patches)
         patch_checkpoint_sequential(patches, clock, self.batches.measure)
         patch_training_mode(patches, clock, self.guard.wrap(self.evaluation_mode.end), self._evaluates)
-        patch_backward(patches, clock, self.losses.read)
+        patch_backward(patches, clock, self._read_backward)
         patch_scale(patches, clock, self.losses.read_unscaled, torch.amp.GradScaler)
         patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
         patch_clipping(patches, clock)
@@ -175,6 +178,11 @@ class TorchHooks:
         self.discovery.evaluates(module)
         if not is_part:
             self.evaluation_mode.begin(module)
+
+    def _read_backward(self, tensors: Any) -> None:
+        """Read the loss of a backward that begins, and the gradients before it."""
+        self.losses.read(tensors)
+        self.guard(self.kept_gradients.look)
 
     def _compiled(self, module: Any) -> None:
         """Report models again whose modules compile themselves, each once."""

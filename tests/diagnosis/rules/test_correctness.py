@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Severity
 from traceml.diagnosis.rules.correctness import (
     duplicate_data,
+    never_cleared,
     never_synchronized,
     repeated_by_workers,
     same_order,
@@ -273,3 +274,16 @@ def test_training_in_evaluation_mode_is_told_with_its_steps(first, steps, severi
     assert found.summary.startswith(f"Net was in eval() in {steps} of 600 training steps")
     assert found.evidence == {"since_step": first, "steps": steps, "layers": ["Dropout"]}
     assert advice in found.next
+
+
+def test_a_training_without_zero_grad_is_told():
+    """Its rows say so of the first optimizer that keeps its gradients."""
+    builder = JobFactsBuilder()
+    assert never_cleared(builder.build()) is None
+
+    builder.info(0, {"kind": "kept_gradients", "optimizer": "AdamW"})
+    found = never_cleared(builder.build())
+
+    assert (found.kind, found.severity) == ("NO_ZERO_GRAD", "warning")
+    assert "gradients of what AdamW trains are never cleared" in found.summary
+    assert found.evidence == {"optimizer": "AdamW"}

@@ -85,6 +85,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     tf32: bool = False  # whether CUDA may compute with its values of 32 bits in TF32
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     evaluation_mode: EvaluationModeSteps | None = None  # steps in which a model was trained in `eval()`
+    keeps_gradients: str | None = None  # class of an optimizer whose gradients are never cleared
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
     collects: bool = False  # whether it collects by its model what it trains on: rollouts of reinforcement learning
     plays: bool = False  # whether models are called between trainings, without a loader, with one sample each time

@@ -245,6 +245,7 @@ class JobFactsBuilder:
         InfoKind.COMPILATION: lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         InfoKind.ANOMALY_DETECTION: lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
         InfoKind.EVALUATION_MODE: _take_evaluation_mode,
+        InfoKind.KEPT_GRADIENTS: lambda self, _, row: self._facts.update(keeps_gradients=row.get("optimizer")),
         InfoKind.PROFILER: _take_profiler,
         InfoKind.ROLLOUTS: lambda self, *_: self._facts.update(collects=True),
         InfoKind.RPC: lambda self, *_: self._facts.update(rpc=True),

@@ -13,8 +13,15 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
 __all__ = [
-    "duplicate_data", "loss_not_finite", "never_synchronized", "repeated_by_workers", "same_order", "steps_skipped",
-    "trained_in_evaluation_mode", "trainings_not_finite",
+    "duplicate_data",
+    "loss_not_finite",
+    "never_cleared",
+    "never_synchronized",
+    "repeated_by_workers",
+    "same_order",
+    "steps_skipped",
+    "trained_in_evaluation_mode",
+    "trainings_not_finite",
 ]  # fmt: skip
 
 MIN_LOST_STEPS = 3
@@ -253,6 +260,22 @@ def trained_in_evaluation_mode(facts: JobFacts) -> Finding | None:
         ),
         next=f"Call its train() {how}. If that is meant, as to keep what BatchNorm has learned, nothing needs fixing.",
         evidence={"since_step": found.step, "steps": found.steps, "layers": list(found.layers)},
+    )
+
+
+def never_cleared(facts: JobFacts) -> Finding | None:
+    """Return the finding about a training without `zero_grad()`."""
+    if facts.keeps_gradients is None:
+        return None
+
+    return Finding.of(
+        Kind.NO_ZERO_GRAD,
+        summary=(
+            f"The gradients of what {facts.keeps_gradients} trains are never cleared: each step updates by their sum "
+            "over all steps so far."
+        ),
+        next="Call the optimizer's zero_grad() in each step, after step() or before the first backward.",
+        evidence={"optimizer": facts.keeps_gradients},
     )
 
 

@@ -79,8 +79,10 @@ class RareEvents(StepListener):
         if self.batch_source is not None:
             self.batch_source = self.batch_source.as_optimizer_steps()
 
-        if self.torch_hooks is not None and self.clock.optimizers_seen > 1:
-            self.guard(self.torch_hooks.discovery.search_all)
+        if self.torch_hooks is not None:
+            self.guard(self.torch_hooks.kept_gradients.watch, optimizer)
+            if self.clock.optimizers_seen > 1:
+                self.guard(self.torch_hooks.discovery.search_all)
 
         self.guard(self.facts.optimizer, optimizer)
 
