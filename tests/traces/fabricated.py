@@ -21,7 +21,7 @@ from traceml.traces.reader.reading import TraceReader, read
 __all__ = ["FORMS", "brute_force", "events_of", "frames", "make_events", "members", "normalized", "read_all"]
 
 Event = dict[str, Any]
-_WITH_ID = frozenset("bensftNOD")  # kinds of events that have one
+_WITH_ID = frozenset("bensftNODSTpF")  # kinds of events that have one
 NAMES = [
     "read",
     "wr,ite",
@@ -37,7 +37,7 @@ NAMES = [
     "a" * 300,
     7,
 ]
-KINDS = ["X", "X", "X", "X", 1, "B", "E", "i", "C", "b", "e", "s", "f", "P", "M", 4]
+KINDS = ["X", "X", "X", "X", 1, "B", "E", "i", "C", "b", "e", "s", "f", "S", "P", "M", 4]
 TIMES = [0, 5, 1795155070260249, 2**62, 2**80, 1.5, 0.001, 12345678.125, -3, None, "17", "1.25", True, 1e300]
 FINE_TIMES = [0.0005, 0.0015, 0.0025000000000000001, 1e-05, 9.5367431640625e-07, 1.6e15, 34567890123.456789, -0.0125]
 

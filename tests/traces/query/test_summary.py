@@ -153,6 +153,15 @@ def test_asynchronous_spans_of_older_tracers(tmp_path):
     assert answer["files"][0]["damage"] == []
 
 
+def test_older_asynchronous_spans_of_one_name_are_told_by_id(tmp_path):
+    """The first of two operations of one name that overlap may end first."""
+    rows = [("S", 1, 0), ("S", 2, 10), ("F", 1, 20), ("F", 2, 100)]
+    edges = [{"ph": ph, "name": "load", "cat": "net", "id": id_, "pid": 1, "tid": 1, "ts": ts} for ph, id_, ts in rows]
+    (group,) = ask(tmp_path, json.dumps(edges))["groups"]
+
+    assert (group["min_us"], group["max_us"]) == (20, 90)
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_local_ids_are_of_their_process(tmp_path, scope):
     """Chrome's `id2` has ids that other processes have, too; a global one may end in another process."""

@@ -341,7 +341,7 @@ static inline int32_t intern_in(scanner *s, enum column column, slice text, cons
 }
 
 static inline int has_identity(uint8_t ph) {
-    return ph != 'X' && ph && strchr("bensftNOD", ph) != NULL;
+    return ph != 'X' && ph && strchr("bensftNODSTpF", ph) != NULL;
 }
 
 static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end) {

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 AGGREGATED = "A"  # dftracer's phase code of a row with the number and the sum of many calls
-ASYNC_PHASES = frozenset("bensftNOD")  # phase codes of events that belong together by `id`
+ASYNC_PHASES = frozenset("bensftNODSTpF")  # phase codes of events that belong together by `id`
 _INTEGER_PHASES = {1: "X", 3: AGGREGATED, 4: "M"}  # dftracer writes numbers
 MICROSECONDS = 3  # decimals of a time in microseconds that make it nanoseconds
 _LIMIT_NS = 2**63
