@@ -162,6 +162,14 @@ def test_older_asynchronous_spans_of_one_name_are_told_by_id(tmp_path):
     assert (group["min_us"], group["max_us"]) == (20, 90)
 
 
+def test_a_begin_without_a_time_is_an_event(tmp_path):
+    """It is in no span, but `events` counts everything except metadata."""
+    edges = [{"ph": "B", "name": "a", "pid": 1, "tid": 1}, {"ph": "X", "name": "b", "pid": 1, "ts": 1, "dur": 2}]
+    answer = ask(tmp_path, json.dumps(edges))
+
+    assert (answer["events"], answer["files"][0]["events"], answer["spans"]) == (2, 2, 1)
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_local_ids_are_of_their_process(tmp_path, scope):
     """Chrome's `id2` has ids that other processes have, too; a global one may end in another process."""

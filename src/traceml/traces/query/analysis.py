@@ -183,6 +183,7 @@ class Analysis:
             self.phase_counts["X"] += len(roles)
         else:
             self._count_phases(batch)
+            roles[(roles > EventRole.SPAN) & (batch.ts_ns == NO_TIME)] = EventRole.POINT  # no span without a time
             chosen = (roles == EventRole.SPAN) if passed is None else passed & (roles == EventRole.SPAN)
             self._feed_edges(batch, rows, roles)
             self._count_points(roles, passed)
@@ -260,7 +261,7 @@ class Analysis:
         self.sorter.add(*columns)
 
     def _feed_edges(self, batch: EventBatch, rows: _BatchRows, roles: NDArray[np.uint8]) -> None:
-        edges = (roles > EventRole.SPAN) & (rows.start != NO_TIME)
+        edges = roles > EventRole.SPAN
         if not edges.any():
             return
 
