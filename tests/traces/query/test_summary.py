@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.traces.brute import check, load, spans_of
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.native.library import library
+from traceml.traces.query.measures import parse_measures
 from traceml.traces.query.result import microseconds
 from traceml.traces.query.summary import summarize
 
@@ -168,6 +169,27 @@ def test_a_begin_without_a_time_is_an_event(tmp_path):
     answer = ask(tmp_path, json.dumps(edges))
 
     assert (answer["events"], answer["files"][0]["events"], answer["spans"]) == (2, 2, 1)
+
+
+def test_integers_in_quotes_are_numbers(tmp_path):
+    """As dftracer 1 writes them: in conditions, sums and bytes of I/O. Labels stay as they are."""
+    sizes = ["4096", "65536", "065536", "none", str(2**70), 5000]
+    writes = [
+        {"ph": "X", "name": "write", "cat": "POSIX", "pid": 1, "tid": 1, "ts": n, "dur": 1, "args": {"ret": size}}
+        for n, size in enumerate(sizes)
+    ]
+    trace = json.dumps(writes)
+    measures = parse_measures(["sum:args.ret"])
+
+    def found(where):
+        return {group["args.ret"] for group in ask(tmp_path, trace, by="args.ret", where=where)["groups"]}
+
+    assert found("args.ret>4096,args.ret<1GiB") == {"65536", 5000}
+    assert found("args.ret=64KiB") == {"65536"}
+    assert found('args.ret="4096"') == {"4096"}
+    answer = ask(tmp_path, trace, measures=measures, report=True)
+    assert answer["groups"][0]["sum:args.ret"] == 4096 + 65536 + 5000
+    assert answer["report"]["io"]["write_bytes"] == 4096 + 65536 + 5000
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

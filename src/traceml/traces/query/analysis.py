@@ -24,10 +24,10 @@ from traceml.traces.aggregate.stats import ArgumentSums, GroupStat, GroupStatTab
 from traceml.traces.aggregate.work_kinds import classify
 from traceml.traces.query.event_filter import EventFilter
 from traceml.traces.query.expressions import Condition, Expression, comparisons
-from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
+from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of, with_quoted
 from traceml.traces.query.labels import metadata_names
 from traceml.traces.query.measures import Measure
-from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, ExactTimes
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, ExactTimes, StringTable
 
 __all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
@@ -35,6 +35,7 @@ __all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "Tr
 SIZES = ("size", "bytes", "nbytes", "ret")
 # dftracer's fread and fwrite have one of these, the size of an element, and the number of elements that were moved.
 _NUMBERS = ("count", "nmemb")
+_SIZED = (*SIZES, *_NUMBERS)
 FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
 KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
 
@@ -82,7 +83,7 @@ class TraceQuery:
     @property
     def args(self) -> list[str]:
         """The keys of `args` that have to be read."""
-        return list(dict.fromkeys([*args_of(self._used), *self.summed, *((*SIZES, *_NUMBERS) if self.report else ())]))
+        return list(dict.fromkeys([*args_of(self._used), *self.summed, *(_SIZED if self.report else ())]))
 
     @property
     def metadata(self) -> tuple[str, ...]:
@@ -201,6 +202,7 @@ class Analysis:
             if (column := batch.args.get(key)) is None:
                 continue
 
+            column = with_quoted(column, self.context.strings)
             integers, floats = column.kinds == INTEGER, column.kinds == FLOAT
             if chosen is not None:
                 integers, floats = integers & chosen, floats & chosen
@@ -325,7 +327,7 @@ class Analysis:
 
         assert not isinstance(group, int)
         lane = self.lanes.number(self.context.processes.number(batch.source, batch.pid), batch.tid)
-        size = _sizes(batch) if self.query.report and batch.args else None
+        size = _sizes(batch, self.context.strings) if self.query.report and batch.args else None
         return _BatchRows(batch.ts_ns, batch.dur_ns, group, lane, self._kind_ids(batch), size)
 
     def _kind_ids(self, batch: EventBatch) -> NDArray[np.uint8]:
@@ -361,17 +363,18 @@ def _chosen(mask: NDArray[np.bool_], columns: tuple[NDArray[Any], ...]) -> Any:
     return tuple(column[mask] for column in columns)
 
 
-def _sizes(batch: EventBatch) -> NDArray[np.int64]:
+def _sizes(batch: EventBatch, strings: StringTable) -> NDArray[np.int64]:
     """Return the number of bytes in the arguments of each row, 0 without one."""
+    args = {key: with_quoted(batch.args[key], strings) for key in _SIZED if key in batch.args}
     sizes = np.full(len(batch.ph), -1, np.int64)
     for key in SIZES:
-        column = batch.args.get(key)
+        column = args.get(key)
         if column is not None:
             sizes = np.where((sizes < 0) & (column.kinds == INTEGER), column.integers, sizes)
 
-    size, moved = batch.args.get("size"), batch.args.get("ret")
+    size, moved = args.get("size"), args.get("ret")
     if size is not None and moved is not None and (both := (size.kinds == INTEGER) & (moved.kinds == INTEGER)).any():
-        asked = [both & (batch.args[key].kinds == INTEGER) for key in _NUMBERS if key in batch.args]
+        asked = [both & (args[key].kinds == INTEGER) for key in _NUMBERS if key in args]
         sizes = np.where(np.logical_or.reduce(asked), size.integers * moved.integers, sizes)
 
     return np.maximum(sizes, 0)

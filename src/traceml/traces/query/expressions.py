@@ -14,13 +14,14 @@ from traceml.errors import UsageError
 
 __all__ = [
     "ARGS", "FIELDS", "MEASURES", "AllOf", "AnyOf", "Condition", "Expression", "Negation", "all_fields", "check_field",
-    "comparisons", "parse_by",
+    "comparisons", "parse_by", "unquoted",
 ]  # fmt: skip
 
 FIELDS = ("name", "cat", "pid", "tid", "rank", "host", "file", "source", "ph")
 MEASURES = ("ts", "dur")  # microseconds; in conditions only
 ARGS = "args."
 
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,30})")
 _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -57,12 +58,10 @@ class Condition:
         return lambda text: found(text) is not None
 
     def _equals(self, value: Any) -> bool:
-        if isinstance(value, str):
-            return value == self.value
-
-        return self.number is not None and value == self.number
+        return value == self.value or (self.number is not None and unquoted(value) == self.number)
 
     def _orders(self, value: Any) -> bool:
+        value = value if self.number is None else unquoted(value)
         if self.number is None or isinstance(value, str):
             return bool(_ORDERS[self.operator](str(value), self.value))
 
@@ -91,6 +90,11 @@ class Negation:
 
 
 Expression = Condition | AllOf | AnyOf | Negation
+
+
+def unquoted(value: Any) -> Any:
+    """Return a value, as an integer if it is one in quotes: dftracer 1 writes `"ret":"4096"`."""
+    return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
 
 
 def comparisons(expression: Expression) -> Iterator[Condition]:

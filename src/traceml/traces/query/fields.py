@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.traces.aggregate.numbering import PairNumbering
-from traceml.traces.query.expressions import ARGS
+from traceml.traces.query.expressions import ARGS, unquoted
 from traceml.traces.query.labels import Labels
-from traceml.traces.reader.columns import FLOAT, INTEGER, ArgColumn, EventBatch, StringTable
+from traceml.traces.reader.columns import FLOAT, INTEGER, TEXT, ArgColumn, EventBatch, StringTable
 
-__all__ = ["ArgField", "EventField", "FieldContext", "args_of", "field_of"]
+__all__ = ["ArgField", "EventField", "FieldContext", "args_of", "field_of", "with_quoted"]
 
 _DIRECT = ("name", "cat", "pid", "tid")
 # Arguments that derived fields use; the first that an event has.
@@ -45,6 +45,22 @@ def args_of(fields: list[str]) -> list[str]:
         keys += [field.removeprefix(ARGS)] if field.startswith(ARGS) else _DERIVED.get(field, ())
 
     return list(dict.fromkeys(keys))
+
+
+def with_quoted(column: ArgColumn, strings: StringTable) -> ArgColumn:
+    """Return a column in which integers in quotes are integers, unless they exceed 64 bits."""
+    texts = np.flatnonzero(column.kinds == TEXT)
+    distinct, where = np.unique(column.texts[texts], return_inverse=True)
+    values = [unquoted(strings[number]) for number in distinct.tolist()]
+    fits = [isinstance(value, int) and abs(value) < 2**63 for value in values]
+    if not any(fits):
+        return column
+
+    chosen = np.array(fits)[where]
+    numbers = np.array([value if fit else 0 for value, fit in zip(values, fits, strict=True)], np.int64)[where]
+    kinds, integers = column.kinds.copy(), column.integers.copy()
+    kinds[texts[chosen]], integers[texts[chosen]] = INTEGER, numbers[chosen]
+    return ArgColumn(kinds, integers, column.floats, column.texts)
 
 
 def field_of(name: str, context: FieldContext) -> EventField:
