@@ -228,6 +228,18 @@ def test_damage_costs_what_is_damaged(tmp_path: Path, case: str) -> None:
     assert what in "".join(damage.what for damage in facts.damage)
 
 
+@pytest.mark.parametrize(("name", "packed"), [("tail.pfw.gz", members), ("tail.pfw.zst", frames)])
+def test_the_end_of_a_compressed_file_is_read_by_its_name(tmp_path: Path, name: str, packed: Any) -> None:
+    """`tail -c` leaves no magic number at the start, but whole members; a text with such a name is one still."""
+    data = packed(LINES, 10_000)
+    found, reading = read_all(_write(tmp_path, data[100:], name))
+    lost = _without() - found
+
+    assert 0 < sum(lost.values()) <= 10_000 // min(map(len, LINES.splitlines())) + 2
+    assert "bytes that are not a" in facts_of(reading).damage[0].what
+    assert read_all(_write(tmp_path, LINES, name))[0] == _without()
+
+
 @pytest.mark.usefixtures("scanner")
 def test_bytes_between_members_cost_no_member(tmp_path: Path) -> None:
     """Events of the members before and after them are used."""

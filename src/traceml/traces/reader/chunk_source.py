@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from traceml.traces.reader.chunks import CHUNK_BYTES, Chunk, ChunkSource, TextBuffer
+from traceml.traces.reader.compressed_chunks import CompressedChunks
 from traceml.traces.reader.gzip_source import GzipChunks
-from traceml.traces.reader.trace_files import GZIP_MAGIC, ZSTD_START_BYTES, is_zstd
+from traceml.traces.reader.trace_files import GZIP_MAGIC, ZSTD_START_BYTES, is_zstd, may_be_json
 from traceml.traces.reader.zstd_source import ZstdChunks
 
 __all__ = ["PlainChunks", "open_source"]
+
+_BY_SUFFIX: dict[str, type[CompressedChunks]] = {".gz": GzipChunks, ".zst": ZstdChunks}
 
 
 def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSource:
@@ -23,9 +26,19 @@ def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSour
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     size = os.fstat(descriptor).st_size
-    start = os.pread(descriptor, ZSTD_START_BYTES, 0)
-    kind = GzipChunks if start.startswith(GZIP_MAGIC) else ZstdChunks if is_zstd(start) else PlainChunks
+    kind = _kind_of(path, os.pread(descriptor, ZSTD_START_BYTES, 0))
     return kind(descriptor, begin, size if end is None else min(end, size), size)
+
+
+def _kind_of(path: Path, start: bytes) -> Callable[[int, int, int, int], ChunkSource]:
+    if start.startswith(GZIP_MAGIC):
+        return GzipChunks
+
+    if is_zstd(start):
+        return ZstdChunks
+
+    # A compressed file whose first bytes are lost, as by `tail -c`, has whole members behind them.
+    return PlainChunks if may_be_json(start) or not start.strip() else _BY_SUFFIX.get(path.suffix, PlainChunks)
 
 
 class PlainChunks(ChunkSource):

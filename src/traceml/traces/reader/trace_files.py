@@ -22,6 +22,7 @@ __all__ = [
     "identity",
     "is_zstd",
     "looks_like_a_trace",
+    "may_be_json",
 ]
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -80,7 +81,7 @@ def looks_like_a_trace(path: Path) -> bool:
         return True
 
     start = first_text(path)
-    return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
+    return may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
 
 
 def is_zstd(start: bytes) -> bool:
@@ -99,7 +100,7 @@ def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
             if is_zstd(start):
                 return _first_of_zstd(start + file.read(size), size)
 
-            return start + file.read(size) if _may_be_json(start) else b""
+            return start + file.read(size) if may_be_json(start) else b""
     except (OSError, zlib.error):
         return b""
 
@@ -154,5 +155,6 @@ def _first_of_zstd(data: bytes, size: int) -> bytes:
     return text
 
 
-def _may_be_json(start: bytes) -> bool:
+def may_be_json(start: bytes) -> bool:
+    """Return whether bytes begin as JSON of events does."""
     return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
