@@ -46,6 +46,14 @@ def test_kernels_belong_to_the_operator_that_launched_them() -> None:
     ]  # fmt: skip
 
 
+def test_samples_outside_the_profiled_steps_do_not_count() -> None:
+    """The profiler is started and stopped in the user's line that ends a step: that is no time of the steps."""
+    samples = [(1_000_000 + us * 1000, place) for us, place in ((-30, 0), (-10, 0), (20, 1), (100, 0), (150, 0))]
+    calls = CallSamples.from_row({"places": [list(each) for each in PLACES], "samples": samples})
+
+    assert table(span("relu", 60, 10), calls=calls).by_name[OUTSIDE].places == {PLACES[1]: 1}
+
+
 def test_a_sample_counts_for_the_innermost_operator() -> None:
     """One outside of all counts for the time outside; operators of other threads get none."""
     samples = [(1_000_000 + us * 1000, place) for us, place in ((5, 1), (16, 0), (41, 0), (90, 1))]

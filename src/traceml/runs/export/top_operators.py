@@ -46,6 +46,10 @@ class CallSamples:
         places = [(str(file), int(line), str(function)) for file, line, function in row.get("places", [])]
         return cls(places, [(int(t_ns), int(number)) for t_ns, number in row.get("samples", [])])
 
+    def between(self, begin_ns: int, end_ns: int) -> CallSamples:
+        """Return the samples of a time."""
+        return CallSamples(self.places, [sample for sample in self.samples if begin_ns <= sample[0] < end_ns])
+
 
 class OperatorTable:
     """Operators of all profiled ranks, by name."""
@@ -98,23 +102,24 @@ class OperatorTable:
         for number, ns in kernels:
             self._of(names.get(number, "unknown")).device_ns += ns
 
-        training = steps[0][0] if steps else None
+        training = None
+        if steps:
+            training, first, last = steps[0][0], min(begin for _, begin, _ in steps), max(end for *_, end in steps)
+            calls = calls.between(first, last)  # the sampler is there from the profiler's set-up on
+            self._add_steps(steps, threads.get(training, []), first, last)
+
         for thread, spans in threads.items():
             self._add_thread(spans, calls if thread == training else CallSamples())
-
-        self._add_steps(steps, threads.get(training, []))
 
     def _of(self, name: str) -> OperatorTotal:
         return self.by_name.setdefault(name, OperatorTotal())
 
-    def _add_steps(self, steps: list[tuple[Any, int, int]], spans: list[_Span]) -> None:
+    def _add_steps(self, steps: list[tuple[Any, int, int]], spans: list[_Span], first: int, last: int) -> None:
         self.steps += len(steps)
         whole = sum(end - begin for _, begin, end in steps)
         self.step_ns += whole
-        if steps:
-            first, last = min(begin for _, begin, _ in steps), max(end for *_, end in steps)
-            inside = _covered((max(begin, first), min(end, last)) for begin, end, _ in spans)
-            self._of(OUTSIDE).self_ns += max(whole - inside, 0)
+        inside = _covered((max(begin, first), min(end, last)) for begin, end, _ in spans)
+        self._of(OUTSIDE).self_ns += max(whole - inside, 0)
 
     def _add_thread(self, spans: list[_Span], calls: CallSamples) -> None:
         """Add the operators of a thread; each sample counts for the innermost one that was open."""
