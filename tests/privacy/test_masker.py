@@ -165,6 +165,8 @@ def test_code_stays(masker: Masker) -> None:
 +        token = get_token(key=2)
 +        key = jax.random.PRNGKey(0)
 +        password = os.environ["PASSWORD"]
++        os.environ["PASSWORD"] = read(args.password_file)
++        if config["password"] == "x": weights[secret] = 1
 +        if token == eos_token: break
 +        tokens = tokenizer(text, max_length=512)["input_ids"]
 +        @property
@@ -185,6 +187,7 @@ def test_code_stays(masker: Masker) -> None:
         ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ", "dXNlcjpwYXNz"),
         ("python train.py --api-key hunter2 --lr 0.1", "--lr 0.1", "hunter2"),
         ("python train.py --password=hunter2 --lr 0.1", "--lr 0.1", "hunter2"),
+        ('+os.environ["DB_PASSWORD"] = "correcthorse"', '+os.environ["DB_PASSWORD"] = ', "correcthorse"),
         ("+export WANDB_API_KEY=0123456789abcdef\n+LR=1", "+LR=1", "0123456789abcdef"),
         ('{"lr": 1, "api_key": "correct horse", "n": 2}', '"n": 2', "correct horse"),
         ('"{\\"password\\": \\"correcthorse\\", \\"n\\": 2}"', '\\"n\\": 2', "correcthorse"),
