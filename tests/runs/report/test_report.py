@@ -94,6 +94,23 @@ def test_backward_is_own_work_and_comm_holds_the_waiting(tmp_path):
     assert sum(phase["mean_ms"] for phase in report["phases"]) == pytest.approx(report["steps"]["mean_ms"], rel=0.01)
 
 
+@pytest.mark.parametrize("bound", [run_summary_reader.MAX_STEP_ROWS, 100])
+def test_phases_are_of_the_steps_whose_mean_is_told(tmp_path, bound):
+    """A rank that made few steps, slow ones, has its own means; the bars were those of a step of 33 ms, not 14 ms."""
+    few = [40, 300]
+    with open_store(tmp_path / "run") as writer:
+        rows = rows_of(Job(steps=300, grouped=False), adds("other", 40, (0,)), seed=1)
+        for rank, count in enumerate(few):
+            add_rank(writer, rank, rows[rank][:count])
+
+    report = report_on(tmp_path / "run", max_step_rows=bound)
+
+    assert sum(phase["mean_ms"] for phase in report["phases"]) == pytest.approx(report["steps"]["mean_ms"], rel=1e-4)
+    assert sum(phase["share"] for phase in report["phases"]) == pytest.approx(1)
+    (other,) = (phase["by_rank"] for phase in report["phases"] if phase["phase"] == "other")
+    assert [entry["mean_ms"] for entry in other] == [pytest.approx(40, rel=0.1), pytest.approx(0.3, rel=0.1)]
+
+
 def test_user_phases_have_their_own_names(tmp_path):
     """A user's phase is a row of the report, and `user` is none."""
     writer = open_store(tmp_path / "run", world_size=1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.database.states import RunStatus
@@ -129,24 +131,25 @@ def _per_second(summary: RunSummaryReader) -> float | None:
 def phases(summary: RunSummaryReader, window: AlignedSteps) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
     by_rank = _means_by_rank(summary, window)
-    of_all = summary.sums_of_hosts()
-    exact = {} if of_all is None else _means_of_all(of_all, summary.grouped)
-    whole = sum(sum(means.values()) for means in by_rank.values())
-    found = [_phase(name, by_rank, whole) for name in _names(by_rank | ({-1: exact} if exact else {}))]
-    for phase in found if exact else ():
-        mean = exact.get(phase.phase, 0.0)
-        phase.mean_ms, phase.share = _number(mean), _number(mean / max(sum(exact.values()), 1e-12))
-
-    return found
+    described = (summary.sums_of_hosts(), _totals(summary), window)
+    of_steps = (_means_of_all(each, summary.grouped) for each in described if each is not None)
+    means = next(filter(None, of_steps), None) or _averages(by_rank, np.ones(len(by_rank)))
+    return [_phase(name, by_rank, means) for name in _names({**by_rank, -1: means} if means else {})]
 
 
-def _means_of_all(totals: StepTotals, grouped: bool) -> dict[str, float]:
-    """Return the mean milliseconds by phase of all steps of all ranks."""
-    counts = totals.count.sum(axis=1)
-    split = totals.mean_split(grouped=grouped)
-    return (
-        {name: float(np.average(means, weights=counts)) / _MS for name, means in split.items()} if counts.any() else {}
-    )
+def _means_of_all(steps: AlignedSteps | StepTotals, grouped: bool) -> dict[str, float]:
+    """Return the mean milliseconds by phase of all steps of all ranks: they add up to the mean step."""
+    counts = steps.count.sum(axis=1) if isinstance(steps, StepTotals) else np.full(len(steps.ranks), len(steps))
+    return _averages(_means(steps, grouped), counts)
+
+
+def _averages(by_rank: Mapping[int, Mapping[str, float]], weights: NDArray[Any]) -> dict[str, float]:
+    if not weights.any():
+        return {}
+
+    names = dict.fromkeys(name for means in by_rank.values() for name in means)
+    columns = {name: [means.get(name, 0.0) for means in by_rank.values()] for name in names}
+    return {name: float(np.average(column, weights=weights)) for name, column in columns.items()}
 
 
 def _means_by_rank(summary: RunSummaryReader, window: AlignedSteps) -> dict[int, dict[str, float]]:
@@ -172,14 +175,13 @@ def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:
     return [*(n for n in _ORDER if n in seen), *sorted(seen - {*_ORDER, "other"}), *(["other"] if by_rank else [])]
 
 
-def _phase(name: str, by_rank: dict[int, dict[str, float]], whole: float) -> PhaseSection:
-    means = {rank: of_rank.get(name, 0.0) for rank, of_rank in by_rank.items()}
-    total = sum(means.values())
+def _phase(name: str, by_rank: Mapping[int, Mapping[str, float]], means: Mapping[str, float]) -> PhaseSection:
+    mean, whole = means.get(name, 0.0), sum(means.values())
     return PhaseSection(
         phase=name,
-        mean_ms=_number(total / len(means)),
-        share=_number(total / whole) if whole else 0.0,
-        by_rank=[RankMean(rank, _number(mean)) for rank, mean in sorted(means.items())],
+        mean_ms=_number(mean),
+        share=_number(mean / whole) if whole else 0.0,
+        by_rank=[RankMean(rank, _number(of_rank.get(name, 0.0))) for rank, of_rank in sorted(by_rank.items())],
     )
 
 
