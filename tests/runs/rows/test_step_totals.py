@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, rows_of
 from traceml.database.schema import DEVICE_STEPS, PHASE_COLUMNS, STEPS, USER_PHASES, StepFlag, pack_bits
-from traceml.database.store.summaries import StepSums, sum_rows
+from traceml.database.store.summaries import MAX_BINS, StepSums, sum_rows
 from traceml.diagnosis.steps.kept_steps import KeptSteps
 from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.step_totals import SetUpSums, step_totals
@@ -139,3 +139,16 @@ def test_a_rank_without_steps_is_left_out():
 
     assert totals.ranks.tolist() == [0, 1]
     assert set(PHASE_COLUMNS) >= {f"{name}_ns" for name in totals.times if name != "other"}
+
+
+def test_ranks_far_apart_have_wider_bins() -> None:
+    """Where one rank alone called `set_step`, arrays would have a bin for each step between: 1.4 GB for 5 million."""
+    ranks = tables(steps=40)
+    for rows in ranks[0].values():
+        rows["step"] += 5_000_000
+
+    totals = totals_of(ranks)
+
+    assert totals.count.shape[1] <= MAX_BINS
+    assert totals.count.sum(axis=1).tolist() == [40, 40]
+    assert totals.total.sum() == sum(rows["steps"]["total_ns"].sum() for rows in ranks)

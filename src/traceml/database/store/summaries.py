@@ -45,7 +45,17 @@ from traceml.database.schema import (
 )
 from traceml.database.store.frame_compression import decode, encode
 
-__all__ = ["LEVELS", "MAX_BINS", "STEP_TABLES", "StepSums", "TableSums", "level_middle_ns", "level_of", "sum_rows"]
+__all__ = [
+    "LEVELS",
+    "MAX_BINS",
+    "STEP_TABLES",
+    "StepSums",
+    "TableSums",
+    "bin_width",
+    "level_middle_ns",
+    "level_of",
+    "sum_rows",
+]
 
 MAX_BINS = 64
 STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS, EPOCHS)
@@ -161,7 +171,7 @@ class TableSums(msgspec.Struct, frozen=True, eq=False):
         if "first_step" in (self.bins.dtype.names or ()):
             first = min(int(part.bins["first_step"].min()) for part in parts)
             last = max(int(part.bins["last_step"].max()) for part in parts)
-            width = _width(first, last, width)
+            width = bin_width(first, last, width)
 
         bins = _joined_arrays([part.widened(width).bins for part in parts])
         levels = np.concatenate([part.levels for part in parts])
@@ -367,7 +377,7 @@ def _joined_arrays(parts: Sequence[_Rows]) -> _Rows:
     return joined
 
 
-def _width(first: int, last: int, least: int = 1) -> int:
+def bin_width(first: int, last: int, least: int = 1) -> int:
     """Return the smallest width, at least `least`, with which all steps between two fit."""
     width = max(least, 1 << max((last - first) // MAX_BINS, 1).bit_length() - 1)
     while last // width - first // width >= MAX_BINS:
@@ -380,7 +390,7 @@ def _widths(steps: NDArray[np.int64], stream: NDArray[np.int64], count: int) -> 
     first, last = np.full(count, _LARGEST), np.full(count, -_LARGEST)
     np.minimum.at(first, stream, steps)
     np.maximum.at(last, stream, steps)
-    return np.array([_width(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True)], np.int64)
+    return np.array([bin_width(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True)], np.int64)
 
 
 def _levels_by_stream(rows: _Rows, stream: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, Table
-from traceml.database.store.summaries import StepSums, TableSums, sum_rows
+from traceml.database.store.summaries import StepSums, TableSums, bin_width, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.diagnosis.steps.kept_steps import MAX_USER_PHASES
@@ -169,9 +169,9 @@ def _without_levels(whole: TableSums, some: TableSums) -> TableSums:
 
 def _bins(parts: Sequence[TableSums]) -> tuple[int, int, int]:
     """Return the first step, width and number of the bins that all ranks have in common."""
-    width = max(part.width for part in parts)
     first = min(int(part.bins["first_step"].min()) for part in parts)
     last = max(int(part.bins["last_step"].max()) for part in parts)
+    width = bin_width(first, last, max(part.width for part in parts))
     return first // width * width, width, last // width - first // width + 1
 
 
