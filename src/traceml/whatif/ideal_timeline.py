@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ __all__ = ["write_timeline"]
 
 _STEPS = 10
 _GAP = 1.1  # steps of the ideal job begin this much later than the longest one lasts
-_LANES = ("compute", "pipeline", "collectives")
+# Transfers of different kinds are under way at the same time, and Perfetto drops what overlaps on one track.
+_LANES = ("compute", *TRANSFERS, "collectives")
 _OTHER_COMPUTE = ("gc", "optimizer")
 
 
@@ -64,23 +66,59 @@ def _recorded_begins(job: JobTrace, begin_s: Times) -> Times:
 
 
 def _process(job: JobTrace, first_pid: int, start_s: Times, duration_s: Times) -> Iterator[dict[str, Any]]:
+    operations_of = defaultdict[int, list[int]](list)  # by track
     for index, operation in enumerate(job.operations):
+        operations_of[operation.stage * len(_LANES) + _lane(operation.kind)].append(index)
+
+    steps = job.steps[:_STEPS]
+    begin_ns, end_ns = (
+        np.rint(1e9 * times[:, :, : len(steps)]).astype(np.int64) for times in (start_s, start_s + duration_s)
+    )
+    for track, indices in operations_of.items():
         for place in range(len(job.dp_ranks)):
-            for number, step in enumerate(job.steps[:_STEPS]):
+            begins = begin_ns[indices, place].ravel().tolist()
+            ends = _without_overlaps(begins, end_ns[indices, place].ravel().tolist())
+            for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+                operation = job.operations[indices[number // len(steps)]]
                 yield {
                     "ph": "X",
                     "name": operation.kind,
-                    "cat": _LANES[_lane(operation.kind)],
+                    "cat": _category(operation.kind),
                     "pid": first_pid + place,
-                    "tid": operation.stage * len(_LANES) + _lane(operation.kind),
-                    "ts": round(1e6 * float(start_s[index, place, number]), 3),
-                    "dur": round(1e6 * float(duration_s[index, place, number]), 3),
-                    "args": {"step": step, "micro_batch": operation.micro_batch, "chunk": operation.chunk},
+                    "tid": track,
+                    "ts": begin / 1000,
+                    "dur": (end - begin) / 1000,
+                    "args": {
+                        "step": steps[number % len(steps)],
+                        "micro_batch": operation.micro_batch,
+                        "chunk": operation.chunk,
+                    },
                 }
 
 
+def _without_overlaps(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return the ends of slices of one track, cut where a later one begins that ends after them."""
+    found, open_ = list(ends), list[int]()
+    for number in sorted(range(len(begins)), key=lambda each: (begins[each], -ends[each])):
+        open_ = [each for each in open_ if found[each] > begins[number]]
+        for each in open_:
+            if found[each] < found[number]:
+                found[each] = begins[number]
+
+        open_.append(number)
+
+    return found
+
+
 def _lane(kind: str) -> int:
-    return 0 if kind in (*COMPUTE, *_OTHER_COMPUTE) else 1 if kind in TRANSFERS else 2
+    return _LANES.index(kind) if kind in TRANSFERS else 0 if _category(kind) == "compute" else len(_LANES) - 1
+
+
+def _category(kind: str) -> str:
+    if kind in TRANSFERS:
+        return "pipeline"
+
+    return "compute" if kind in (*COMPUTE, *_OTHER_COMPUTE) else "collectives"
 
 
 def _names(job: JobTrace) -> Iterator[dict[str, Any]]:
