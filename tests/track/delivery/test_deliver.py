@@ -819,6 +819,43 @@ def test_an_audit_log_that_cannot_be_written_is_no_failure_of_the_tracker(run: L
     assert lines_of(run.path, "trackers/audit.jsonl")[0]["sent"] == {"metrics": 2, "params": 1}
 
 
+def test_each_experiment_is_delivered_by_its_own_settings_and_options(run: LoggedRun) -> None:
+    """Those of the first experiment were applied to all: `exclude` and `mask` of a later one had no effect."""
+    run.experiment(["jsonl"], 1, id="a", name="a", options={"jsonl": {"aggregate": {"every": 2, "by": "mean"}}})
+    own = {"routes": [{"names": ["loss", "note", "debug/*"]}], "sample": 2}
+    run.experiment(
+        ["jsonl"], 2, id="b", name="b", options={"jsonl": own}, exclude=["debug/*"], mask=["customer_*"],
+        tags={"customer_id": "17"},
+    )  # fmt: skip
+    for number in (1, 2):
+        run.metrics({"loss": [1.0, 2.0], "debug/x": [3.0, 4.0], "acc": [5.0, 6.0]}, number)
+        run.row("params", number, params={"customer_name": "Ada", "debug/p": 1})
+        run.row("text", number, name="note", text="by customer_17", step=0)
+
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    first, second = (lines_of(run.path, f"jsonl/{name}.jsonl") for name in ("a", "b"))
+    assert [values(first, name) for name in ("loss", "debug/x", "acc")] == [[(1, 1.5)], [(1, 3.5)], [(1, 5.5)]]
+    assert [values(second, name) for name in ("loss", "debug/x", "acc")] == [[(0, 1.0)], [], []]
+    said = [[line.get("tags") or line.get("params") or line.get("text") for line in lines] for lines in (first, second)]
+    assert [[each for each in words if each] for words in said] == [
+        [{"customer_name": "Ada", "debug/p": 1}, "by customer_17"],
+        [{"customer_id": "[masked:custom]"}, {"customer_name": "[masked:custom]"}, "by [masked:custom]"],
+    ]
+    assert state_of(run.path).masked == 4  # the tag at the start, too
+
+
+def test_local_only_is_of_the_experiment_that_sets_it(run: LoggedRun) -> None:
+    elsewhere = {"mlflow": {"tracking_uri": "http://192.0.2.1:9"}}
+    run.experiment(["mlflow"], 1, id="a", name="a", local_only=True)
+    run.experiment(["mlflow"], 2, id="b", name="b", options=elsewhere, max_retries=1)
+    run.end()
+
+    assert deliver(run.path, "mlflow", MLFLOW_HTTP_REQUEST_TIMEOUT="1").returncode == EXIT_AGAIN
+    assert "local_only" not in state_of(run.path, "mlflow").error
+
+
 def test_a_backend_that_would_leave_the_machine_is_refused_under_local_only(run: LoggedRun) -> None:
     run.experiment(
         ["mlflow"], id="x", local_only=True, options={"mlflow": {"tracking_uri": "http://tracking.example.org"}}

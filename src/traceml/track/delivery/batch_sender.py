@@ -48,7 +48,7 @@ class BatchSender:
     def __init__(self, delivery: Delivery, is_done: Callable[[PlannedExperiment], bool], *, everything: bool) -> None:
         self._state, self._session, self._audit = delivery.state, delivery.session, delivery.audit
         self._run_dir, self._reader, self._plan = delivery.run_dir, delivery.reader, delivery.plan
-        self._filters, self._config = delivery.filters, delivery.config
+        self._rules, self._config = delivery.rules, delivery.config
         self._records = delivery.records
         self._is_done = is_done
         self._delivery = delivery
@@ -174,7 +174,7 @@ class BatchSender:
         """Add the values that filters let pass."""
         experiment, passing = self._experiment(part.stream, part.experiment), []
         if experiment is not None:
-            passing = self._filters.apply(part.rows, self._windows(), experiment.key)
+            passing = self._rules.of(experiment).filters.apply(part.rows, self._windows(), experiment.key)
             waiting.setdefault(experiment.key, []).extend(passing)
 
         self._state.filtered += len(part.rows) - len(passing)
@@ -198,7 +198,7 @@ class BatchSender:
 
     def _send_windows(self, experiment: PlannedExperiment) -> None:
         """Send the aggregates of an experiment's open windows."""
-        rows = self._filters.finish(self._windows(), experiment.key)
+        rows = self._rules.of(experiment).filters.finish(self._windows(), experiment.key)
         self._state.filtered -= len(rows)
         self._send_values(experiment, rows)
 
@@ -209,7 +209,8 @@ class BatchSender:
 
     def _send_derived_values(self, experiment: PlannedExperiment, rows: list[Metric]) -> None:
         """Send values that the user has not logged; they are counted separately."""
-        passing = [row for row in rows if self._filters.takes(row.name, row.rank)]
+        filters = self._rules.of(experiment).filters
+        passing = [row for row in rows if filters.takes(row.name, row.rank)]
         if passing:
             refused = self._session.metrics(experiment, passing)
             self._audit.record("metrics", {row.name for row in passing}, len(passing))
@@ -239,7 +240,7 @@ class BatchSender:
 
             return
 
-        if experiment is None or not self._passes(row, kind, logged.stream.rank):
+        if experiment is None or not self._passes(experiment, row, logged.stream.rank):
             self._state.filtered += 1
             return
 
@@ -257,11 +258,12 @@ class BatchSender:
 
             self._state.delivered += 1
 
-    def _passes(self, row: dict[str, Any], kind: str, rank: int) -> bool:
+    def _passes(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> bool:
+        kind = str(row.get("kind"))
         if kind in {"params", "tags", "collected", "refused"}:
             return True  # their keys are filtered one by one
 
-        return self._filters.takes(str(row.get("name") or kind), rank)
+        return self._rules.of(experiment).filters.takes(str(row.get("name") or kind), rank)
 
     # Each makes the calls for a row of one kind, and yields the bytes sent with each of them.
 
@@ -358,9 +360,9 @@ class BatchSender:
     ) -> dict[str, Any]:
         """Return the parameters that pass, under their ranks' names, without those that rank 0 has sent equally."""
         sent = self._resume.setdefault(kind, {}).setdefault(experiment.key, {})
-        passing = {}
+        filters, passing = self._rules.of(experiment).filters, {}
         for key, value in params.items():
-            if not self._filters.takes(key):
+            if not filters.takes(key):
                 continue
 
             if rank == 0:

@@ -22,7 +22,6 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import BackendError
 from traceml.fail_open import fail_open
 from traceml.formatting import left_text
-from traceml.privacy import Masker
 from traceml.process_ends import StopRequest
 from traceml.run_folder import STORE_NAME
 from traceml.settings import Config
@@ -32,12 +31,13 @@ from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
 from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.derived import INPUT_TABLES
+from traceml.track.delivery.experiment_rules import RulesOfExperiments
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
 from traceml.track.delivery.tracker_session import Delivery, RewindError, TrackerSession
 from traceml.track.delivery.verdict_sender import has_report
-from traceml.track.filters import DeliveryFilter, check_delivery_options, timeout_of
+from traceml.track.filters import check_delivery_options, timeout_of
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, ResumeState, TrackerState
 from traceml.track.wandb_sweep import variables
@@ -102,7 +102,8 @@ class DeliveryLoop:
         self._delivers_all = options is not None or requested_by is None
         self._given_options = options
         self._policy = RetryPolicy(self._config.max_retries, self._config.backoff_factor, self._config.max_backoff)
-        self._masker = Masker(self._config.mask)
+        current = None if settings is None else settings_of(settings)
+        self._rules = RulesOfExperiments(backend, self._config, current, options)
         self._masked_before = self._state.masked
         self._watchdog = CallWatchdog(self._hangs)
         self._uses_fallback = self._is_delivered = False
@@ -156,7 +157,6 @@ class DeliveryLoop:
         _read_key(self._state.backend, self._options, planned)
         self._records = RecordReader(self._reader, INPUT_TABLES)
         self._audit = AuditLog(self._run_dir, self._state)
-        self._filters = filters = DeliveryFilter.of(self._config.include, self._config.exclude, self._options)
         self._session = self._make_session()
         delivery = Delivery(
             run_dir=self._run_dir,
@@ -164,7 +164,7 @@ class DeliveryLoop:
             records=self._records,
             plan=self._plan,
             config=self._config,
-            filters=filters,
+            rules=self._rules,
             session=self._session,
             state=self._state,
             audit=self._audit,
@@ -193,13 +193,11 @@ class DeliveryLoop:
             self._state,
             self._save,
             self._watchdog,
-            self._masker,
-            self._filters,
+            self._rules,
             self._audit,
             timeout_s=timeout_of(self._options, _TIMEOUT_S),
             options=None if fallback else self._given_options,
             is_fallback=bool(fallback),
-            local_only=self._config.local_only,
         )
 
     def _follow(self) -> int:
@@ -282,7 +280,7 @@ class DeliveryLoop:
         if is_ending:
             self._end_finished()
 
-        has_written = self._audit.write(dict(self._masker.counts))
+        has_written = self._audit.write(dict(self._rules.masked))
         if is_ending or has_written:
             self._save()
 
@@ -335,7 +333,7 @@ class DeliveryLoop:
         except Exception as error:  # noqa: BLE001 - see run()
             return self._failed(error)
 
-        self._audit.write(dict(self._masker.counts), force=True)
+        self._audit.write(dict(self._rules.masked), force=True)
         if self._uses_fallback:
             self._state.fallback_done = True
             self._save()
@@ -366,7 +364,7 @@ class DeliveryLoop:
         self._save()
 
     def _stopped(self) -> int:
-        self._audit.write(dict(self._masker.counts), force=True)
+        self._audit.write(dict(self._rules.masked), force=True)
         if self._state.phase in {DeliveryPhase.DELIVERING, DeliveryPhase.STARTING}:
             self._state.phase = DeliveryPhase.STOPPED
 
@@ -480,7 +478,7 @@ class DeliveryLoop:
 
     def _save(self) -> None:
         """Write the state; on a full disk delivery continues, and backends with marks stay exact."""
-        self._state.masked = self._masked_before + self._masker.counts.total()
+        self._state.masked = self._masked_before + self._rules.masked.total()
         try:
             replace(self._state, **self._before).save(self._run_dir)
             self._has_warned_unsaved, self._is_saved = False, True

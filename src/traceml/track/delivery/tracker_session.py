@@ -15,14 +15,14 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
 from traceml.formatting import json_text, name_at_rank
 from traceml.ids import DEFAULT_PROJECT
-from traceml.privacy import Masker
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
+from traceml.track.delivery.experiment_rules import RulesOfExperiments
 from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.delivery.refusals import refusal_counted
-from traceml.track.filters import DeliveryFilter, backend_options
+from traceml.track.filters import backend_options
 from traceml.track.plugins.failure_kinds import StartError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -53,7 +53,6 @@ class TrackerSession:
         timeout_s: longest time of a call.
         options: options of the backend that replace those of the experiments.
         is_fallback: whether it replaces a failing backend; its experiments are stored under other keys.
-        local_only: whether nothing may leave this machine, regardless of the experiments' settings.
     """
 
     def __init__(
@@ -63,26 +62,22 @@ class TrackerSession:
         state: TrackerState,
         save: Callable[[], None],
         watchdog: CallWatchdog,
-        masker: Masker,
-        filters: DeliveryFilter,
+        rules: RulesOfExperiments,
         audit: AuditLog,
         *,
         timeout_s: float,
         options: Mapping[str, Any] | None = None,
         is_fallback: bool = False,
-        local_only: bool = False,
     ) -> None:
         self.backend = backend
         self._run_dir = run_dir
         self._state = state
         self._save = save
         self._watchdog = watchdog
-        self._masker = masker
-        self._filters = filters
+        self._rules = rules
         self._audit = audit
         self._timeout_s = timeout_s
         self._options = options
-        self._local_only = local_only
         self._prefix = f"{backend}:" if is_fallback else ""
         self._connected: dict[str, BackendInterface] = {}
         self._cleanups: list[Callable[[], object]] = []
@@ -128,7 +123,7 @@ class TrackerSession:
 
     def _send_first_tags(self, experiment: PlannedExperiment) -> None:
         """Send the tags of an announcement, unless they are there; a tracker that refuses them still gets the rows."""
-        tags = self._passing(experiment.row.get("tags"))
+        tags = self._passing(experiment, "tags")
         if not tags or self.state_of(experiment)["is_tagged"]:
             return
 
@@ -142,10 +137,9 @@ class TrackerSession:
         if stored and not stored.get("ended") and not backend.resume(stored["mark"]):
             raise RewindError
 
-        self._state.target = self._masker.mask_text(backend.target)
-        row = experiment.row
-        name = self._masker.mask_text(experiment.name)
-        number = backend.start_experiment(name, self._project(row))
+        mask, row = self._rules.of(experiment).masker.mask_text, experiment.row
+        self._state.target = mask(backend.target)
+        number = backend.start_experiment(mask(experiment.name), mask(self._project(row)))
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
             "id": number, "url": backend.url, "mark": _mark_of(backend), "ended": False,
@@ -173,20 +167,21 @@ class TrackerSession:
 
     def params(self, experiment: PlannedExperiment, params: Mapping[str, Any]) -> None:
         """Send parameters, masked."""
-        self.call(experiment, "log_params", self._masker.mask_mapping(params))
+        self.call(experiment, "log_params", self._rules.of(experiment).masker.mask_mapping(params))
 
     def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any]) -> None:
         """Send tags, masked."""
-        masked = {key: json_text(value) for key, value in self._masker.mask_mapping(tags).items()}
-        self.call(experiment, "set_tags", masked)
+        masked = self._rules.of(experiment).masker.mask_mapping(tags)
+        self.call(experiment, "set_tags", {key: json_text(value) for key, value in masked.items()})
 
     def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
         """Send facts about the run, masked."""
-        self.call(experiment, "log_facts", self._masker.mask_mapping(facts))
+        self.call(experiment, "log_facts", self._rules.of(experiment).masker.mask_mapping(facts))
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int, time_s: float | None = None) -> None:
         """Send a text, masked by its content and its name."""
-        self.call(experiment, "log_text", name, self._masker.mask_logged_text(name, text), step, time_s=time_s)
+        masked = self._rules.of(experiment).masker.mask_logged_text(name, text)
+        self.call(experiment, "log_text", name, masked, step, time_s=time_s)
 
     def call(
         self,
@@ -279,7 +274,8 @@ class TrackerSession:
         return self._watchdog.watch(call, allowed_s)
 
     def _config(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> dict[str, Any]:
-        row = experiment.row
+        row, rules = experiment.row, self._rules.of(experiment)
+        masker = rules.masker
         options = self._options if self._options is not None else experiment.options(self.backend)
         parent = row.get("parent")
         return {
@@ -288,28 +284,29 @@ class TrackerSession:
             "run_dir": str(self._run_dir),
             "experiment": {
                 "id": str(row.get("id") or f"{self._run_dir.name}-{experiment.number}"),
-                "name": self._masker.mask_text(experiment.name),
-                "project": self._project(row),
-                "tags": self._masker.mask_mapping(self._passing(row.get("tags"))),
+                "name": masker.mask_text(experiment.name),
+                "project": masker.mask_text(self._project(row)),
+                "tags": masker.mask_mapping(self._passing(experiment, "tags")),
                 "parent": self._id_at_tracker(str(parent)) if parent else None,
-                "params": self._masker.mask_mapping(self._passing(row.get("params"))),
+                "params": masker.mask_mapping(self._passing(experiment, "params")),
                 "started": experiment.started or time.time(),
                 # By its text alone: by its name it would be masked, and trackers file runs under their user.
-                "user": self._masker.mask_text(str(row.get("user") or "")),
-                "source": self._masker.mask_text(str(row.get("source") or "")),
+                "user": masker.mask_text(str(row.get("user") or "")),
+                "source": masker.mask_text(str(row.get("source") or "")),
             },
             "continue_run": stored["id"] if stored.get("ended") else self._resumed(row.get("resume")),
             "mark": stored.get("mark"),
-            "local_only": self._local_only or bool(row.get("local_only")),
+            "local_only": rules.local_only,
         }
 
     def _project(self, row: Mapping[str, Any]) -> str:
         own = (row.get("projects") or {}).get(self.backend)  # of the tracker's own variable
-        return self._masker.mask_text(str(own or row.get("project") or DEFAULT_PROJECT))
+        return str(own or row.get("project") or DEFAULT_PROJECT)
 
-    def _passing(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _passing(self, experiment: PlannedExperiment, kind: str) -> dict[str, Any]:
         """Return the tags or parameters of an announcement that filters let pass."""
-        return {key: value for key, value in (values or {}).items() if self._filters.takes(key)}
+        filters, values = self._rules.of(experiment).filters, experiment.row.get(kind) or {}
+        return {key: value for key, value in values.items() if filters.takes(key)}
 
     def _id_at_tracker(self, public: str) -> str | None:
         """Return the tracker's id of an experiment of this run or of another in the same folder, by its traceml id."""
@@ -349,7 +346,7 @@ class Delivery:
     records: RecordReader
     plan: DeliveryPlan
     config: Config
-    filters: DeliveryFilter
+    rules: RulesOfExperiments
     session: TrackerSession
     state: TrackerState
     audit: AuditLog

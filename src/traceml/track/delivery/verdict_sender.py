@@ -25,7 +25,7 @@ def send_live_verdict(delivery: Delivery, main: PlannedExperiment, event: RunEve
         return
 
     signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
-    if signature == delivery.state.resume.get("verdict") or not delivery.filters.takes("traceml/verdict"):
+    if signature == delivery.state.resume.get("verdict") or not _is_wanted(delivery, main):
         return
 
     delivery.state.resume["verdict"] = signature
@@ -39,7 +39,7 @@ def send_live_verdict(delivery: Delivery, main: PlannedExperiment, event: RunEve
 
 def send_verdict(delivery: Delivery, main: PlannedExperiment) -> None:
     """Send the verdict of the whole run from the report, else the last live one."""
-    if not delivery.filters.takes("traceml/verdict"):
+    if not _is_wanted(delivery, main):
         return
 
     verdict = _report_verdict(delivery.run_dir)
@@ -63,6 +63,10 @@ def has_report(run_dir: Path, since_s: float) -> bool:
         return (run_dir / REPORT_NAME).stat().st_mtime >= since_s
     except OSError:
         return False
+
+
+def _is_wanted(delivery: Delivery, main: PlannedExperiment) -> bool:
+    return delivery.rules.of(main).filters.takes("traceml/verdict")
 
 
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
