@@ -701,6 +701,32 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     assert lines_of(run.path)[-1]["type"] == "end"  # although the first has continued
 
 
+@pytest.mark.parametrize("other", [{}, {"fallback": "jsonl"}])
+def test_a_fallback_that_has_the_experiment_from_another_tracker_keeps_that(
+    run: LoggedRun, other: dict[str, str]
+) -> None:
+    """Both wrote to the file of the experiment: what one had delivered was gone when the other began."""
+    second = f"{FAULTY}Anew" if other else "jsonl"
+    folder = run.path.parent / "faulty"
+    folder.mkdir()
+    options = {FAULTY: {"path": str(folder), "fallback": "jsonl"}, second: {"path": str(folder), **other}}
+    run.experiment(
+        [FAULTY, second], id="x", sys_path=[ROOT], max_retries=1, max_backoff=4.0,
+        options=options if other else {FAULTY: options[FAULTY]},
+    )  # fmt: skip
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+    (folder / "behavior").write_text('{"metrics": "down"}')
+
+    for backend in (second, FAULTY):
+        while not (state_of(run.path, backend).fallback_done or state_of(run.path, backend).phase == "done"):
+            assert deliver(run.path, backend).returncode in {EXIT_AGAIN, EXIT_DONE}
+
+    files = sorted(run.path.glob("jsonl/*.jsonl"))
+    assert len(files) == 2
+    assert [values(lines_of(run.path, f"jsonl/{file.name}"), "a") for file in files] == [[(0, 1.0), (1, 2.0)]] * 2
+
+
 def test_a_fallback_takes_the_rows_although_the_wait_is_over_when_its_process_starts(run: LoggedRun) -> None:
     """With a short `max_backoff` only the failing backend had a turn, again and again."""
     folder = faulty(run, fallback="jsonl", max_backoff=0.01)

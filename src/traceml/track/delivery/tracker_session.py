@@ -283,7 +283,7 @@ class TrackerSession:
             "run_id": self._run_dir.name,
             "run_dir": str(self._run_dir),
             "experiment": {
-                "id": str(row.get("id") or f"{self._run_dir.name}-{experiment.number}"),
+                "id": self._id_of(experiment),
                 "name": masker.mask_text(experiment.name),
                 "project": masker.mask_text(self._project(row)),
                 "tags": masker.mask_mapping(self._passing(experiment, "tags")),
@@ -298,6 +298,13 @@ class TrackerSession:
             "mark": stored.get("mark"),
             "local_only": rules.local_only,
         }
+
+    def _id_of(self, experiment: PlannedExperiment) -> str:
+        """Return the id under which it is filed: one of its own at a fallback that also has it from somebody else."""
+        own = str(experiment.row.get("id") or f"{self._run_dir.name}-{experiment.number}")
+        others = [each for each in experiment.backends if each != self._state.backend]
+        has_it = {*others, *(experiment.options(each).get("fallback") for each in others)}
+        return f"{own}-{self._state.backend}" if self._prefix and self.backend in has_it else own
 
     def _project(self, row: Mapping[str, Any]) -> str:
         own = (row.get("projects") or {}).get(self.backend)  # of the tracker's own variable
