@@ -51,6 +51,13 @@ class Mine(BackendPlugin):
         return JsonlBackend(config)
 
 
+class HalfBackend(BackendInterface):
+    """A backend that lacks methods."""
+
+    def start_experiment(self, name: str, project: str) -> str:
+        raise NotImplementedError
+
+
 class Bare(JsonlBackend):
     """A backend without a plugin."""
 
@@ -145,6 +152,10 @@ def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
         (f"{__name__}:EXAMPLES", "must be a BackendPlugin or a BackendInterface"),
         (f"{__name__}:Reading", "must be a BackendPlugin or a BackendInterface"),
         (f"{__name__}:Incomplete", "does not define create_backend"),
+        (
+            f"{__name__}:HalfBackend",
+            "cannot be used as BackendInterface: it does not define end_experiment, log_artifact",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_said(name: str, words: str) -> None:

@@ -272,13 +272,14 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     found = _classes.get(path) or (_unpickle(path, name) if has_sent else _import(path, name))
     where = name if has_sent else path
     base, interface = _BASES[kind], _INTERFACES[kind]
-    if isinstance(found, type) and issubclass(found, interface) and not inspect.isabstract(found):
-        return _plugin_of(found, kind, name)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(found, type) and issubclass(found, (base, interface))):
         raise PluginError(f"{where} must be a {base.__name__} or a {interface.__name__}, got {found!r:.100}")
     if inspect.isabstract(found):
+        role = next(each.__name__ for each in (base, interface) if issubclass(found, each))
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise PluginError(f"{where} cannot be used as {base.__name__}: it does not define {missing}")
+        raise PluginError(f"{where} cannot be used as {role}: it does not define {missing}")
+    if issubclass(found, interface):
+        return _plugin_of(found, kind, name)
 
     plugin: PluginInterface = found()
     return plugin
@@ -313,6 +314,9 @@ def create_backend(
     plugin.initialize(options)
     on_end(plugin.cleanup)
     backend = plugin.create_backend(config)
+    if not isinstance(backend, BackendInterface):
+        raise PluginError(f"backend {name!r}: create_backend() must return a BackendInterface, not {backend!r:.100}")
+
     if config.get("local_only") and not backend.is_local:
         raise PluginError(
             f"backend {name!r} would deliver to {backend.target}, which is not on this machine, and local_only is set: "
