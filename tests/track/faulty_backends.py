@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,16 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import BackendPlugin
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["Bare", "FaultyBackend", "FaultyBackendAnew", "FaultyBackendIdempotent", "FaultyBackendMark", "FaultyPlugin"]
+__all__ = [
+    "Bare",
+    "FaultyBackend",
+    "FaultyBackendAnew",
+    "FaultyBackendIdempotent",
+    "FaultyBackendMark",
+    "FaultyBackendOdd",
+    "FaultyPlugin",
+    "ForgetfulPlugin",
+]
 
 
 def _react(folder: Path, to: str) -> None:
@@ -39,8 +50,16 @@ def _react(folder: Path, to: str) -> None:
         raise BackendRefusedError("no such project (400)")
     elif behavior == "exits":
         raise SystemExit(3)
+    elif behavior == "panics":
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+    elif behavior == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif behavior == "broken":
         raise TypeError("log() got an unexpected keyword argument")
+
+
+class PanicException(BaseException):
+    """A panic of code in Rust, which PyO3 derives from BaseException."""
 
 
 class FaultyBackend(BackendInterface):
@@ -122,6 +141,22 @@ class FaultyBackendMark(FaultyBackend):
         return {"file": self._file}
 
 
+class FaultyBackendOdd(FaultyBackend):
+    """The same, with an id and a place that are no texts."""
+
+    @property
+    def target(self) -> Any:
+        return self._folder
+
+    @property
+    def url(self) -> Any:
+        return self._path
+
+    def start_experiment(self, name: str, project: str) -> Any:
+        super().start_experiment(name, project)
+        return uuid.UUID(int=7)
+
+
 class FaultyBackendAnew(FaultyBackend):
     """The same, continued from the run's first row alone."""
 
@@ -147,6 +182,13 @@ class FaultyPlugin(BackendPlugin):
         (self._folder / "cleaned").touch()
         _react(self._folder, "cleanup")
         raise OSError("nothing to release")
+
+
+class ForgetfulPlugin(FaultyPlugin):
+    """Creates nothing."""
+
+    def create_backend(self, config: Mapping[str, Any]) -> Any:
+        super().create_backend(config)
 
 
 class Bare(BackendInterface):

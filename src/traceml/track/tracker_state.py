@@ -22,6 +22,7 @@ from traceml.run_folder import TRACKERS_FOLDER
 from traceml.trusted_files import read_regular, replace_file
 
 __all__ = [
+    "EXITS",
     "EXIT_AGAIN",
     "EXIT_BROKEN",
     "EXIT_DONE",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 # Exit statuses of a delivery process: all done; another process delivers; start it again; a person has to act.
-EXIT_DONE, EXIT_TAKEN, EXIT_AGAIN, EXIT_BROKEN = 0, 73, 75, 78
+EXITS = EXIT_DONE, EXIT_TAKEN, EXIT_AGAIN, EXIT_BROKEN = 0, 73, 75, 78
 
 _SUFFIX = ".state.json"
 

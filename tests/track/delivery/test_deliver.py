@@ -902,20 +902,44 @@ def test_a_run_that_asked_for_no_tracker_can_be_delivered_later(run: LoggedRun) 
 
 
 @pytest.mark.parametrize("to", ["start", "metrics"])
-def test_a_library_that_ends_its_process_is_a_failure(run: LoggedRun, to: str) -> None:
+@pytest.mark.parametrize(
+    ("behavior", "words"),
+    [("exits", "the tracker's library ended its process: sys.exit(3)"), ("panics", "PanicException: called `Option")],
+)
+def test_a_library_that_ends_its_process_is_a_failure(run: LoggedRun, to: str, behavior: str, words: str) -> None:
     """It was started again and again, and nobody was told why nothing arrived."""
     folder = faulty(run)
     run.metrics({"a": [1.0, 2.0]})
     run.end()
-    (folder / "behavior").write_text(json.dumps({to: "exits"}))
+    (folder / "behavior").write_text(json.dumps({to: behavior}))
 
     assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
     assert state_of(run.path, FAULTY).phase == DeliveryPhase.WAITING
-    assert "the tracker's library ended its process: sys.exit(3)" in state_of(run.path, FAULTY).error
+    assert words in state_of(run.path, FAULTY).error
 
     (folder / "behavior").unlink()
     assert deliver(run.path, FAULTY).returncode == EXIT_DONE
     assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_an_id_may_be_any_object(run: LoggedRun) -> None:
+    """Of a UUID the process died, as often as it was started."""
+    backend = f"{FAULTY}Odd"
+    folder = faulty(run, backend)
+    run.end()
+
+    assert deliver(run.path, backend).returncode == EXIT_DONE
+    (stored,) = state_of(run.path, backend).experiments.values()
+    assert (stored["id"], stored["url"]) == ("00000000-0000-0000-0000-000000000007", str(folder / "x.jsonl"))
+
+
+def test_a_plugin_that_creates_nothing_is_named(run: LoggedRun) -> None:
+    backend = FAULTY.replace("FaultyBackend", "ForgetfulPlugin")
+    faulty(run, backend)
+    run.end()
+
+    assert deliver(run.path, backend).returncode == EXIT_BROKEN
+    assert "create_backend() must return a BackendInterface, not None" in state_of(run.path, backend).error
 
 
 def test_a_position_that_cannot_be_kept_is_named(run: LoggedRun) -> None:

@@ -128,6 +128,8 @@ class DeliveryLoop:
             return self._failed(error)
         except SystemExit as error:
             return self._failed(BackendError(f"the tracker's library ended its process: sys.exit({error.code!r:.100})"))
+        except BaseException as error:  # noqa: BLE001 - a panic of code in Rust, a cancelled coroutine
+            return self._failed(error)
 
     def _settings(self, requested_by: PlannedExperiment | None, current: dict[str, Any] | None) -> Config:
         """Return the settings of the run; a tracker that it did not request gets no more than they allow."""
@@ -373,7 +375,7 @@ class DeliveryLoop:
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def _retry_or_exit(self, error: Exception, *, in_place: bool = True) -> int | None:
+    def _retry_or_exit(self, error: BaseException, *, in_place: bool = True) -> int | None:
         """Record a failure; wait and return None when this process may try again, else return its exit status."""
         failure = classify(error)
         _log.warning("%s: %s", self._state.backend, failure.text, exc_info=_log.isEnabledFor(logging.DEBUG))
@@ -387,7 +389,7 @@ class DeliveryLoop:
 
         return None
 
-    def _failed(self, error: Exception) -> int:
+    def _failed(self, error: BaseException) -> int:
         """Record a failure outside of a batch; return the exit status."""
         status = self._retry_or_exit(error, in_place=False)
         return EXIT_AGAIN if status is None else status

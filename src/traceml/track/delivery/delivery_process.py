@@ -19,7 +19,18 @@ from traceml.inspection.kernel_state import core_wait_ns
 from traceml.process_ends import end_of_status
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.delivery.credentials import environment_for
-from traceml.track.tracker_state import EXIT_BROKEN, EXIT_DONE, EXIT_TAKEN, FAILING_PHASES, DeliveryPhase, TrackerState
+from traceml.track.delivery.retry_policy import RetryPolicy
+from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure
+from traceml.track.tracker_state import (
+    EXIT_BROKEN,
+    EXIT_DONE,
+    EXIT_TAKEN,
+    EXITS,
+    FAILING_PHASES,
+    DeliveryPhase,
+    TrackerState,
+    locked,
+)
 
 __all__ = ["STOP_S", "DeliveryProcess"]
 
@@ -160,7 +171,7 @@ class DeliveryProcess:
             environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
             folder = self.run_dir / TRACKERS_FOLDER
             folder.mkdir(exist_ok=True)
-            with _log_file(folder / f"{TrackerState.path_in(self.run_dir, self.backend).name[:-11]}.log") as log:
+            with _open_log(self._log_path) as log:
                 self._process = subprocess.Popen(
                     self._command,
                     env=environ,
@@ -183,7 +194,8 @@ class DeliveryProcess:
             self.over = True
             return
 
-        state = self.state
+        has_crashed = status not in EXITS and not self.over  # else it was asked to end
+        state = self._record_crash(status) if has_crashed else self.state
         if status == EXIT_BROKEN:
             self.over = True
             _log.error("%s cannot deliver: %s", self.backend, state.error)
@@ -196,12 +208,28 @@ class DeliveryProcess:
         if time.monotonic() - self._started_s > _LONG_LIFE_S:
             self._pause_s = _FIRST_PAUSE_S
 
-        if status < 0:
-            _log.warning("%r %s", self, end_of_status(status))
-
         self._pause()
         if state.retry_at and not self._uses_fallback(state):  # a tracker that failed is not called before that
             self._due_s = max(self._due_s, time.monotonic() + state.retry_at - time.time())
+
+    def _record_crash(self, status: int) -> TrackerState:
+        """Record that the process died, as of a tracker's library that crashes, as a failure; return the state."""
+        how = end_of_status(status)
+        _log.warning("%r %s", self, how)
+        with locked(self.run_dir, self.backend) as is_locked:
+            state = self.state
+            if is_locked:  # else another process delivers, and writes the state
+                why = f"the process that calls the tracker's library {how}; its output is in {self._log_path}"
+                RetryPolicy().record_failure(state, TrackerFailure(FailureKind.TRANSIENT, why))
+                state.save(self.run_dir)
+
+        return state
+
+    @property
+    def _log_path(self) -> Path:
+        """File with what the processes print."""
+        path = TrackerState.path_in(self.run_dir, self.backend)
+        return path.with_name(f"{path.name[:-11]}.log")
 
     def _uses_fallback(self, state: TrackerState) -> bool:
         """Whether the next process will deliver to the fallback instead of waiting."""
@@ -212,6 +240,6 @@ class DeliveryProcess:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-def _log_file(path: Path) -> BinaryIO:
+def _open_log(path: Path) -> BinaryIO:
     """Open a log for appending; start a new one when it is too long."""
     return path.open("ab" if not path.exists() or path.stat().st_size < _LOG_BYTES else "wb")

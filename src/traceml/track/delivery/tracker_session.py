@@ -138,11 +138,11 @@ class TrackerSession:
             raise RewindError
 
         mask, row = self._rules.of(experiment).masker.mask_text, experiment.row
-        self._state.target = mask(backend.target)
+        self._state.target = mask(str(backend.target))
         number = backend.start_experiment(mask(experiment.name), mask(self._project(row)))
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
-            "id": number, "url": backend.url, "mark": _mark_of(backend), "ended": False,
+            "id": _text_of(number), "url": _text_of(backend.url), "mark": _mark_of(backend), "ended": False,
             "public": str(row.get("id") or ""), "is_tagged": bool(stored.get("is_tagged")),
         }  # fmt: skip
         return backend
@@ -357,6 +357,11 @@ class Delivery:
     session: TrackerSession
     state: TrackerState
     audit: AuditLog
+
+
+def _text_of(given: Any) -> str | None:
+    """Return an id or an address of a plugin in a form that JSON can hold."""
+    return None if given is None else str(given)
 
 
 def _mark_of(backend: BackendInterface) -> Any:
