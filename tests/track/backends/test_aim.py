@@ -76,7 +76,8 @@ def _values(read: dict[str, Any], name: str) -> list[list[float]]:
 def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     """Values, steps, times, parameters, tags, texts, images, histograms and artifacts are what was given.
 
-    An image that Pillow cannot open is an artifact; it kept all later rows from Aim.
+    An image that Pillow cannot open is an artifact; it kept all later rows from Aim. An integer that Aim cannot hold,
+    such as a seed of torch, is a text; it kept all parameters after it from Aim.
     """
     from PIL import Image
 
@@ -90,7 +91,7 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     backend.set_tags({"team": "ü"})
     backend.log_metrics([Metric(name, i / 7, i, 1.7e9 + i) for i in range(500) for name in ("loss", "größe % [x]")])
     backend.log_metrics([Metric("x", v, 9 - i, 1.7e9) for i, v in enumerate((math.nan, math.inf, -math.inf, 1.0))])
-    backend.log_params({"lr": 1e-3, "deep": {"a": [1, 2]}, "other": Path("/x")})
+    backend.log_params({"lr": 1e-3, "seed": 2**64 - 1, "deep": {"a": [1, -(2**63)]}, "other": Path("/x")})
     backend.log_params({"lr": 2e-3})
     for _ in range(2):
         backend.log_text("note", "zwei\nZeilen", 4)
@@ -112,7 +113,7 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert odd[0][1] == 1.0
     assert (odd[1][1], odd[2][1]) == (-math.inf, math.inf)
     assert math.isnan(odd[3][1])
-    assert read["params"] == {"lr": 2e-3, "deep": {"a": [1, 2]}, "other": "/x"}
+    assert read["params"] == {"lr": 2e-3, "seed": str(2**64 - 1), "deep": {"a": [1, -(2**63)]}, "other": "/x"}
     assert (read["name"], read["experiment"], read["tags"]) == ("first", "tests", ["team: ü"])
     assert (read["state"], read["ended"], read["traceml"]["parent"]) == ("finished", True, "outer")
     assert sorted((name, step, text) for name, _, step, text in read["texts"] if name == "note") == [

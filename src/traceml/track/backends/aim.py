@@ -27,6 +27,7 @@ __all__ = ["AimBackend"]
 
 _LONGEST_NAME = 1000
 _MAX_BUCKETS = 512  # of a distribution in Aim
+_LARGEST_INTEGER = 2**63  # Aim's are signed and have 64 bits
 _TAKEN = {"hparams", "tags", "traceml", "state"}  # keys of this backend
 
 
@@ -372,4 +373,4 @@ def _same(stored: tuple[float, float], given: tuple[float, float]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return plain_value(value, key=lambda name: safe_name(name, NO_TEXT, _LONGEST_NAME))
+    return plain_value(value, lambda name: safe_name(name, NO_TEXT, _LONGEST_NAME), _LARGEST_INTEGER)
