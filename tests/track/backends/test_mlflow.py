@@ -103,8 +103,9 @@ def test_everything_is_read_back(make: Maker, uri: str, tmp_path: Path, request:
     backend.set_tags({"team": "ü"})
     backend.log_metrics([Metric("loss", i / 7, i, 1.7e9 + i / 1000) for i in range(2500)])
     backend.log_metric("one", 1.5, 2**40)
-    backend.log_params({"lr": 1e-3, "name": "x", "long": "p" * 7000, "a%b": 1})
-    backend.log_params({"lr": 2e-3})
+    backend.log_params({"lr": 1e-3, "name": "x", "long": "p" * 7000, "a%b": 1, "phase": "train"})
+    backend.log_params({"lr": 2e-3, "phase": "test"})
+    backend.log_params({"phase": "train"})
     backend.log_text("note", "zwei\nZeilen", 4)
     backend.log_histogram("h", [1, 2], [0.0, 0.5, 1.0], 5)
     backend.log_artifact(str(body), "model/my weights.bin")
@@ -118,6 +119,7 @@ def test_everything_is_read_back(make: Maker, uri: str, tmp_path: Path, request:
     assert (run.info.run_name, run.info.status) == ("first", "FAILED")
     assert run.data.params["lr"] == "0.001"
     assert run.data.tags["param.lr"] == "0.002"
+    assert run.data.tags["param.phase"] == "train"  # the newest, although it is the first again
     assert run.data.tags["team"] == "ü"
     for path, content in [
         ("params/long.txt", b"p" * 7000),

@@ -93,6 +93,7 @@ class MLflowBackend(BatchBackend):
         self._run_id: str | None = config.get("continue_run")
         self._experiment_id, self._wanted_id = "", str(options.get("experiment_id") or "")
         self._params: dict[str, str] = {}
+        self._tags: set[str] = set()  # tags with the newest values of parameters that have changed
         self._duplicates = DuplicateShifter()
         self._paths = RepeatedPaths((config.get("mark") or {}).get("paths"))
         self._client: Any = None
@@ -140,6 +141,7 @@ class MLflowBackend(BatchBackend):
             self._run_id = run.info.run_id
             self._experiment_id = run.info.experiment_id
             self._params = dict(run.data.params)
+            self._tags = {tag for tag in run.data.tags if tag.startswith("param.")}
 
         return str(self._run_id)
 
@@ -170,8 +172,9 @@ class MLflowBackend(BatchBackend):
             if len(text) > _LONGEST_PARAM:
                 long[key], text = text, text[: _LONGEST_PARAM - 3] + "..."
 
-            if self._params.setdefault(key, text) != text:
-                changed[f"param.{name}"] = text
+            tag = safe_name(f"param.{name}", _REFUSED, _LONGEST_NAME)
+            if self._params.setdefault(key, text) != text or tag in self._tags:
+                changed[tag] = text
             else:
                 fresh.append(Param(key, text))
 
@@ -181,6 +184,7 @@ class MLflowBackend(BatchBackend):
                 self._client.log_text(self._run_id, text, f"params/{key}.txt")
 
         self.set_tags(changed)
+        self._tags |= changed.keys()
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Send facts as parameters, and those that MLflow shows itself as its own tags."""
