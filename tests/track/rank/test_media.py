@@ -364,7 +364,7 @@ def test_figures_and_files_are_images(tmp_path: Path) -> None:
     assert image_of(path, 1 << 20) == (path.read_bytes(), ".jpg")
 
 
-@pytest.mark.parametrize("image", [3, object(), {"a": 1}])
+@pytest.mark.parametrize("image", [3, object(), {"a": 1}, io.BytesIO(b"\x89PNG")])
 def test_what_is_no_image_is_reported(image: object) -> None:
     """With what would be one."""
     with pytest.raises(ArgumentTypeError, match="an image must be an array, a tensor"):

@@ -43,7 +43,7 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Content, str]:
         return buffer.getvalue(), ".png"
     if hasattr(image, "getbands") and hasattr(image, "tobytes"):
         return _pixels_of_pil(image), ".png"
-    if hasattr(image, "detach"):
+    if hasattr(image, "detach") and hasattr(image, "numel"):  # a file has `detach`, too
         return _pixels_of_tensor(image, limit_bytes), ".png"
     if hasattr(image, "__array_interface__") or hasattr(image, "tolist"):
         return _pixels_of_array(image, limit_bytes), ".png"
