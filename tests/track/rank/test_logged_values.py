@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
 import torch
 
 from traceml import fail_open
-from traceml.track.rank.logged_values import PlainList, plain
+from traceml.track.rank.logged_values import PlainList, params_of, plain
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,22 @@ def test_a_value_that_fits_stays_whole(value: Any, caplog: pytest.LogCaptureFixt
 def test_a_tensor_of_many_values_on_a_device_is_not_read() -> None:
     """Its text has what is known without waiting for the device."""
     assert plain(torch.empty(2, 3, device="meta")) == "Tensor of shape (2, 3), torch.float32, on meta"
+
+
+class Incomplete(UserDict[str, Any]):
+    """A map that holds what cannot be read, as one of OmegaConf with a missing value."""
+
+    def __getitem__(self, key: str) -> Any:
+        if (value := super().__getitem__(key)) == "???":
+            raise LookupError(f"missing mandatory value: {key}")
+
+        return value
+
+
+def test_an_item_that_cannot_be_read_costs_no_other() -> None:
+    """It was an error of `log_params`, and ended the training."""
+    config = Incomplete(lr=0.1, data="???")
+    expected = {"lr": 0.1, "data": "<LookupError>"}
+
+    assert params_of(config) == expected
+    assert plain({"config": config}) == {"config": expected}

@@ -181,7 +181,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
     if depth < _DEPTH and isinstance(value, Mapping):
         _warn_of_cut(value, _ITEMS, "map", "items")
-        return {str(key): plain(item, depth + 1) for key, item in list(value.items())[:_ITEMS]}
+        return {str(key): plain(_item_of(value, key), depth + 1) for key in list(value)[:_ITEMS]}
 
     if depth < _DEPTH and isinstance(value, list | tuple | set | frozenset):
         _warn_of_cut(value, _ITEMS, "list", "items")
@@ -191,6 +191,14 @@ def plain(value: Any, depth: int = 0) -> Any:
         return _plain_object(value, kind.__name__, depth)
     except Exception as error:  # noqa: BLE001 - a user's object may raise anything
         return f"<{kind.__name__}: {type(error).__name__}>"
+
+
+def _item_of(given: Mapping[Any, Any], key: Any) -> Any:
+    """Return an item of a map, or why it cannot be read: one of OmegaConf may be missing, or refer to nothing."""
+    try:
+        return given[key]
+    except Exception as error:  # noqa: BLE001 - a user's object may raise anything
+        return f"<{type(error).__name__}>"
 
 
 def _warn_of_cut(value: Sized, limit: int, kind: str, unit: str) -> None:
@@ -253,7 +261,7 @@ def params_of(params: Any, call: str = "log_params") -> dict[Any, Any]:
         ArgumentTypeError: they are neither.
     """
     try:
-        return dict(params)
+        return {key: _item_of(params, key) for key in params} if isinstance(params, Mapping) else dict(params)
     except (TypeError, ValueError):
         raise _no_map(call, params) from None
 
