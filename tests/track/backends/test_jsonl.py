@@ -189,3 +189,31 @@ def test_a_file_that_was_moved_with_its_run_is_continued(tmp_path: Path) -> None
     assert [line["value"] for line in _lines(after / "jsonl" / "one.jsonl")[1:]] == [1.0, 3.0]
     assert again.mark()["path"] == str(after / "jsonl" / "one.jsonl")
     assert not JsonlBackend({**config, "run_dir": str(tmp_path / "elsewhere")}).resume(mark)
+
+
+def test_copies_of_one_name_stay_apart(make: Maker, tmp_path: Path) -> None:
+    """Another image of a name and step replaced the first; an artifact named as a folder of images stopped delivery."""
+    images = [tmp_path / f"{digest * 16}.png" for digest in ("aaaa", "bbbb")]
+    for image in images:
+        image.write_bytes(image.name.encode())
+
+    backend = make("jsonl", path=str(tmp_path / "out"))
+    path = backend.start_experiment("first", "tests")
+    for image in (*images, *images):
+        backend.log_image("cat", image, 1)
+
+    backend.log_artifact(str(images[1]), "cat")
+    backend.log_artifact(str(images[0]), "cat/1.png/x")
+
+    stored = [Path(line["path"]).read_bytes() for line in _lines(path)[1:]]
+    assert stored == [each.name.encode() for each in (*images, *images, images[1], images[0])]
+
+
+def test_names_of_any_length_are_files(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"png")
+    backend = make("jsonl", path=str(tmp_path / "out"))
+    path = backend.start_experiment("first", "tests")
+    for name in ("日" * 100, "日" * 101, "n" * 3000):
+        backend.log_image(name, tmp_path / "image.png", 1)
+
+    assert len({line["path"] for line in _lines(path)[1:]}) == 3

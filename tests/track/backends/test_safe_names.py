@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from tests.track.backends.conftest import Maker
 from traceml.track.backends import clearml, mlflow, wandb
-from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, plain_value, safe_name
+from traceml.track.backends.safe_names import (
+    NO_PATH,
+    NO_TEXT,
+    flattened,
+    merged_tags,
+    plain_value,
+    safe_name,
+    safe_path,
+)
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
 
 REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (NO_TEXT, 1000)]
 
@@ -29,6 +43,33 @@ def test_names_stay_apart_and_are_accepted(names: list[str], rule: tuple[re.Patt
         assert safe_name(result, refused, longest) == result
         if name and len(name) <= longest and not refused.search(name):
             assert result == name
+
+
+@given(
+    st.lists(
+        st.text(alphabet="ab/. \0日", max_size=8) | st.text(alphabet="a日/.", min_size=60, max_size=300), unique=True
+    )
+)
+def test_paths_stay_apart_and_fit_into_file_systems(names: list[str]) -> None:
+    """A name that no file can have kept all rows of a run from MLflow, W&B, ClearML, Aim and JSON lines."""
+    safe = [safe_path(name, NO_PATH, 1000) for name in names]
+
+    assert len(set(safe)) == len(names)
+    assert all(0 < len(part.encode()) <= 200 and part not in {".", ".."} for path in safe for part in path.split("/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model/weights.bin", "model/weights.bin"),
+        ("日" * 100 + ".png", f"{'日' * 62}_0ee13f3f.png"),
+        ("../up.txt", "_/up~8c722b8a.txt"),
+        (".hidden", ".hidden"),
+    ],
+    ids=["short", "wide", "outside", "hidden"],
+)
+def test_a_path_keeps_its_extension(name: str, path: str) -> None:
+    assert safe_path(name, NO_PATH, 1000) == path
 
 
 @given(st.lists(st.text(alphabet="ab/", max_size=8), unique=True, max_size=100))
@@ -71,3 +112,23 @@ def test_a_tag_whose_key_is_cut_replaces_the_earlier_one() -> None:
     first = merged_tags([], {"x" * 70: "a"}, ":", 64)
     assert first == ["x" * 64]
     assert merged_tags(first, {"x" * 70: "b"}, ":", 64) == first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("name", ["日" * 100, "n" * 300 + ".bin", "back\\slash.bin"], ids=["wide", "long", "backslash"])
+@pytest.mark.parametrize("backend", sorted(BUILT_IN[PluginType.BACKEND]))
+def test_every_tracker_takes_files_of_any_name(make: Maker, tmp_path: Path, backend: str, name: str) -> None:
+    """One whose name no file system takes was tried again, with all that came after it, without an end."""
+    if backend == "aim" and sys.version_info >= (3, 13):
+        pytest.skip("there is no Aim for this Python")
+
+    image = tmp_path / "red.png"
+    Image.new("RGB", (3, 2), "red").save(image)
+    mode = {"mode": "offline"} if backend in {"clearml", "wandb"} else {}
+    made = make(backend, experiment={"name": name}, **mode)
+    made.start_experiment(name, "tests")
+
+    made.log_image(name, image, 1)
+    made.log_artifact(str(image), name)
+    made.log_text(name, "note", 1)
+    made.end_experiment()

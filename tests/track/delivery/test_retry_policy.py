@@ -36,6 +36,8 @@ def http_error(status: int, **headers: str) -> Exception:
         (requests.ConnectionError("no"), FailureKind.TRANSIENT),
         (requests.exceptions.InvalidJSONError("an answer cut short"), FailureKind.TRANSIENT),
         (OSError(28, "No space left on device"), FailureKind.TRANSIENT),
+        (OSError(36, "File name too long"), FailureKind.REFUSED),
+        (IsADirectoryError(21, "Is a directory"), FailureKind.REFUSED),
         (http_error(500), FailureKind.TRANSIENT),
         (http_error(502), FailureKind.TRANSIENT),
         (BackendBusyError("later", 7.0), FailureKind.BUSY),

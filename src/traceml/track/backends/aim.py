@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.safe_names import NO_TEXT, plain_value, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_PATH, NO_TEXT, plain_value, safe_name, safe_path, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -177,7 +176,7 @@ class AimBackend(BatchBackend):
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Copy a file to the artifacts of the repository."""
-        name = safe_name(artifact_name or Path(artifact_path).name, _UNCLEAN, _LONGEST_NAME)
+        name = safe_path(artifact_name or Path(artifact_path).name, NO_PATH, _LONGEST_NAME)
         self._run.log_artifact(artifact_path, name, block=True)
 
     def end_state(self, state: str) -> None:
@@ -311,9 +310,6 @@ class AimBackend(BatchBackend):
 
         # A folder answers for a missing step with an empty view of it.
         return stored if isinstance(stored, CustomObject) else None
-
-
-_UNCLEAN = re.compile(NO_TEXT.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
 
 
 def _context(slot: int) -> Any:

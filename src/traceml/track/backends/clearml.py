@@ -27,7 +27,7 @@ from traceml.database.states import RunStatus
 from traceml.errors import BackendError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import AppendFile, BatchBackend, cut_back
-from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, safe_name, safe_path, utf8_text
 from traceml.track.plugins.failure_kinds import error_of_status
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
@@ -187,9 +187,9 @@ class ClearMLBackend(BatchBackend):
         """Send an image as a debug sample, in a file that a replay reuses and another image does not."""
         from clearml.backend_interface.metrics.events import ImageEvent
 
-        title, series = _title_and_series(name)
+        title, series = _title_and_series(safe_path(name, NO_TEXT, _LONGEST_NAME))  # they are folders
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        file = f"{title}_{series}_{step}_{digest}"
+        file = safe_path(f"{title}_{series}_{step}_{digest}", NO_TEXT, _LONGEST_NAME)
         with _errors():
             event = ImageEvent(
                 title, series, image_data=None, local_image_path=str(path), iter=step, override_filename=file,
@@ -202,7 +202,7 @@ class ClearMLBackend(BatchBackend):
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Upload a file, and wait for it."""
-        name = safe_name(artifact_name or Path(artifact_path).name, NO_TEXT, _LONGEST_NAME)
+        name = safe_path(artifact_name or Path(artifact_path).name, NO_TEXT, _LONGEST_NAME)  # it is a folder
         with _errors():
             if not self._task.upload_artifact(name, Path(artifact_path), wait_on_upload=True, retries=0):
                 raise BackendError(f"artifact {name} was not uploaded")

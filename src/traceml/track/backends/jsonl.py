@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.backend_bases import FileBackend
-from traceml.track.backends.safe_names import json_number, safe_file_name
+from traceml.track.backends.safe_names import NO_PATH, json_number, safe_file_name, safe_path
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["JsonlBackend"]
+
+_LONGEST_PATH = 1000
 
 
 class JsonlBackend(FileBackend):
@@ -90,7 +93,7 @@ class JsonlBackend(FileBackend):
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Write the path of the image."""
-        where = self._stored_path(path, f"{name}/{step}{path.suffix}")
+        where = self._stored_path(path, f"{name}/{step}{path.suffix}", may_replace=False)
         self._write([{"type": "image", "name": name, "path": where, "step": step, "timestamp": self._row_s}])
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
@@ -106,14 +109,26 @@ class JsonlBackend(FileBackend):
         """Append lines."""
         self._append("".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
-    def _stored_path(self, path: Path, name: str) -> str:
-        """Return the path of the content: its own, or that of a copy next to the lines if the option `path` is set."""
+    def _stored_path(self, path: Path, name: str, *, may_replace: bool = True) -> str:
+        """Return the path of the content: its own, or that of a copy next to the lines if the option `path` is set.
+
+        Args:
+            may_replace: whether it may take the place of another content under that name.
+        """
         if not self._copies:
             return str(path)
 
-        copy = self._path.with_suffix("") / _relative(name)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        copy = self._path.with_suffix("") / safe_path(name, NO_PATH, _LONGEST_PATH)
+        if not may_replace and copy.exists() and not filecmp.cmp(copy, path, shallow=False):
+            copy = copy.with_stem(f"{copy.stem}-{path.stem[:8]}")  # of its digest
+
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError):  # a folder has the name, or a file that of one
+            copy = self._path.with_suffix("") / path.name
+            shutil.copyfile(path, copy)
+
         return str(copy)
 
 
@@ -130,9 +145,3 @@ def _strict(value: Any) -> Any:
         return [_strict(each) for each in value]
 
     return value
-
-
-def _relative(name: str) -> Path:
-    """Return a relative path below a folder for any name."""
-    parts = [part for part in name.replace("\0", "_").split("/") if part not in {"", ".", ".."}]
-    return Path(*(part[:200] for part in parts)) if parts else Path("_")

@@ -24,7 +24,7 @@ from traceml.ids import DEFAULT_PROJECT
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
-from traceml.track.backends.safe_names import NO_TEXT, flattened, json_number, safe_name
+from traceml.track.backends.safe_names import NO_TEXT, flattened, json_number, safe_name, safe_path
 from traceml.track.plugins.failure_kinds import error_of_status
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
@@ -181,7 +181,7 @@ class MLflowBackend(BatchBackend):
         with _errors():
             self._client.log_batch(self._run_id, params=fresh)
             for key, text in long.items():
-                self._client.log_text(self._run_id, text, f"params/{key}.txt")
+                self._client.log_text(self._run_id, text, f"params/{_file(key)}.txt")
 
         self.set_tags(changed)
         self._tags |= changed.keys()
@@ -369,13 +369,7 @@ def _database(uri: str) -> Path | None:
 
 def _file(name: str) -> str:
     """Return a name as the path of an artifact, with its file extension."""
-    if safe_name(name, _REFUSED, _LONGEST_PATH) == name:
-        return name
-
-    suffix = Path(name).suffix
-    stem = name.removesuffix(suffix)
-    plain = re.fullmatch(r"\.\w{1,10}", suffix)
-    return safe_name(stem, _REFUSED, _LONGEST_PATH) + suffix if plain else safe_name(name, _REFUSED, _LONGEST_PATH)
+    return safe_path(name, _REFUSED, _LONGEST_PATH)
 
 
 @contextmanager

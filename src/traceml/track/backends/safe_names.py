@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 __all__ = [
+    "NO_PATH",
     "NO_TEXT",
     "flattened",
     "json_number",
@@ -17,13 +18,18 @@ __all__ = [
     "plain_value",
     "safe_file_name",
     "safe_name",
+    "safe_path",
     "utf8_text",
 ]
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
 """Characters that a text in a database cannot have: NUL, and lone surrogates, which UTF-8 has not."""
+NO_PATH = re.compile(NO_TEXT.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+"""What a path below a folder cannot have, beside that: empty parts, and those that lead out of it."""
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
+_LONGEST_PART_BYTES = 200  # of a path: file systems take 255, and libraries add to some
+_EXTENSION = re.compile(r"(?<=[^/])\.\w{1,10}$")
 
 
 @lru_cache(maxsize=1 << 17)  # a run may have 100,000 names, one per row
@@ -49,6 +55,26 @@ def safe_name(name: str, refused: re.Pattern[str], longest: int) -> str:
 def safe_file_name(name: str) -> str:
     """Return a part of a file's name that stays in its folder, whatever `name` is; see `safe_name`."""
     return safe_name(name, _NO_FILE, _LONGEST_FILE)
+
+
+def safe_path(path: str, refused: re.Pattern[str], longest: int) -> str:
+    """Return the path of a file that file systems take, too, with the extension that it has; see `safe_name`."""
+    safe = safe_name(path, refused, longest)
+    if safe != path and (extension := _EXTENSION.search(path)) is not None:
+        safe = safe_name(path[: extension.start()], refused, longest) + extension[0]
+
+    return "/".join(map(_short_part, safe.split("/")))
+
+
+def _short_part(part: str) -> str:
+    """Return a part of a path as it is or, of a long one, the beginning, 8 digits of its hash and the extension."""
+    data = part.encode("utf-8", "surrogatepass")
+    if len(data) <= _LONGEST_PART_BYTES:
+        return part
+
+    extension = _EXTENSION.search(part)
+    end = f"_{hashlib.sha256(data).hexdigest()[:8]}{extension[0] if extension is not None else ''}"
+    return data[: _LONGEST_PART_BYTES - len(end.encode())].decode("utf-8", "ignore") + end
 
 
 def flattened(params: Mapping[str, Any], separator: str) -> dict[str, Any]:

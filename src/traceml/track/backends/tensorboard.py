@@ -190,7 +190,8 @@ class TensorBoardBackend(FileBackend):
 def _folder_name(experiment: Mapping[str, Any]) -> str:
     """Return the folder of a run, which TensorBoard shows as its name: readable, and different for each experiment."""
     digest = hashlib.sha256(str(experiment["id"]).encode()).hexdigest()[:6]
-    return f"{_NOT_IN_FOLDERS.sub('_', str(experiment.get('name') or 'run'))[:100]}-{digest}"
+    name = _NOT_IN_FOLDERS.sub("_", str(experiment.get("name") or "run"))[:100]
+    return f"{name.encode()[:200].decode('utf-8', 'ignore')}-{digest}"  # file systems take 255 bytes
 
 
 def _file_name(experiment: Mapping[str, Any], mark: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.safe_names import NO_TEXT, plain_value, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_TEXT, plain_value, safe_name, safe_path, utf8_text
 from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
@@ -87,7 +87,7 @@ class TrackioBackend(BatchBackend):
         """Open the place and the run."""
         self._place = TrackioServer(self._server) if self._server else TrackioFolder(self._folder)
         self._run = TrackioRun(
-            safe_name(project, NO_TEXT, _LONGEST_PROJECT), safe_name(name, _REFUSED_RUN, 200), self._id
+            safe_name(project, NO_TEXT, _LONGEST_PROJECT), safe_path(name, _REFUSED_RUN, 200), self._id
         )
         if self._is_continued:
             self._config = self._place.config(self._run)
@@ -141,7 +141,7 @@ class TrackioBackend(BatchBackend):
         """Send a file as an artifact of its own."""
         title = artifact_name or Path(artifact_path).name
         name = safe_name(title, _REFUSED_ID, 120)
-        inner = safe_name(Path(title).name or "file", _REFUSED_FILE, 200)
+        inner = safe_path(Path(title).name or "file", _REFUSED_FILE, 200)
         self._opened.put_artifact(self._run, name, Path(artifact_path), inner, title)
 
     def end_time(self, timestamp: float) -> None:

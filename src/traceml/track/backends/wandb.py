@@ -25,7 +25,7 @@ from traceml.database.states import RunStatus
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.safe_names import merged_tags, plain_value, safe_name
+from traceml.track.backends.safe_names import merged_tags, plain_value, safe_name, safe_path
 from traceml.track.backends.wandb_formats import history_request, wait_for_end
 from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
@@ -38,6 +38,8 @@ STEP = "traceml/step"
 _REFUSED = re.compile("^_(?=(?:step|timestamp|runtime|wandb)$)|^traceml/step$|[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9_\-]")
 _REFUSED_PROJECT = re.compile(r"[/\\#?%:\0\ud800-\udfff]")
+# Of a path, also one of Windows.
+_REFUSED_PART = re.compile(r"\\|^[A-Za-z]:|^\.{1,2}$")
 _REFUSED_FILE = re.compile(r"[^A-Za-z0-9_.\-]")
 _LONGEST_NAME = 1000
 _LONGEST_PROJECT = 128
@@ -203,7 +205,7 @@ class WandbBackend(BatchBackend):
         except Exception:  # noqa: BLE001 - of many classes; what is wrong with the library fails below as well
             self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
         else:
-            self._log({name: image}, step)
+            self._log({safe_path(name, _REFUSED, _LONGEST_NAME): image}, step)  # it is part of a file's name
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than W&B accepts becomes a text of JSON."""
@@ -222,7 +224,7 @@ class WandbBackend(BatchBackend):
             import wandb
 
             artifact = wandb.Artifact(safe_name(name, _REFUSED_FILE, 120), type="artifact", metadata={"name": name})
-            artifact.add_file(artifact_path, name=Path(name).name or "file")
+            artifact.add_file(artifact_path, name=safe_path(Path(name).name or "file", _REFUSED_PART, 200))
             self._run.log_artifact(artifact)
             if self._mode == "online":
                 artifact.wait()

@@ -8,6 +8,7 @@ Process: delivery.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -27,6 +28,7 @@ __all__ = ["FailureKind", "StartError", "TrackerFailure", "classify", "error_of_
 _TEXT_LIMIT = 500
 _UNAUTHORIZED, _BUSY, _REFUSED = {401, 403, 407}, {429, 503}, {400, 409, 413, 414, 415, 422, 431}
 _ARGUMENT_ERRORS = (ValueError, TypeError, OverflowError, KeyError)
+_NAME_ERRORS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR}
 
 
 class FailureKind(StrEnum):
@@ -83,8 +85,9 @@ def classify(error: BaseException) -> TrackerFailure:
         if status in _REFUSED:
             return TrackerFailure(FailureKind.REFUSED, text)
 
-    # Raised without an answer of the tracker: the row itself cannot be converted to the tracker's form.
-    if isinstance(error, _ARGUMENT_ERRORS) and not _is_network_error(error):
+    # Raised without an answer of the tracker: the row itself cannot be converted to the tracker's form, or to a file.
+    is_name = any(isinstance(each, OSError) and each.errno in _NAME_ERRORS for each in _chain(error))
+    if is_name or (isinstance(error, _ARGUMENT_ERRORS) and not _is_network_error(error)):
         return TrackerFailure(FailureKind.REFUSED, text)
 
     return TrackerFailure(FailureKind.TRANSIENT, text)
