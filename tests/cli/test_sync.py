@@ -19,6 +19,7 @@ import pytest
 
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
+from tests.runs.fabricated_store import run_facts
 from tests.track.fabricated import LoggedRun
 from tests.track.jobs import UNCOLLECTED, finish
 from tests.track.readers import jsonl
@@ -204,7 +205,30 @@ def test_json_tells_what_became_of_each(runs_dir, capsys):
     assert "no-such-tracker" in second["error"]
 
 
-def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys):
+def test_a_run_that_is_about_to_end_is_awaited(runs_dir, monkeypatch):
+    """`python train.py && traceml sync latest` failed now and then: the script had ended, and its run had not."""
+    pid = os.getpid()
+    me = {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()}
+    run = logged(runs_dir, "a", "jsonl", **me)
+    looked, is_ended = [], sync._is_ended
+
+    def look(run_dir: Path) -> bool:
+        looked.append(run_dir)
+        if len(looked) == 3:
+            writer = StoreWriter(run_dir / STORE_NAME)
+            writer.put_meta("run", run_facts(id="a", world_size=1))
+            writer.close()
+
+        return is_ended(run_dir)
+
+    monkeypatch.setattr(sync, "_is_ended", look)
+
+    assert cli.main(["sync", "a"]) == 0
+    assert TrackerState.load(run.path, "jsonl").delivered == 3
+
+
+def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sync, "_ENDING_S", 0.0)
     pid = os.getpid()
     me = {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()}
     logged(runs_dir, "a", "jsonl", **me)

@@ -48,6 +48,7 @@ __all__ = ["SYNC_STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
 _POLL_S = 0.1
+_ENDING_S = 3.0  # a script may have ended a moment ago, and its aggregator is about to end the run
 _SILENT_S = 60.0  # with --ended: a network filesystem shows writes of another host within that time
 # A tracker that accepts nothing for this long, neither failing nor in a long call, is skipped.
 SYNC_STALL_LIMIT_S = 120.0
@@ -220,8 +221,9 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
 
 def _finish(run_dir: Path, *, wait: bool) -> None:
     """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
+    until_s = time.monotonic() + _ENDING_S
     while not _is_ended(run_dir) and not _finish_unwatched(run_dir):
-        if not wait:
+        if not wait and time.monotonic() > until_s:
             raise TraceMLError(
                 f"run {run_dir.name} is still running: its aggregator delivers what it logs (--wait waits for its end)"
             )
