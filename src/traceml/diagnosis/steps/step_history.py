@@ -48,6 +48,7 @@ class StepHistory(msgspec.Struct, frozen=True):
     start: int = 1  # first step of what is compared: a training, where a run has several
     end: int = NO_END  # the first one after it
     of_run: float = 1.0  # its share of the step time of the run
+    mean_ns: float = 0.0  # the mean step as it was, with all that medians or other findings leave out; 0: unknown
 
     @classmethod
     def of(cls, window: AlignedSteps, work: OwnWork) -> StepHistory:
@@ -78,6 +79,7 @@ class StepHistory(msgspec.Struct, frozen=True):
             single_steps=window.steps,
             single_ns=work.step.astype(np.float64),
             single_parts_ns=work.parts if single else {},
+            mean_ns=float(window.total.mean()),
         )
 
     def of_ranks(self, ranks: Sequence[int], part: str | None) -> StepHistory:

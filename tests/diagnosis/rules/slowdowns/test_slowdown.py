@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, LINE_OTHER, LINES, PROCESS, Phase, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -1094,3 +1094,22 @@ def test_two_lines_are_named_where_no_line_alone_is_known() -> None:
     finding = slowdown(history(AT * 4.0), JobFacts(lines=lines))[0]
 
     assert finding.next.startswith("Look at what changes in train.py:10 and train.py:11 then")
+
+
+@pytest.mark.parametrize("other", ["checkpoint", "other"])
+def test_a_slowdown_costs_a_share_of_all_step_time(other: str) -> None:
+    """Each 25th step saves, or plots, for longer than all steps lose: their medians have nothing of it."""
+
+    def slower(own, random):
+        own["forward"][:, 200:] += 10.0
+
+    job, rare = Job(ranks=1, steps=800, grouped=False), adds(other, 400.0, every=25)
+    with_both, without = (window_of(job, rare, *some) for some in ((slower,), ()))
+
+    findings = diagnose(with_both, JobFacts(state="finished"))
+
+    (found,) = (each for each in findings if each.kind is Kind.SLOWDOWN)
+    gain = float(with_both.total.mean() / without.total.mean())
+    assert found.speedup_if_fixed == pytest.approx(gain, abs=0.02)
+    assert found.cost_share == pytest.approx(1 - 1 / gain, abs=0.02)
+    assert sum(each.cost_share for each in findings) < 1

@@ -96,7 +96,7 @@ class SlowSteps(NamedTuple):
     def mean_and_lost_ns(self) -> tuple[float, float]:
         """Return the mean step, and what a mean step would be shorter by without the slow part."""
         bins, change = self.bins, self.change
-        mean = float(np.average(bins.step_ns, weights=bins.steps))
+        mean = bins.mean_ns or float(np.average(bins.step_ns, weights=bins.steps))
         lost = ((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum()
         return mean, float(lost)
 
