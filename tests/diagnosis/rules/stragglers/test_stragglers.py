@@ -117,6 +117,34 @@ def test_a_rank_that_saves_alone_is_no_slow_host(part: str, kind: Kind) -> None:
     assert ("save less often" in found.next) is (part == "checkpoint")
 
 
+@pytest.mark.parametrize("part", ["input_wait", "h2d", "other"])
+def test_slow_data_and_one_slow_phase_are_no_slow_host(part: str) -> None:
+    """The rank reads from a slow disk and has a hook in backward: its forward and optimizer are as those of others."""
+    both = adds(part, 20.0, (1,)), adds("backward", 16.0, (1,))
+
+    found = diagnose(window_of(Job(ranks=4, steps=200), *both), JobFacts(world_size=4))[0]
+
+    assert (found.ranks, found.phase) == ((1,), part)
+    assert found.cost_share == pytest.approx(20 / 51, abs=0.02)
+    assert "Its backward takes 16" in found.summary
+    assert "Look at the host" not in found.next
+
+
+@pytest.mark.parametrize(
+    ("optimizer_ms", "says"),
+    [(0.0, "slower in data loading, forward and backward, 1"), (1.5, "slower in every part of the step, 1")],
+)
+def test_the_parts_that_are_not_slower_are_not_told(optimizer_ms: float, says: str) -> None:
+    """A rank with larger batches reads, and computes, for longer; a slow host steps for longer, too."""
+    longer = {"input_wait": 5.0, "forward": 4.0, "backward": 8.0, "optimizer": optimizer_ms}
+    faults = [adds(part, ms, (1,)) for part, ms in longer.items() if ms]
+
+    found = diagnose(window_of(Job(ranks=4, steps=200), *faults), JobFacts(world_size=4))[0]
+
+    assert says in found.summary
+    assert "the largest part in backward" in found.summary  # less than half of it
+
+
 def _sampled(rank: int, part: str, number: int, samples: int) -> SampledLine:
     return SampledLine(rank, part, "/home/me/train.py", number, "Net.forward", None, samples)
 

@@ -19,8 +19,8 @@ from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, Rows
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
-    "EVERYWHERE_SHARE", "OtherRanks", "SteadyExcess", "is_significant", "is_slower_overall", "mean_and_error",
-    "only_passes_are_slower", "persists", "steady_excesses",
+    "EVERYWHERE_SHARE", "SIMILAR_SLOWDOWN_SHARE", "OtherRanks", "SteadyExcess", "is_significant", "is_slower_overall",
+    "mean_and_error", "only_passes_are_slower", "persists", "steady_excesses",
 ]  # fmt: skip
 
 EVERYWHERE_SHARE = 0.30

@@ -222,7 +222,13 @@ def _blamed_part(
     if own_ns:
         return (part if explained_ns >= EXCESS_SHARE * work.step_ns else None), False
 
-    alike = _is_slow_host(by_part, part, positive) or is_slower_overall(work, rows, usual, part)
+    alike = _is_slow_host(by_part, part, positive)
+    if part in COMPUTE:
+        alike = alike or is_slower_overall(work, rows, usual, part)
+    elif alike:  # slow data and one slow phase are two causes
+        slowest = max((name for name in COMPUTE if name in by_part), key=lambda name: by_part[name])
+        alike = is_slower_overall(work, rows, usual, slowest)
+
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
     # A slow host slows down the optimizer, too.

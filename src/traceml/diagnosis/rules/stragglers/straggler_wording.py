@@ -9,9 +9,20 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.rules.stragglers.excess_tests import SIMILAR_SLOWDOWN_SHARE
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others
-from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, plural, ranks_text
+from traceml.diagnosis.steps.step_split import PHASES, Floats
+from traceml.formatting import (
+    capitalized,
+    gain_text,
+    largest_text,
+    ns_text,
+    percent_text,
+    phase_words,
+    phases_text,
+    plural,
+    ranks_text,
+)
 
 __all__ = [
     "fewer_workers", "is_hidden", "late_evidence", "late_summary", "share_late", "stage_summary", "waited_for_core",
@@ -26,6 +37,8 @@ _SELDOM = 0.25
 _NEARLY_ALL = 0.8
 _SECOND_SHARE, _SECOND_NS = 0.3, 1e6
 """Ranks are late in another part, too, from this share of what they are late in the first one, and this time on."""
+_LITTLE = 0.05
+"""Parts with less of what a step takes, or of what ranks are late by, are next to nothing."""
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
@@ -86,10 +99,9 @@ def late_summary(
     mine, others = float(own[late.rows].mean()), float(own[late.others].mean(axis=0).mean())
     if late.everywhere:
         without = untimed or f"; without it steps would be {gain_text(gain)}"
-        slower = "forward and backward" if late.only_passes else "every part of the step"
         return (
-            f"{subject}: slower in {slower}, {ns_text(late.excess_ns)} more own work per step than the "
-            f"others (most of it in {phase_words(late.part)}){without}."
+            f"{subject}: slower in {_slower_parts(work, late)}, {ns_text(late.excess_ns)} more own work per step than "
+            f"the others ({_mostly_in(late)}){without}."
         )
 
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
@@ -113,6 +125,24 @@ def late_summary(
         f"{ns_text(mine - others)} more than the others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that "
         f"{cost} {percent_text(share)} of step time{gained}{batches}.{_second_part_text(late, whose)}"
     )
+
+
+def _slower_parts(work: OwnWork, late: LateRanks) -> str:
+    """Return in words the parts that are slower by a quarter of their factor or more; all if little is left."""
+    usual_ns = {name: float(values[late.others].mean()) for name, values in work.parts.items()}
+    whole_ns = max(sum(usual_ns.values()), 1.0)
+    alike, least_ns = SIMILAR_SLOWDOWN_SHARE * late.excess_ns / whole_ns, _LITTLE * late.excess_ns
+    slower = [name for name, ns in late.by_part_ns.items() if ns >= max(alike * usual_ns[name], least_ns)]
+    if sum(usual_ns.values()) - sum(usual_ns[name] for name in slower) < _LITTLE * whole_ns:
+        return "every part of the step"
+
+    return phases_text([*(name for name in PHASES if name in slower), *sorted({*slower}.difference(PHASES))], None)
+
+
+def _mostly_in(late: LateRanks) -> str:
+    """Return the part with most of what late ranks work longer: `most of it in forward`."""
+    most = largest_text(late.by_part_ns[late.part], sum(late.by_part_ns.values()))
+    return f"{most} in {phase_words(late.part)}"
 
 
 def _second_part_text(late: LateRanks, whose: str) -> str:
@@ -140,7 +170,7 @@ def stage_summary(work: OwnWork, late: LateRanks, more_ns: float) -> str:
     share = min(more_ns / work.step_ns, 1.0)
     return (
         f"{_subject(late)} {slow} the others down: {their} part of the model is a different one, and takes "
-        f"{ns_text(more_ns)} more own work per step than theirs (most of it in {phase_words(late.part)}), for "
+        f"{ns_text(more_ns)} more own work per step than theirs ({_mostly_in(late)}), for "
         f"which they wait {percent_text(share)} of step time."
     )
 
