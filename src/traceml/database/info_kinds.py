@@ -68,8 +68,8 @@ class InfoKind(StrEnum):
     LOADER = (
         "loader", "a data loader gave an iterator, or `trace_data` got an iterable",
         ("loader:text dataset:text length:int in_memory num_workers:int batch_size:int drop_last pin_memory "
-         "persistent_workers prefetch_factor start_method:text objects:list samplers:list is_iterable is_undivided "
-         "trainer:text number:int"),
+         "persistent_workers prefetch_factor in_order start_method:text objects:list samplers:list is_iterable "
+         "is_undivided trainer:text number:int"),
     )  # fmt: skip
     LOADERS_MADE = (
         "loaders_made", "number of loaders of one data set so far", "dataset:text length:int num_workers:int made",

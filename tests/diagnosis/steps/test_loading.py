@@ -309,6 +309,7 @@ def test_a_single_core_gains_nothing_by_workers():
         (FIRST, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
         (FIRST, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
         (SINGLE, LoaderFacts(num_workers=2, persistent_workers=False), "prefetch_factor=12", "persistent"),
+        (SINGLE, LoaderFacts(num_workers=2, in_order=False), "prefetch_factor=12", "in_order"),
         (
             replace(SINGLE, prefetch_factor=None),
             LoaderFacts(num_workers=2),
@@ -399,6 +400,16 @@ def test_slow_samples_are_no_restarts_of_workers(epochs, share):
     assert pauses.first_share == pytest.approx(share, rel=0.1)
     assert not pauses.are_whole_epochs
     assert pauses.prefetch_factor == pytest.approx(2 + 250 / 12.6, abs=2)
+
+
+@pytest.mark.parametrize("ahead", [None, 2, 8])
+def test_a_wait_beyond_the_batches_that_are_ahead_is_covered_by_more_of_them(ahead: int | None) -> None:
+    """The script may have set a prefetch_factor: workers waited for so long with it."""
+    loader = LoaderFacts(num_workers=1, persistent_workers=True, prefetch_factor=ahead)
+
+    pauses = RareWaits.of(slow_samples(150), JobFacts(loader=loader))
+
+    assert pauses.prefetch_factor == pytest.approx((ahead or 2) + 150 / 12.6, abs=1)
 
 
 @pytest.mark.parametrize(

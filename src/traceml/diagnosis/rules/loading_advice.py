@@ -331,7 +331,8 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, lin
 
     what = f"what {line.place} does for the samples" if line is not None and line.of_workers else "the samples"
     look = f"Look at {what} of the steps that wait: larger files, or a slow disk or network at times."
-    passing = f" {_PASSING}" if (loader.num_workers or 0) > 1 and pauses.short_epoch is None else ""
+    may_pass = (loader.num_workers or 0) > 1 and pauses.short_epoch is None and loader.in_order is not False
+    passing = f" {_PASSING}" * may_pass
     if pauses.prefetch_factor is None:
         return LoadingAdvice(f"{look} No usual prefetch_factor covers a wait as long as these.{passing}")
 

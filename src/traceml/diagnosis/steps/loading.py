@@ -42,7 +42,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
 PREFETCH = 2
-"""Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
+"""Batches that each worker has in advance by default (prefetch_factor): a slow one is waited for beyond these."""
 MAX_PREFETCH = 32
 """No larger prefetch_factor is advised: each worker would hold as many batches in memory."""
 MIN_WORKERS_NS = 5e8
@@ -388,7 +388,8 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
         wait_ns, step_ns = float(waits.mean()), work.step_ns
         rest_ns = max(step_ns - wait_ns, 1.0)
         long_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
-        factor = PREFETCH + int(np.ceil(long_ns / (rest_ns * max(facts.loader_workers, 1))))
+        ahead = (facts.loader.prefetch_factor if facts.loader else None) or PREFETCH
+        factor = ahead + int(np.ceil(long_ns / (rest_ns * max(facts.loader_workers, 1))))
         epoch_steps = _epoch_steps(facts) or np.inf
         return cls(
             first_share=_first_wait_ns(facts) / epoch_steps / max(wait_ns, 1.0),

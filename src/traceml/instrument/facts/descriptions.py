@@ -57,6 +57,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "pin_memory": getattr(loader, "pin_memory", None),
         "persistent_workers": getattr(loader, "persistent_workers", None),
         "prefetch_factor": getattr(loader, "prefetch_factor", None),
+        "in_order": getattr(loader, "in_order", None),
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
         "samplers": _sampler_classes(own),

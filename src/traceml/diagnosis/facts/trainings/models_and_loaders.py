@@ -30,6 +30,8 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     drop_last: bool | None = None
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
+    prefetch_factor: int | None = None
+    in_order: bool | None = None
     start_method: str | None = None
     # of the loader in its process, in the order of their first use; None if unknown
     number: int | None = None
