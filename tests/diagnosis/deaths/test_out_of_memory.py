@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 
 GIB = 1 << 30
@@ -128,6 +129,17 @@ def test_a_list_that_grew_is_not_blamed_for_another_end() -> None:
         finding = rank_lost(JobFacts(world_size=2, exits=(ended,), memory=memory, growing=grew))
         assert "losses" not in finding.summary + finding.next
         assert "container" not in finding.evidence
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fewer_loader_workers_are_advised_where_there_are_some(workers: int) -> None:
+    """A data set in memory may be all of it."""
+    ended = RankExit(rank=0, state="killed", signal=9, oom="group")
+
+    finding = rank_lost(JobFacts(exits=(ended,), loader=LoaderFacts(num_workers=workers)))
+
+    assert ("Use fewer loader workers, a smaller prefetch_factor, batch" in finding.next) is (workers > 0)
+    assert "batch or data set in memory, or ask for more memory" in finding.next
 
 
 def test_a_kill_on_the_host_is_less_certain() -> None:

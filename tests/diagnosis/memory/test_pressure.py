@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.memory.memories import GB, device, full_device, full_host, host, processes, uneven_devices
@@ -10,6 +11,7 @@ from traceml.database.schema import PROCESS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
 
@@ -28,6 +30,23 @@ def test_a_host_that_is_nearly_full_is_reported_with_what_the_ranks_hold():
     assert finding.severity == "warning"
     assert finding.headline == "The host's memory is nearly full: 94 % in use"
     assert "the training processes hold 9.00 GiB" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("workers", "own", "says"),
+    [
+        (2, 2 * GB, "Use fewer loader workers, a smaller prefetch_factor or data set in memory, or a host"),
+        (0, 9 * GB, "Use a smaller data set in memory, or a host with more memory"),
+        (0, 2 * GB, "Look at what else holds it (other processes, which `top` names, or files in /dev/shm), or use"),
+    ],
+)
+def test_nobody_without_loader_workers_is_told_to_use_fewer(workers: int, own: int, says: str) -> None:
+    """Also of another loader than the training's."""
+    memory = host(processes(MemoryHistory(), [own] * 60), 15 * GB)
+
+    (finding,) = found(memory=memory, loaders={0: [LoaderFacts(num_workers=0), LoaderFacts(num_workers=workers)]})
+
+    assert finding.next.startswith(says)
 
 
 def test_the_limit_of_a_container_is_reported_once():

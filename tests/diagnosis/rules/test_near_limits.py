@@ -9,6 +9,7 @@ from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import LIMITS, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.ruleset import diagnose
@@ -137,3 +138,14 @@ def test_growth_that_has_ended_is_no_finding():
 
     assert found(Resource.MEMORY, used, 64 << 30, seconds=seconds, steps=20) == []
     assert found(Resource.MEMORY, used[:30], 64 << 30, seconds=seconds[:30], steps=20) != []
+
+
+@pytest.mark.parametrize("resource", [Resource.SHARED_MEMORY, Resource.PROCESSES])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_loader_workers_are_told_of_where_there_are_some(resource: Resource, workers: int) -> None:
+    """Other programs, and those that were killed, leave files in /dev/shm, too."""
+    facts = JobFacts(limits=(ResourceUse(0, resource, 95, 100),), loader=LoaderFacts(num_workers=workers))
+
+    (finding,) = limits_near(facts)
+
+    assert ("workers" in finding.next) is (workers > 0)

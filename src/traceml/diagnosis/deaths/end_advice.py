@@ -50,7 +50,7 @@ def _is_cut(ended: RankExit) -> bool:
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
     """Return advice on a lost rank; one that lacked memory has `memory`."""
     if memory is not None:
-        return _for_memory(memory)
+        return _for_memory(memory, facts)
 
     text = _advice(ended, facts)
     return text if isinstance(text, str) else text(ended, facts)
@@ -87,7 +87,7 @@ def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
     return for_mapped_file(shared.used, shared.limit, f" at {ended.place}" if ended.place else "")
 
 
-def _for_memory(memory: MemoryEnd) -> str:
+def _for_memory(memory: MemoryEnd, facts: JobFacts) -> str:
     if memory.is_too_large:
         return (
             "That one allocation is larger than all the memory that there is: look at the sizes that the line makes it "
@@ -104,9 +104,9 @@ def _for_memory(memory: MemoryEnd) -> str:
             "without bound, or losses kept with their graph (use loss.item())."
         )
     if memory.cause == "killed":
+        fewer = "fewer loader workers, a smaller prefetch_factor, " if facts.has_loader_workers else "a smaller "
         return (
-            "Use fewer loader workers, a smaller prefetch_factor, batch or data set in memory, or ask for more memory "
-            "(--mem of Slurm, the container's limit)."
+            f"Use {fewer}batch or data set in memory, or ask for more memory (--mem of Slurm, the container's limit)."
         )
 
     return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's memory limit."

@@ -212,6 +212,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Number of workers of the training's loader; 0 without any."""
         return (self.loader.num_workers if self.loader else None) or 0
 
+    @property
+    def has_loader_workers(self) -> bool:
+        """Whether any loader of a rank has workers, also that of an evaluation."""
+        return self.loader_workers > 0 or any(each.num_workers for some in self.loaders.values() for each in some)
+
     @cached_property
     def epochs_of_repeats(self) -> int:
         """Number of epochs in which all workers of the training's loader made the same first batch; 0 if not in all."""

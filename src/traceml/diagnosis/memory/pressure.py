@@ -71,10 +71,7 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> 
             f"The memory{at} is nearly full: {bytes_text(host.used_bytes)} of {bytes_text(host.total_bytes)} are in "
             f"use ({percent_text(share)}){held}.{too}"
         ),
-        next=(
-            "Use fewer loader workers, a smaller prefetch_factor or data set in memory, or a host with more memory: "
-            "when it is full, the kernel kills the largest process."
-        ),
+        next=_for_full_host(facts, host, own),
         evidence={
             "memory": "host",
             "used_bytes": host.used_bytes,
@@ -83,6 +80,22 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory, *, others: int) -> 
             "ranks_bytes": own,
         },
     )
+
+
+def _for_full_host(facts: JobFacts, host: HostMemory, own: int) -> str:
+    """Return advice on a host that is nearly full.
+
+    Args:
+        own: bytes that the training processes hold.
+    """
+    if facts.has_loader_workers:
+        less = "Use fewer loader workers, a smaller prefetch_factor or data set in memory, or"
+    elif own >= host.used_bytes / 2:
+        less = "Use a smaller data set in memory, or"
+    else:
+        less = "Look at what else holds it (other processes, which `top` names, or files in /dev/shm), or use"
+
+    return f"{less} a host with more memory: when it is full, the kernel kills the largest process."
 
 
 def full_devices(facts: JobFacts) -> Finding | None:

@@ -39,12 +39,13 @@ _ADVICE = {
         "torch.multiprocessing.set_sharing_strategy('file_system') or `ulimit -n` only postpones the failure."
     ),
     Resource.SHARED_MEMORY: (
-        "Loader workers pass batches through /dev/shm: give it more (docker run --shm-size, --ipc=host; an emptyDir "
-        "with medium Memory in Kubernetes), or use fewer workers or a smaller prefetch_factor."
+        "Look at what is kept in /dev/shm (`ls -l /dev/shm`: files, shared memory of other programs or of those that "
+        "were killed), or give it more (docker run --shm-size, --ipc=host; an emptyDir with medium Memory in "
+        "Kubernetes)."
     ),
     Resource.DISK: "Keep fewer checkpoints and logs, or write them to another disk.",
     Resource.CHECKPOINT_DISK: "Keep fewer checkpoints, save only what a restart needs, or write them to another disk.",
-    Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
+    Resource.PROCESSES: "Use fewer processes and threads, or raise the container's pids limit.",
     Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
     Resource.CPU_QUOTA: QUOTA_ADVICE,
     Resource.CPU_TIME: (
@@ -52,6 +53,15 @@ _ADVICE = {
         "to resume from: the kernel ends the process at the limit."
     ),
 }
+
+_WITH_WORKERS = {
+    Resource.SHARED_MEMORY: (
+        "Loader workers pass batches through /dev/shm: give it more (docker run --shm-size, --ipc=host; an emptyDir "
+        "with medium Memory in Kubernetes), or use fewer workers or a smaller prefetch_factor."
+    ),
+    Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
+}
+"""Advice to a training whose loaders have workers."""
 
 
 def limits_near(facts: JobFacts) -> list[Finding]:
@@ -83,12 +93,13 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
         text = bytes_text if use.resource in _BYTES else count_text
         summary = f"{text(use.used)} of {text(use.limit)} {words} in use{where}{_when(use)}."
 
+    advice = {**_ADVICE, **_WITH_WORKERS} if facts.has_loader_workers else _ADVICE
     return Finding.of(
         Kind.LIMIT_NEAR,
         severity=Severity.CRITICAL if soon else Severity.WARNING,
         ranks=(use.rank,) if use.resource in _OF_RANK else (),
         summary=summary,
-        next=_ADVICE[use.resource],
+        next=advice[use.resource],
         evidence={
             "resource": use.resource.name.lower(),
             "used": use.used,
