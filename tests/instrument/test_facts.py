@@ -85,6 +85,24 @@ def test_ranks_of_a_sharded_model_are_known(four_ranks: Any) -> None:
     assert "gradient_size" not in model_facts(nn.Linear(8, 8))
 
 
+@pytest.mark.parametrize(("options", "reshards"), [({}, True), ({"reshard_after_forward": False}, False)])
+def test_a_sharded_model_that_keeps_its_parameters_is_known(
+    four_ranks: Any, options: dict[str, bool], reshards: bool
+) -> None:
+    """The outermost module keeps them unless it is told not to."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for each in (*model, model):
+        fully_shard(each, mesh=four_ranks, **options)
+
+    alone = fully_shard(nn.Linear(8, 8), mesh=four_ranks, **options)
+
+    assert model_facts(model)["reshards"] is reshards
+    assert model_facts(alone)["reshards"] is False
+    assert model_facts(nn.Linear(8, 8))["reshards"] is None
+
+
 def test_the_hook_that_exchanges_gradients_is_known(four_ranks: Any) -> None:
     """A script gives it to DDP, as to compress them."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook

@@ -92,7 +92,7 @@ class InfoKind(StrEnum):
         "model", "a model was called",
         ("model:text parameters:int trainable:int dense_embeddings:int device:text dtype:text torch_threads:int "
          "bound_cores:list compiled parallel:text gradient_size:int gradient_ranks:list "
-         "comm_hook:text step"),
+         "comm_hook:text reshards step"),
     )  # fmt: skip
     OPTIMIZER = (
         "optimizer", "an optimizer has stepped",

@@ -464,11 +464,11 @@ def for_comm(facts: JobFacts, grad_phase: str, cost_ns: float, line: BlamedLine 
     """
     sharding = facts.batches.sharding
     if sharding is not None:
-        keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
+        how = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
+        keep = f"keep the parameters after forward if memory allows ({how}); " * (facts.model.reshards is not False)
         return (
-            "Each step gathers the sharded parameters and reduces the gradients: use larger batches; keep the "
-            f"parameters after forward if memory allows ({keep}); or, if the model fits in each rank, train it with "
-            "DistributedDataParallel."
+            f"Each step gathers the sharded parameters and reduces the gradients: use larger batches; {keep}or, if the "
+            "model fits in each rank, train it with DistributedDataParallel."
         )
 
     if grad_phase == "comm":

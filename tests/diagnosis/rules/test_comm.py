@@ -148,6 +148,16 @@ def test_a_sharded_model_has_advice_of_its_own(parallel, keep):
     assert "no_sync" not in advice
 
 
+@pytest.mark.parametrize("parallel", ["fsdp2", "fsdp"])
+def test_a_sharded_model_that_keeps_its_parameters_is_not_told_to(parallel: str) -> None:
+    """It gathers them once in a step."""
+    builder = JobFactsBuilder(2)
+    for rank in range(2):
+        builder.info(rank, {"kind": "model", "parallel": parallel, "trainable": 1000, "reshards": False})
+
+    assert "use larger batches; or, if the model fits in each rank" in found(builder.build()).next
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "dtensor", None])
 def test_other_models_have_no_advice_on_sharding(parallel):
     """Their parameters are not gathered."""

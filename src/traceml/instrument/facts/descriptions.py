@@ -32,6 +32,7 @@ _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers 
 _FASTAI = "fastai.data.load"
 _OF_SAMPLERS = ("torch", "builtins", "abc", "collections", "typing")  # modules of torch's samplers and of base classes
 _WORKER_INFO = "get_worker_info"
+_RESHARDING = ("FULL_SHARD", "HYBRID_SHARD")  # strategies of FullyShardedDataParallel
 _MAX_RANKS = 256
 _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
@@ -179,6 +180,7 @@ def model_facts(module: Any) -> dict[str, Any]:
         "bound_cores": _bound_cores(),
         "compiled": any(_is_compiled(each) for each in module.modules()),
         "parallel": wrapped or next(("dtensor" for each in parameters if type(each.data).__name__ == "DTensor"), None),
+        "reshards": _reshards(module),
         **_gradient_group(module),
     }
 
@@ -241,16 +243,41 @@ def _gradient_group(module: Any) -> dict[str, Any]:
 
 def _sharding_ranks(module: Any) -> list[int]:
     """Return the ranks of the largest mesh over which `fully_shard` averages gradients; empty without it."""
-    sharded = [each for each in module.modules() if hasattr(type(each), "_get_fsdp_state")]
-    meshes = [mesh for each in sharded for mesh in _meshes(each._get_fsdp_state())]
-    return max(meshes, key=len, default=[])
+    return max((mesh for each in _sharding_states(module) for mesh in _meshes(each)), key=len, default=[])
+
+
+def _sharding_states(module: Any) -> list[Any]:
+    """Return what `fully_shard` keeps of a model and its modules, the outermost first."""
+    return [each._get_fsdp_state() for each in module.modules() if hasattr(type(each), "_get_fsdp_state")]
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of one module: torch 2.13 has several, earlier ones one."""
+    return getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
 
 
 def _meshes(state: Any) -> list[list[int]]:
-    """Return the ranks of the meshes of one module; torch 2.13 has several groups of parameters, earlier ones one."""
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in groups)
+    """Return the ranks of the meshes of one module."""
+    meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in _parameter_groups(state))
     return [mesh.mesh.flatten().tolist() for mesh in meshes if mesh is not None]
+
+
+def _reshards(module: Any) -> bool | None:
+    """Return whether parts of a sharded model give their parameters up after forward; None if it is not sharded."""
+    of_wrappers = [
+        getattr(each.sharding_strategy, "name", None) in _RESHARDING
+        for each in module.modules()
+        if type(each).__name__ == "FullyShardedDataParallel"
+    ]
+    states = _sharding_states(module)
+    # By default the outermost module keeps them, which torch decides in the first call.
+    kept = states[:1] if states and getattr(states[0], "_auto_reshard_after_forward", False) else []
+    of_states = [
+        getattr(group, "post_forward_mesh_info", None) is not None
+        for state in states[len(kept) :]
+        for group in _parameter_groups(state)
+    ]
+    return any(of_wrappers + of_states) if of_wrappers or states else None
 
 
 def input_facts(

@@ -100,6 +100,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None = None
     device: str | None = None
     compiled: bool | None = None
+    reshards: bool | None = None  # whether a sharded one gives parameters up after forward, and gathers them again
     comm_hook: str | None = None  # function that exchanges DDP's gradients in place of DDP, which takes one
 
     @property
