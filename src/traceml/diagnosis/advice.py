@@ -272,10 +272,12 @@ def for_residual(
 
     if has_forward:
         place = "this code" if line is None else line.place
+        ways = ["torch.compile"] * (not facts.compiles) + ["a lower precision"] * facts.may_lower_precision
+        how = f" ({', '.join(ways)})" if ways else ""
         return (
             f"No call of a module was seen, so the model's forward is in this time, too. If {place} is the forward, "
-            "make it cheaper (torch.compile, a lower precision); otherwise take it out of the training loop. `traceml "
-            "report --lines` shows all lines."
+            f"make it cheaper{how}; otherwise take it out of the training loop. `traceml report --lines` shows all "
+            "lines."
         )
 
     if line is not None:

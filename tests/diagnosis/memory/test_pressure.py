@@ -75,6 +75,15 @@ def test_a_device_that_was_full_is_reported_with_its_retries():
     assert finding.headline == "The device's memory is nearly full: up to 94 % in use"
 
 
+@pytest.mark.parametrize(("autocast", "advised"), [(False, True), (True, False)])
+def test_who_computes_in_16_bits_is_not_told_to(autocast: bool, advised: bool) -> None:
+    """Activations take half of the memory already."""
+    (finding,) = found(memory=full_device(), autocast=autocast)
+
+    assert ("or a lower precision" in finding.next) is advised
+    assert "activation checkpointing" in finding.next
+
+
 def test_a_device_that_tensors_do_not_fill_is_filled_by_others():
     """Another program, or fragments: a smaller batch is no advice. It tells how many ranks lack memory."""
     history = MemoryHistory()

@@ -110,6 +110,16 @@ def test_a_device_that_waits_for_launches_is_named() -> None:
     assert "bf16" not in found.next
 
 
+@pytest.mark.parametrize(("model", "compiled"), [(PLAIN, False), (COMPILED, True)])
+def test_a_compiled_model_may_have_that_mode(model: ModelFacts, compiled: bool) -> None:
+    """The mode of torch.compile is not known."""
+    facts = replace(of_device(32.0), model=model)
+    found = diagnose(replace(window_of(Job(ranks=1, grouped=False)), device=True), facts)[0]
+
+    other = ", if it has another one" * compiled
+    assert f"torch.compile with mode='reduce-overhead'{other}, which launches a CUDA graph" in found.next
+
+
 @pytest.mark.parametrize(
     "facts",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import EvaluationParts, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
@@ -659,7 +660,7 @@ def test_a_script_that_only_applies_a_model_is_not_told_to_do_it_less_often(func
     lines = (line_of("outside", function, 80),) if function else ()
     loader = LoaderFacts(dataset="Texts", num_workers=workers)
 
-    facts = JobFacts(time=time, lines=lines, loader=loader, state="finished")
+    facts = JobFacts(time=time, lines=lines, loader=loader, state="finished", accelerator="cuda")
     found = {each.kind: each for each in diagnose(NO_STEPS, facts)}
     verdict, start = found[Kind.EVAL_HEAVY], found[Kind.STARTUP]
 
@@ -670,6 +671,24 @@ def test_a_script_that_only_applies_a_model_is_not_told_to_do_it_less_often(func
     assert verdict.next.endswith("mark its steps with traceml.trace_step().")  # a zeroth-order method calls it, too
     assert verdict.speedup_if_fixed == 1.0
     assert start.summary.startswith("Inference began 40 s after the start: 40 % of")
+
+
+@pytest.mark.parametrize(
+    ("facts", "advised"),
+    [
+        ({"accelerator": "cuda"}, True),
+        ({"accelerator": "cuda", "autocast": True}, False),
+        ({"accelerator": "cuda", "model": ModelFacts(dtype="torch.bfloat16")}, False),
+        ({}, False),
+    ],
+)
+def test_a_lower_precision_is_advised_where_it_is_faster(facts: dict[str, Any], advised: bool) -> None:
+    """A CPU computes more slowly in 16 bits, as a rule; others may do so already."""
+    time = RunTime.of(100.0, {"evaluation": 60.0, "startup": 40.0}, 1)
+
+    found = {each.kind: each for each in diagnose(NO_STEPS, JobFacts(time=time, state="finished", **facts))}
+
+    assert ("or in a lower precision. If" in found[Kind.EVAL_HEAVY].next) is advised
 
 
 def test_gradients_are_not_advised_against_where_there_are_none():

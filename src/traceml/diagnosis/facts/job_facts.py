@@ -157,6 +157,16 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Whether the script compiles the model, or something else: which part it is may be unknown."""
         return bool(self.model.compiled or self.compile_s)
 
+    @property
+    def may_lower_precision(self) -> bool:
+        """Whether fewer bits would make the model faster: not on a CPU, as a rule, nor where it computes in 16 bits."""
+        return self.accelerator is not None and not self.has_16_bits
+
+    @property
+    def has_16_bits(self) -> bool:
+        """Whether the model computes in 16 bits: by its weights, or under autocast."""
+        return self.autocast or self.model.has_16_bits
+
     def lines_without(self, steps: Collection[int]) -> Sequence[SampledLine]:
         """Return the lines, those in phases only of times in which none of some steps was open, where that is known."""
         divided = {each.rank for some in self.divided_lines(steps) for each in some}

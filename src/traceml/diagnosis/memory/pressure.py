@@ -30,10 +30,6 @@ _CAUSES = (
     "the script or a library calls torch.cuda.empty_cache() in the loop, or garbage_collection_threshold of "
     "PYTORCH_CUDA_ALLOC_CONF is low"
 )
-_SMALLER = (
-    "Use a smaller batch with gradient accumulation, activation checkpointing, or a lower precision; "
-    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
-)
 _OF_OTHERS = (
     "Tensors leave room on the device: look for other programs on it (nvidia-smi), and set "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which avoids memory lost to fragmentation."
@@ -121,7 +117,7 @@ def full_devices(facts: JobFacts) -> Finding | None:
             f"Tensors took up to {bytes_text(worst.peak_bytes)} of the {bytes_text(worst.total_bytes)} of {device} "
             f"({percent_text(_share(worst))}).{retried}{of_all}"
         ),
-        next=_SMALLER if _share(worst) >= TIGHT_SHARE else _OF_OTHERS,
+        next=_for_smaller(facts) if _share(worst) >= TIGHT_SHARE else _OF_OTHERS,
         evidence={
             "memory": "device",
             "used_bytes": worst.peak_bytes,
@@ -129,6 +125,14 @@ def full_devices(facts: JobFacts) -> Finding | None:
             "used_share": _share(worst),
             "alloc_retries": worst.retries,
         },
+    )
+
+
+def _for_smaller(facts: JobFacts) -> str:
+    lower = ", or a lower precision" * (not facts.has_16_bits)
+    return (
+        f"Use a smaller batch with gradient accumulation{',' if lower else ' or'} activation checkpointing{lower}; "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True avoids memory lost to fragmentation."
     )
 
 

@@ -475,7 +475,9 @@ def _on_device(facts: JobFacts) -> list[str]:
     larger = f"larger batches{_batch_now(facts)}"
     if _waits_for_launches(facts):
         # What it launches is few small kernels: larger ones cost the host as much, a captured graph of them one launch.
-        return [larger, "torch.compile with mode='reduce-overhead', which launches a CUDA graph instead of each kernel"]
+        other = ", if it has another one" * facts.compiles
+        how = f"mode='reduce-overhead'{other}, which launches a CUDA graph instead of each kernel"
+        return [larger, f"torch.compile with {how}"]
 
     found = []
     if facts.use.throttled:
@@ -510,7 +512,7 @@ def _on_cpu(facts: JobFacts) -> list[str]:
             "or torch.set_num_threads where the script calls that)"
         )
 
-    if model.device in (None, "cpu") and (facts.autocast or model.has_16_bits):
+    if model.device in (None, "cpu") and facts.has_16_bits:
         found.append(
             "32-bit floats in place of 16-bit ones (autocast, or the weights), which are far slower unless the CPU "
             "computes with them (lscpu shows amx_bf16, avx512_bf16 or bf16)"

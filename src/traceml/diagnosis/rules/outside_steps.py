@@ -438,7 +438,7 @@ def _for_awaited_workers(
 def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     """Return advice to a script that only applies a model: less of it would be less work done."""
     if line is None:
-        return f"Apply the model to larger batches{gradients}, or in a lower precision."
+        return f"Apply the model to larger batches{gradients}{', or in a lower precision' * facts.may_lower_precision}."
 
     if data := _for_awaited_workers((facts.loader, facts.worker_lines), facts):
         return data

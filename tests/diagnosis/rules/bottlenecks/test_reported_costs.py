@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -230,3 +232,21 @@ def test_a_small_cost_without_a_place_is_told_if_enough_samples_looked_for_it(sa
     findings = diagnose(window_of(NOISY, adds("other", ms)), facts)
 
     assert (Kind.RESIDUAL_HEAVY in [each.kind for each in findings]) is is_told
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({}, "make it cheaper (torch.compile); otherwise"),
+        ({"accelerator": "cuda"}, "make it cheaper (torch.compile, a lower precision); otherwise"),
+        ({"accelerator": "cuda", "autocast": True, "compile_s": 4.0}, "make it cheaper; otherwise"),
+    ],
+)
+def test_a_forward_without_modules_is_told_what_it_does_not_do_yet(facts: dict[str, object], says: str) -> None:
+    """On a CPU fewer bits take longer, as a rule."""
+    plain = replace(NOISY, own={**OWN, "forward": 0.0, "other": 30.0, "optimizer": 1.0})
+
+    finding = next(each for each in diagnose(window_of(plain), JobFacts(**facts)) if each.phase == "other")
+
+    assert "so the model's forward is in this time, too" in finding.next
+    assert says in finding.next
