@@ -73,6 +73,18 @@ def test_ranks_that_wait_for_the_largest_batch(sizes: Sizes, ranks: tuple[int, .
     assert not any(kind.rule.is_straggler for kind in kinds(of, job))
 
 
+def test_a_rank_that_is_slow_beside_uneven_batches_is_not_said_to_be_none() -> None:
+    """It plots at times, whatever the size of its batch."""
+    job = Job(ranks=4, steps=400)
+    of = steps_of(job, uneven(4, job.steps), adds("other", 150.0, (1,), chance=0.03))
+
+    late, sizes = diagnose(of, JobFacts(world_size=4))[:2]
+
+    assert (late.kind, late.ranks, sizes.kind) == (Kind.STRAGGLER, (1,), Kind.DATA_IMBALANCE)
+    assert "o rank is slow" not in sizes.summary
+    assert " the smallest, and the others wait for the rank that has it. That costs " in sizes.summary
+
+
 def test_without_sizes_the_same_run_has_a_straggler():
     """The rule's information is the size: without it, the rank with more work is late."""
     job = Job(ranks=4)

@@ -1,4 +1,4 @@
-"""Work that follows the size of the batches: then no rank is slow and no step irregular, but lengths differ."""
+"""Work that follows the size of the batches: then it makes no rank slow and no step irregular, but lengths differ."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def _finding(work: OwnWork, sizes: Floats, explained: float, cost: float) -> Fin
         ranks=ranks,
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
-            f"largest in a step is {factor_text(spread)} the smallest. No rank is slow, but the others wait for the "
-            f"one with the largest{whose}. That costs {ns_text(cost)} of each {ns_text(work.step_ns)} step "
+            f"largest in a step is {factor_text(spread)} the smallest, and the others wait for the rank that has it"
+            f"{whose}. That costs {ns_text(cost)} of each {ns_text(work.step_ns)} step "
             f"({percent_text(share)}): with equal sizes, steps would be {gain_text(gain)}."
         ),
         next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
