@@ -26,6 +26,9 @@ RARE = 0.25
 _MAX_SHARE = 0.99
 """A larger share counts as this one, so that the ratio stays finite."""
 
+_FAR_MORE = 2.0
+"""Steps in which all ranks have so many times the usual work of a part have it by no chance."""
+
 # Steps whose optimizer calls its closure several times, as L-BFGS does: more passes over the model are more work.
 _PASSES = ("forward", "backward")
 _REPEATED = (*COMPUTE, "other")  # a closure has code of its own, as the loss
@@ -93,12 +96,14 @@ def speedup_of_share(share: float) -> float:
 def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
     """Return a part's own work with that of the late ranks replaced by that of a typical other rank.
 
-    Use a typical rank's work, shifted by one step: a median over ranks would be less noisy than a real rank.
+    Use a typical rank's work, shifted by one step: a median over ranks would be less noisy than a real rank. Steps in
+    which all others have far more of it, as those that evaluate or save, are the same ones for the late ranks.
     """
-    means = values[others].mean(axis=1)
-    typical = others[int(np.argsort(means)[len(means) // 2])]
+    of_others = values[others]
+    typical = of_others[int(np.argsort(of_others.mean(axis=1))[len(others) // 2])]
+    is_long = of_others.min(axis=0) > _FAR_MORE * np.median(typical)
     changed = values.copy()
-    changed[late] = np.roll(values[typical], 1)
+    changed[late] = np.where(is_long | np.roll(is_long, 1), typical, np.roll(typical, 1))
     return changed
 
 

@@ -117,6 +117,31 @@ def test_a_rank_that_saves_alone_is_no_slow_host(part: str, kind: Kind) -> None:
     assert ("save less often" in found.next) is (part == "checkpoint")
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("of_all", "late", "says"),
+    [
+        (adds("forward", 100.0, every=10), adds("forward", 12.0, (1,)), "Every 10th step takes 1"),
+        (adds("other", 100.0, every=10), adds("other", 12.0, (1,)), "Every 10th step takes 1"),
+        (adds("checkpoint", 300.0, every=25), adds("checkpoint", 500.0, (1,), every=25), "16 of 389 steps save"),
+        (adds("input_wait", 40.0, every=4), adds("input_wait", 12.0, (1,)), "is in 25 % of the steps"),
+    ],
+    ids=["evaluates", "plots", "saves", "waits for workers"],
+)
+def test_a_late_rank_would_do_what_all_do_in_the_same_steps(of_all: Fault, late: Fault, says: str, ranks: int) -> None:
+    """All evaluate, plot, save or wait for their workers in each n-th step, and one takes longer in that part."""
+    job = Job(ranks=ranks, steps=400)
+    both, without = (window_of(job, *faults) for faults in ((of_all, late), (of_all,)))
+
+    findings = diagnose(both, JobFacts(world_size=ranks))
+
+    (of_rank,), (cost,) = ([each for each in findings if each.ranks == some] for some in ((1,), ()))
+    assert of_rank.speedup_if_fixed == pytest.approx(float(both.total.mean() / without.total.mean()), abs=0.04)
+    assert "hidden by other slow ranks" not in of_rank.summary
+    assert says in cost.summary
+    assert of_rank.cost_share + cost.cost_share < 0.75
+
+
 @pytest.mark.parametrize("part", ["input_wait", "h2d", "other"])
 def test_slow_data_and_one_slow_phase_are_no_slow_host(part: str) -> None:
     """The rank reads from a slow disk and has a hook in backward: its forward and optimizer are as those of others."""
