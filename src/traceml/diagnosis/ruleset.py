@@ -78,6 +78,7 @@ _FIRST_STEPS = 64
 _READ_SHARE = 0.5
 """Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
 _EXPLAINED_SHARE = 0.6
+_LONGER = 1.5
 _MAX_LATER_SHARE = 0.5
 _MAX_LISTED = 64
 
@@ -573,8 +574,20 @@ def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
     return usual < max(WARNING_SHARE, _MAX_LATER_SHARE * mean)
 
 
+def _is_of_longer_steps(other: Finding, slower: Finding) -> bool:
+    """Return whether a finding is about single steps that are longer than the slow ones, as each n-th or each epoch's.
+
+    They are in no median of the steps, by which these became slower.
+    """
+    longer = other.evidence.get("mean_long_ms", 0.0) >= _LONGER * slower.evidence["after_ms"]
+    return longer or any(name in other.evidence for name in ("epochs", "trainings"))
+
+
 def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWork) -> bool:
     """Return whether another finding is only about the steps that became slower, and says less."""
+    if _is_of_longer_steps(other, slower):
+        return False
+
     same = other.phase in (None, slower.phase)
     if slower.severity is Severity.INFO:  # larger batches: what takes a share of each step still does
         return other.kind is Kind.JITTER and same

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
+from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -135,3 +136,36 @@ def test_waiting_for_an_iterator_is_not_dated_by_a_loader_beside_it() -> None:
     assert "for data of an iterator" in found.summary
     assert "of it is before" not in found.summary
     assert "until_step" not in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("rare", "kind", "says"),
+    [
+        (adds("other", 120.0, every=10), Kind.RESIDUAL_HEAVY, "Every 10th step takes"),
+        (adds("other", 140.0, chance=0.03), Kind.JITTER, " of 390 steps take 16"),
+    ],
+)
+def test_steps_that_are_longer_than_the_slow_ones_are_told_beside_them(rare: Fault, kind: Kind, says: str) -> None:
+    """A plot in each 10th step costs more than the list that grows from step to step."""
+
+    def grows(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own["other"] += 0.05 * np.arange(own["other"].shape[1])
+
+    found = {each.kind: each for each in diagnose(window_of(Job(ranks=1, steps=400), rare, grows), JobFacts())}
+
+    assert found.keys() == {kind, Kind.SLOWDOWN}
+    assert says in found[kind].summary
+    assert found[Kind.SLOWDOWN].evidence["shape"] == "growth"
+
+
+def test_workers_that_restart_are_told_beside_a_slow_first_epoch() -> None:
+    """The first epochs fill a cache; each restarts its workers, for a third of the time."""
+    rows = np.zeros(11, EPOCHS.dtype)
+    rows["step"], rows["ns"], rows["create_ns"] = np.arange(11) * 20, 200.3e6, 200e6
+    facts = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=rows)
+    starts, first = adds_in(slice(0, None, 20), "input_wait", 200.0), adds_in(slice(0, 60), "input_wait", 30.0)
+
+    restarts, slower = diagnose(window_of(Job(ranks=1), starts, first), facts)
+
+    assert "are restarted 10 times" in restarts.summary
+    assert (slower.kind, slower.evidence["until_step"]) == (Kind.SLOWDOWN, pytest.approx(60, abs=2))
