@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, at_once, window_of
+from tests.diagnosis.fabricated import Fault, Job, adds, at_once, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.periodic_steps import regular
@@ -407,3 +408,16 @@ def test_an_iterator_is_not_told_of_what_the_long_steps_have(samples, is_told):
 
     assert found[0].evidence["every_n_steps"] == 10
     assert any(each.kind is Kind.INPUT_BOUND for each in found) is is_told
+
+
+@pytest.mark.parametrize("more", [(), (adds("input_wait", 20.0, (1,)),)], ids=["alone", "beside a late rank"])
+def test_long_steps_between_two_meetings_of_the_ranks_are_told_once(more: tuple[Fault, ...]) -> None:
+    """In local SGD ranks meet in each 8th step; without a plot in each 10th the others are not shorter."""
+    job = Job(ranks=4, steps=400, meets_every=8)
+    window = window_of(job, adds("other", 120.0, every=10), *more)
+
+    findings = diagnose(window, JobFacts(world_size=4, batches=BatchHistory()))
+
+    assert [each.kind for each in findings if each.phase in ("other", "comm")] == [Kind.RESIDUAL_HEAVY]
+    assert all("Every 10th step takes" in each.summary for each in findings if each.phase == "other")
+    assert not any(each.kind is Kind.JITTER for each in findings)

@@ -55,8 +55,22 @@ def new_step_times(work: OwnWork, changed: Mapping[str, Floats]) -> Floats:
     left = step - (work.longest_as_is - longest)
     least, begins = np.minimum(step, longest), work.begins[work.sync_intervals]
     times = _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, begins)
-    lengths = np.diff(work.sync_intervals, append=len(work.step))
-    return np.asarray(work.step * np.repeat(times / np.maximum(step, 1), lengths))
+    return _within_intervals(work, np.maximum(work.step - (work.own - own).mean(axis=0), 0), times)
+
+
+def _within_intervals(work: OwnWork, steps: Floats, times: Floats) -> Floats:
+    """Return the times of steps that add up to those of their intervals: the ranks wait in the last step of each.
+
+    Args:
+        steps: times without the work that is left out, where the ranks wait as before.
+        times: of the intervals.
+    """
+    last = np.append(work.sync_intervals[1:], len(steps)) - 1
+    sums, lengths = np.maximum(work.by_sync_interval(steps), 1), np.diff(work.sync_intervals, append=len(steps))
+    waited = steps.copy()
+    waited[last] += times - sums
+    # Where the wait is too short for that, all steps of the interval become shorter.
+    return np.where(np.repeat(waited[last] < 0, lengths), steps * np.repeat(times / sums, lengths), waited)
 
 
 def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
