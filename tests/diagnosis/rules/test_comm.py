@@ -543,3 +543,17 @@ def test_a_short_wait_for_cores_is_a_cost_of_communication(
     found = diagnose(window_of(Job(comm=13.0)), known)
 
     assert (Kind.COMM_BOUND in {each.kind for each in found}) is is_told
+
+
+@pytest.mark.parametrize(("part", "ms"), [("checkpoint", 300.0), ("other", 500.0)])
+def test_communication_costs_a_share_of_all_step_time(part: str, ms: float) -> None:
+    """Each 25th step saves, or plots: the others are most of the steps, and not of their time."""
+    rare = adds(part, ms, every=25)
+    window, without = (window_of(Job(steps=400, comm=ms), rare) for ms in (10.0, 0.0))
+
+    findings = diagnose(window, JobFacts(world_size=2))
+
+    (comm,) = (each for each in findings if each.kind is Kind.COMM_BOUND)
+    assert comm.speedup_if_fixed == pytest.approx(float(window.total.mean() / without.total.mean()), abs=0.03)
+    assert comm.evidence["step_ms"] == pytest.approx(float(window.total.mean()) / 1e6)
+    assert sum(each.cost_share for each in findings) < 1

@@ -13,7 +13,7 @@ from traceml.diagnosis.facts.blamed_lines import COLLECTIVES, BlamedLine, blamed
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import broadcasts_buffers
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
@@ -74,9 +74,10 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if facts.rpc and not work.grouped:
         return _waiting_for_answers(work, facts)
 
-    step = float(np.median(work.step))
-    cost = min_wait_ns(work) - _for_cores_ns(work, facts, step)
-    if _is_little(cost, step, DEVICE_FLOOR_NS):
+    usual_ns = float(np.median(work.step))
+    cost = min_wait_ns(work) - _for_cores_ns(work, facts, usual_ns)
+    step = float(window.total.mean())  # rare long steps do not communicate for longer, and are a part of the run
+    if _is_little(cost, usual_ns, DEVICE_FLOOR_NS) or cost < least_cost_ns(step):
         return []
 
     explicit = float(np.median(window.times["comm"].mean(axis=0)))
