@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.memory.memories import leaking
 from tests.diagnosis.rules.slowdowns.test_related_findings import adds_in
+from traceml.database.schema import LOSSES
+from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.ends import EndingSignal, RankExit
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
+from traceml.diagnosis.facts.numerics import LossHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding, with_global_step_numbers
 from traceml.diagnosis.kinds import Kind
@@ -114,3 +119,29 @@ def test_the_part_of_the_run_that_has_a_cost_is_counted_on() -> None:
     assert after.evidence["until_step"] == 4000 + until
     assert f" of it is before step {until}." in before.summary
     assert f" of it is before step {4000 + until:,}." in after.summary
+
+
+def test_the_checkpoint_to_go_back_to_is_counted_on() -> None:
+    """It is from before the step that precedes the first loss which is not finite."""
+    losses, rows = LossHistory(), np.zeros(200, LOSSES.dtype)
+    rows["step"], rows["loss"] = np.arange(200), np.where(np.arange(200) < 42, 1.0, np.nan)
+    losses.add(0, rows)
+
+    found = diagnose(window_of(Job(ranks=1, steps=200)), JobFacts(losses=losses, latest=(199,), resumes_at=4000))[0]
+
+    assert "Go back to a checkpoint from before step 4,041." in found.next
+    assert "and of step 4,042" in found.next
+    assert (found.evidence["since_step"], found.evidence["checkpoint_before_step"]) == (4042, 4041)
+
+
+def test_the_step_of_a_device_fault_is_counted_on() -> None:
+    """Of several events each has its own."""
+    health = GpuHealthHistory()
+    for xid, step in ((79, 42), (74, 57)):
+        health.add(0, {"index": 0, "xid": xid, "step": step})
+
+    found = diagnose(window_of(Job(ranks=1)), JobFacts(health=health, resumes_at=4000))[0]
+
+    assert (found.kind, "in step 4,042" in found.summary, "in step 4,057" in found.summary) == (
+        Kind.DEVICE_FAULT, True, True,
+    )  # fmt: skip

@@ -17,6 +17,7 @@ __all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "signif
 
 _NUMBERS = (
     "step", "last_step", "since_step", "until_step", "apart_since_step", "counted_at_step", "waiting_step",
+    "checkpoint_before_step",
 )  # fmt: skip
 _IN_TEXT = re.compile(r"(?<=\bstep )\d+(?:,\d{3})*")
 

@@ -47,6 +47,7 @@ def test_the_first_step_and_its_rank_are_named():
         "steps": 80,
         "loss": "inf",
         "last_finite_loss": 2.0,
+        "checkpoint_before_step": 19,
     }
     assert finding.headline == "The loss has not been finite since step 20: first inf on rank 1"
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.shared_batches import COMPARED_WORKERS
-from traceml.diagnosis.findings import Finding, known_facts
+from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
@@ -62,6 +62,7 @@ def loss_not_finite(facts: JobFacts) -> Finding | None:
     share = wasted / max(steps, 1)
     since_then = [begin for begin in facts.trainings_begin if begin > since]
     where = f", in {len(since_then) + 1} trainings one after the other" if since_then else ""
+    action = _for_lost_training(since, facts)
     return Finding.of(
         Kind.NUMERIC,
         ranks=ranks,
@@ -70,36 +71,39 @@ def loss_not_finite(facts: JobFacts) -> Finding | None:
             f"{subject} had a loss of {word} in step {count_text(since)}, and it has not been finite since{where}: "
             f"{count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
         ),
-        next=_for_lost_training(since, facts),
+        next=action.action,
         evidence={
             "since_step": since,
             "wasted_steps": wasted,
             "steps": steps,
             "loss": word,
             "last_finite_loss": last_finite,
+            **action.evidence,
         },
         cost_share=share,
     )
 
 
-def _for_lost_training(since: int, facts: JobFacts) -> str:
+def _for_lost_training(since: int, facts: JobFacts) -> Explanation:
     if facts.trainings_begin:  # a checkpoint from before may be of another model
-        return _STOP_TRAINING
+        return Explanation(action=_STOP_TRAINING)
 
     if facts.unread_skips:
-        return f"GradScaler has the fused optimizer skip a step whose gradients are not finite. {_FOR_LOSS}"
+        skips = "GradScaler has the fused optimizer skip a step whose gradients are not finite."
+        return Explanation(action=f"{skips} {_FOR_LOSS}")
 
     if since < _AT_ONCE_STEPS and not facts.resumes_at:
-        return (
-            "Start again with a lower learning rate, a warm-up or clipped gradients, and look at the first batches; "
-            "torch.autograd.set_detect_anomaly(True) names the operation."
+        return Explanation(
+            action="Start again with a lower learning rate, a warm-up or clipped gradients, and look at the first "
+            "batches; torch.autograd.set_detect_anomaly(True) names the operation."
         )
 
-    return (
+    action = (
         f"Go back to a checkpoint from before step {count_text(since - 1)}. Look at the batches of that step, whose "
         f"update it may be, and of step {count_text(since)}, lower the learning rate or clip gradients; "
         "torch.autograd.set_detect_anomaly(True) names the operation."
     )
+    return Explanation(action=action, evidence={"checkpoint_before_step": since - 1})
 
 
 def trainings_not_finite(facts: JobFacts) -> Finding | None:

@@ -47,7 +47,7 @@ def device_faults(facts: JobFacts) -> Finding | None:
     return Finding.of(
         Kind.DEVICE_FAULT,
         severity=severity,
-        summary=f"GPU {worst.index}{facts.of_host(worst.rank)}: {'; '.join(_faults(worst))}.",
+        summary=f"GPU {worst.index}{facts.of_host(worst.rank)}: {'; '.join(_faults(worst, facts.resumes_at))}.",
         next=_advice(worst, severity),
         evidence={
             "devices": sorted({each.index for _, each in found}),
@@ -68,9 +68,9 @@ def _severity(health: GpuHealth) -> Severity | None:
     return Severity.WARNING if numbers & _BY_PROGRAM.keys() or health.remap_pending > 0 else None
 
 
-def _faults(health: GpuHealth) -> list[str]:
+def _faults(health: GpuHealth, resumes_at: int) -> list[str]:
     words = [
-        f"XID {xid} ({text}){'' if step < 0 else f' in step {count_text(step)}'}"
+        f"XID {xid} ({text}){'' if step < 0 else f' in step {count_text(step + resumes_at)}'}"
         for xid, step in dict(health.xids).items()
         if (text := _BY_HARDWARE.get(xid) or _BY_PROGRAM.get(xid))
     ]
