@@ -78,7 +78,7 @@ _FIRST_STEPS = 64
 _READ_SHARE = 0.5
 """Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
 _EXPLAINED_SHARE = 0.6
-_LONGER = 1.5
+_LONGER, _FAR_LONGER = 1.5, 5.0
 _MAX_LATER_SHARE = 0.5
 _MAX_LISTED = 64
 
@@ -303,7 +303,8 @@ def _timing_without_pauses(
 ) -> _Timing:
     """Find what steps cost; single pauses that nothing explains are left out of it, and told beside it."""
     timing, pauses = _timing(window, work, facts, history), single_pauses(window, work, facts)
-    if pauses is None or any(_explains_pauses(each, pauses) for each in timing.found):
+    explaining = [] if pauses is None else [each.kind for each in timing.found if _explains_pauses(each, pauses)]
+    if pauses is None or {*explaining} - {Kind.JITTER}:
         return timing
 
     others = pauses.left_out_of(window, work)
@@ -312,12 +313,21 @@ def _timing_without_pauses(
 
     facts = pauses.left_out_of_lines(facts)
     found, slow_until = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
+    if explaining and not any(_are_far_shorter(each, pauses) for each in found):
+        return timing
+
     text, action, evidence = pauses.explanation
     text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
     found = [replace(each, evidence={**each.evidence, **evidence}) for each in found]
     lead = max(found, key=lambda each: each.cost_share, default=None)
     told = lead and replace(lead, summary=lead.summary + text, next=f"{lead.next} {action}")
     return _Timing([told if told and each is lead else each for each in found], slow_until)
+
+
+def _are_far_shorter(found: Finding, pauses: SinglePauses) -> bool:
+    """Whether a finding is about long steps that are far shorter than the pauses, which are none of them."""
+    mean_ns = 1e6 * float(found.evidence.get("mean_long_ms", 0.0))
+    return 0 < _FAR_LONGER * mean_ns <= pauses.mean_ns
 
 
 def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:

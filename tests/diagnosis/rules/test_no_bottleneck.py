@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.diagnosis.fabricated import Job, adds, window_of
+from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from traceml.database.schema import GPU, IMPORTING, LINE_OTHER, LINES, PROCESS, Phase
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.advice import WITHOUT_ANOMALIES, WITHOUT_PROFILER
@@ -839,6 +839,29 @@ def test_long_steps_that_are_explained_are_no_pauses() -> None:
 
     assert found.kind is Kind.CHECKPOINT_STALLS
     assert "not counted" not in found.summary
+
+
+@pytest.mark.parametrize("at", [(200,), (100, 300)])
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        (adds("other", 120.0, every=10), "Every 10th step takes 13"),
+        (adds("other", 140.0, chance=0.03), " steps take 15"),
+        (adds("forward", 140.0, chance=0.03), " steps take 15"),
+    ],
+)
+def test_a_pause_is_none_of_far_shorter_long_steps(others: Fault, says: str, at: tuple[int, ...]) -> None:
+    """No step takes the mean of 134 ms in each tenth and of 4 s in one; two pauses are at no distance of each other."""
+
+    def pauses(own, random):
+        own["other"][:, at] += 4000.0
+
+    found, *more = diagnose(window_of(Job(ranks=1, grouped=False, steps=400), others, pauses), JobFacts())
+
+    assert says in found.summary
+    assert f"{'One step' if len(at) == 1 else 'Two steps'} took 4.0" in found.summary
+    assert "not counted here." in found.summary
+    assert not more
 
 
 SLOW_UPDATE = Job(ranks=1, grouped=False, own={"forward": 4.0, "backward": 4.0, "optimizer": 9.0, "other": 0.3})

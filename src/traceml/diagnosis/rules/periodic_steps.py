@@ -255,6 +255,9 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
         # not at each multiple of it, or also follow each other sooner.
         regular_steps = steps[members & heavy]
+        if len(regular_steps) < MIN_LONG_STEPS:
+            continue
+
         span = np.count_nonzero((seen > regular_steps[0]) & (seen <= regular_steps[-1])) + every
         is_filled = len(regular_steps) >= FILLED_SHARE * span / every
         is_spread = span >= SPAN_SHARE * len(seen)
