@@ -36,11 +36,11 @@ from traceml.formatting import bytes_text, capitalized, gain_text, percent_text,
 
 __all__ = [
     "AS_MUCH_IN_EACH_STEP", "EMPTY_DATA_SET", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT",
-    "FOR_UNMEASURED_JITTER", "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR",
-    "WITHOUT_ANOMALIES", "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies",
-    "for_debugging", "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code",
-    "for_rank_without_core", "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group",
-    "for_straggler", "in_threads", "longer_limit", "reading_ahead", "waiting_text",
+    "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR", "WITHOUT_ANOMALIES",
+    "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
+    "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code", "for_rank_without_core",
+    "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group", "for_straggler",
+    "for_unmeasured_jitter", "in_threads", "longer_limit", "reading_ahead", "waiting_text",
 ]  # fmt: skip
 
 
@@ -506,19 +506,30 @@ def _faster_reductions(facts: JobFacts) -> list[str]:
         hook = "fp16_compress_hook" if facts.backend == "gloo" else "bf16_compress_hook"
         found.append(f"gradients in 16 bits (DDP's {hook})")
 
-    if facts.backend == "gloo":
+    if facts.backend != "gloo":
+        found += ["a gradient-compression hook"] * (facts.model.comm_hook is None)
+    elif not facts.is_on_one_host:
         found.append("a faster backend than gloo between hosts")
-    elif facts.model.comm_hook is None:
-        found.append("a gradient-compression hook")
+    elif facts.accelerator is not None:  # between processes on a CPU there is none
+        found.append("a faster backend than gloo")
 
     return found
 
 
-FOR_UNMEASURED_JITTER = (
-    "Look at the network (other jobs, retries), at the hosts' load, and for inputs of unusual size in these steps: few "
-    "of them have measured whether their backward computed or waited."
-)
-"""Advice on rare long steps of which backward or communication is most."""
+def for_unmeasured_jitter(facts: JobFacts) -> str:
+    """Return advice on rare long steps of which backward or communication is most."""
+    return (
+        f"Look at {_what_connects(facts)}, and for inputs of unusual size in these steps: few of them have measured "
+        "whether their backward computed or waited."
+    )
+
+
+def _what_connects(facts: JobFacts) -> str:
+    """Return where to look for what made communication longer at times."""
+    if facts.is_on_one_host:
+        return "the host's load (`top` names what takes its cores)"
+
+    return "the network (other jobs, retries) and the hosts' load"
 
 
 def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None, facts: JobFacts) -> str:
@@ -541,7 +552,7 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None, fact
         )
 
     if part == "comm":
-        return "No rank's own work is longer then: look at the network (other jobs, retries), and at the hosts' load."
+        return f"No rank's own work is longer then: look at {_what_connects(facts)}."
 
     if part == "optimizer":
         return f"Look{where} for work that the optimizer does only occasionally, and for other processes on the host."

@@ -489,6 +489,23 @@ def test_gradients_of_16_bits_are_not_to_be_made_such(model: dict[str, str], bac
     assert found(known).next == advised
 
 
+@pytest.mark.parametrize(
+    ("hosts", "accelerator", "advised"),
+    [
+        ({0: "a", 1: "b"}, None, f", or {BACKEND}."),
+        ({0: "a", 1: "a"}, "cuda", ", or a faster backend than gloo."),
+        ({0: "a", 1: "a"}, None, f", or {FP16}."),
+    ],
+)
+def test_ranks_of_one_host_have_no_network(hosts: dict[int, str], accelerator: str | None, advised: str) -> None:
+    """On a CPU they have no faster backend than gloo."""
+    known = JobFacts(
+        world_size=2, model=ModelFacts(**LARGE), backend="gloo", hosts=hosts, cores={"a": 64}, accelerator=accelerator
+    )
+
+    assert found(known).next.endswith(advised)
+
+
 def test_the_size_of_gradients_is_that_of_their_type() -> None:
     """With a hook it is not known."""
     of_types = (ModelFacts(trainable=4_000, dtype=dtype) for dtype in ("torch.float32", "torch.bfloat16"))

@@ -219,10 +219,14 @@ def test_waiting_that_no_work_explains_is_communication():
     window.times["backward"][:, 5::40] += 150 * MS
     window.wait[:, 5::40] += 150 * MS
 
-    found = next(each for each in diagnose(window, JobFacts(world_size=2)) if each.kind is Kind.JITTER)
+    found, near = (
+        next(each for each in diagnose(window, JobFacts(world_size=2, hosts=hosts)) if each.kind is Kind.JITTER)
+        for hosts in ({}, {0: "a", 1: "a"})
+    )
 
-    assert found.phase == "comm"
+    assert found.phase == near.phase == "comm"
     assert "network" in found.next
+    assert "network" not in near.next  # the ranks are on one host
 
 
 def test_no_line_is_named_where_most_of_the_phase_is_in_usual_steps():

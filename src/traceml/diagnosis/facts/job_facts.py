@@ -359,6 +359,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self.samples.use()
 
     @property
+    def is_on_one_host(self) -> bool:
+        """Whether all ranks are known to be on one host: no network is between them."""
+        return len(self.hosts) >= self.world_size and len(set(self.hosts.values())) == 1
+
+    @property
     def ranks_beside_first(self) -> int:
         """Number of ranks on the host of rank 0, that one included; 1 if no hosts are known."""
         return max(sum(host == self.hosts.get(0) for host in self.hosts.values()), 1)

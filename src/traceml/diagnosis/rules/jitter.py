@@ -243,7 +243,7 @@ def _jitter(
         where, action, _ = imports
         without, gain = "", 1.0  # they take as long elsewhere
     elif is_most and part == _UNKNOWN:
-        where, action, rank = ", mostly in backward or communication", advice.FOR_UNMEASURED_JITTER, None
+        where, action, rank = ", mostly in backward or communication", advice.for_unmeasured_jitter(facts), None
     elif facts.collects and phase in (None, "other", "forward") and sums.get("forward", 0.0) > JOINT_SHARE * sums[part]:
         action = advice.for_rollouts(phase or part, line, facts)
     else:
