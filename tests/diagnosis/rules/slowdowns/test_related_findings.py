@@ -169,3 +169,16 @@ def test_workers_that_restart_are_told_beside_a_slow_first_epoch() -> None:
 
     assert "are restarted 10 times" in restarts.summary
     assert (slower.kind, slower.evidence["until_step"]) == (Kind.SLOWDOWN, pytest.approx(60, abs=2))
+
+
+def test_only_the_ranks_that_became_slower_in_the_phase_are_told_of_it() -> None:
+    """Another rank has longer batches from a later step on: no step took the mean of both ranks' data loading."""
+
+    def faults(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        own["input_wait"][2, 200:] += 20.0
+        own["forward"][1, 400:] += 16.0
+
+    found = diagnose(window_of(Job(ranks=4, steps=800), faults), JobFacts(world_size=4))
+
+    assert [(each.ranks, each.phase) for each in found] == [((2,), "input_wait"), ((1,), "forward")]
+    assert found[0].summary.endswith("It has been slow since step 200.")

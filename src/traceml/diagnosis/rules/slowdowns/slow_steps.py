@@ -131,6 +131,20 @@ class SlowSteps(NamedTuple):
 
         return tuple(bins.ranks[late].tolist()) if longer[~late].max() < SOME_RANKS_SHARE * longer.max() else ()
 
+    def ranks_in(self, ranks: tuple[int, ...], phase: str | None) -> tuple[int, ...]:
+        """Return those of some ranks whose work in a phase became longer; others have another cause."""
+        values = self.bins.single_parts_ns.get(phase or "")
+        if values is None or len(ranks) < 2:
+            return ranks
+
+        steps = self.bins.single_steps
+        usual, slow = (
+            np.median(values[:, (steps >= since) & (steps < until)], axis=1) for since, until in self.compared_steps
+        )
+        longer = slow - usual
+        rows = np.isin(self.bins.ranks, ranks)
+        return tuple(self.bins.ranks[rows & (longer >= longer[rows].max() / 2)].tolist())
+
     def of_ranks(self, ranks: tuple[int, ...], phase: str | None) -> SlowSteps:
         """Return the same change by the work of these ranks alone: what else varies moves its first step."""
         alone = self.bins.of_ranks(ranks, phase)

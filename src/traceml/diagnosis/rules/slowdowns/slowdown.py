@@ -128,7 +128,7 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
     is_of_cores = _is_loss_of_cores(steps.change, beside)
     where = SlowParts(is_loss_of_cores=True) if is_of_cores else find_parts(steps, facts, ranks)
     part = where.parts[0] if where.parts else None
-    if ranks:
+    if ranks := steps.ranks_in(ranks, part):
         steps = steps.of_ranks(ranks, part)
 
     change = steps.change
