@@ -910,3 +910,17 @@ def test_waiting_for_another_rank_in_each_step_is_uneven_work(sigma: float, is_t
     assert found.kind is Kind.HEALTHY
     assert (" is waiting for the rank that works longest, in each step another one." in found.summary) is is_told
     assert found.next.startswith("No rank is slower than the others, but they work unevenly") is is_told
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_a_rank_that_is_slow_for_a_while_is_not_another_one_in_each_step(ranks: int) -> None:
+    """In 200 of 800 steps it computes longer, for less than 10 s: a program may have taken its cores."""
+
+    def slow(own, random):
+        own["forward"][1, 200:400] += 30.0
+
+    found, *_ = diagnose(window_of(Job(ranks=ranks, steps=800), slow), JobFacts(world_size=ranks))
+
+    assert found.kind is Kind.HEALTHY
+    assert "is waiting for the rank that works longest, mostly rank 1." in found.summary
+    assert found.next.startswith("Look at the batches of rank 1, and at what else runs on its host")

@@ -64,6 +64,13 @@ _FOR_UNEVEN_WORK = (
     "or on hosts that others use, too: make batches alike on all ranks, or larger, and less of the step is waiting."
 )
 
+_FOR_ONE_RANK = (
+    "Look at the batches of rank {0}, and at what else runs on its host: it works longer than the others in parts of "
+    "the run, too short ones to tell it from chance."
+)
+_MOSTLY_ONE = 0.6
+"""From this share of that waiting on it is mostly for one rank."""
+
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 BUSY_POWER = 0.6
@@ -96,10 +103,14 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     # No communication is waiting for a rank that is late in this step.
     exchange = max(min_wait_ns(work), float(window.times["comm"].min(axis=0).mean()))
     uneven = shares[_WAITING] - exchange / step if work.grouped and work.backward_known else 0.0
-    if is_uneven := uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
-        where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
+    usual = _when_healthy(shares, facts)
+    if uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
+        rank = _mostly_awaited(work)
+        whom = "in each step another one" if rank is None else f"mostly rank {rank}"
+        where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, {whom}."
+        uneven_work = _FOR_UNEVEN_WORK if rank is None else _FOR_ONE_RANK.format(rank)
+        usual = for_debugging(facts) or uneven_work
 
-    usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
     untrained = "" if work.grouped else _untrained(facts, shares, step, heavy)
     is_named = heavy is not None and heavy.is_named
     usual = untrained if untrained and is_named else f"{usual} {untrained}".rstrip()
@@ -112,6 +123,13 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
         evidence=evidence,
         speedup_if_fixed=own.gain if own and not pause.action else 1.0,
     )
+
+
+def _mostly_awaited(work: OwnWork) -> int | None:
+    """Return the rank that works longest for most of the time in which others wait for one; None if they take turns."""
+    waits_ns = work.own.max(axis=0) - work.own.mean(axis=0)
+    by_rank = np.bincount(work.own.argmax(axis=0), weights=waits_ns, minlength=len(work.ranks))
+    return int(work.ranks[int(by_rank.argmax())]) if by_rank.max() >= _MOSTLY_ONE * by_rank.sum() else None
 
 
 def shares_text(work: OwnWork, facts: JobFacts) -> str:
