@@ -75,6 +75,7 @@ _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.
 _OF_ALL_STEPS = (Kind.RESIDUAL_HEAVY, Kind.H2D_BOUND, Kind.JITTER)
 """Kinds that say less than the step from which on steps are slower in the same part."""
 _FIRST_STEPS = 64
+_MAX_PERIODS = 3
 _READ_SHARE = 0.5
 """Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
 _EXPLAINED_SHARE = 0.6
@@ -386,9 +387,8 @@ def _costs(
     between, without_set_up = set_up_between(window, remaining, facts, step_ns)
     found += between
     remaining = replayed(remaining, without_set_up)
-    periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
+    periodic, remaining = _periodic(window, remaining, facts, step_ns)
     found += periodic
-    remaining = replayed(remaining, without_long)
     gathered, remaining = periodic_collectives(window, remaining, facts, step_ns)
     found += gathered
 
@@ -413,6 +413,22 @@ def _costs(
         found += comm_bound(window, with_explained, facts)
 
     return found
+
+
+def _periodic(window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding], OwnWork]:
+    """Find long steps at fixed distances, as of a loop that logs in each 10th step and evaluates in each 50th."""
+    found: list[Finding] = []
+    for _ in range(_MAX_PERIODS):
+        more, without_long = periodic_steps(window, work, facts, step_ns)
+        found, work = [*found, *more], replayed(work, without_long)
+        if not more:
+            break
+
+        # Samples of a part are of the steps that are told already, too.
+        told = {each.phase for each in more}
+        facts = replace(facts, lines=[each for each in facts.lines if each.part not in told])
+
+    return found, work
 
 
 def _waiting_ns(work: OwnWork) -> float:

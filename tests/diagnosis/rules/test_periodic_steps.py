@@ -421,3 +421,52 @@ def test_long_steps_between_two_meetings_of_the_ranks_are_told_once(more: tuple[
     assert [each.kind for each in findings if each.phase in ("other", "comm")] == [Kind.RESIDUAL_HEAVY]
     assert all("Every 10th step takes" in each.summary for each in findings if each.phase == "other")
     assert not any(each.kind is Kind.JITTER for each in findings)
+
+
+def at(part: str, ms: float, every: int, first: int) -> Fault:
+    """Return a fault in each n-th step of all ranks, from one step on."""
+
+    def fault(own: dict[str, np.ndarray], random: np.random.Generator) -> None:
+        own[part][:, first::every] += ms
+
+    return fault
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("other", "kinds"),
+    [
+        (at("forward", 1000.0, 50, 49), {"forward": 50, "other": 10}),
+        (at("forward", 300.0, 25, 24), {"forward": 25, "other": 10}),
+        (at("checkpoint", 1000.0, 50, 45), {"other": 10}),
+    ],
+    ids=["evaluates", "evaluates more often", "saves in some of them"],
+)
+def test_a_loop_has_work_at_several_distances(other: Fault, kinds: dict[str, int], ranks: int) -> None:
+    """It logs in each 10th step. Some of these are longer for another cause, whose time is not that of logging."""
+    job, logs = Job(ranks=ranks, grouped=ranks > 1, steps=800), at("other", 120.0, 10, 5)
+
+    findings = diagnose(window_of(job, logs, other), JobFacts(world_size=ranks))
+
+    found = {each.phase: each for each in findings if each.kind is Kind.RESIDUAL_HEAVY}
+    assert {phase: each.evidence["every_n_steps"] for phase, each in found.items()} == kinds
+    assert found["other"].evidence["mean_long_ms"] == pytest.approx(136, abs=4)
+    assert not any(each.kind is Kind.JITTER for each in findings)
+
+
+def test_two_distances_of_one_part_are_told_with_the_line_of_one() -> None:
+    """No step takes the mean of those that log and those that evaluate; the samples do not tell these apart."""
+    job = Job(ranks=1, grouped=False, steps=800)
+    lines = (
+        SampledLine(0, "other", "/x/train.py", 7, "evaluate", None, 110),
+        SampledLine(0, "other", "/x/train.py", 8, "log", None, 30),
+        SampledLine(0, "backward", "/x/train.py", 9, "main", None, 70),
+    )
+    window = window_of(job, at("other", 60.0, 10, 5), at("other", 1000.0, 50, 49))
+
+    seldom, often = diagnose(window, JobFacts(lines=lines))
+
+    assert seldom.summary.startswith("Every 50th step takes 1.0")
+    assert "in train.py:7 evaluate: " in seldom.summary
+    assert often.summary.startswith("Every 10th step takes 74")
+    assert "in code outside the known phases: " in often.summary

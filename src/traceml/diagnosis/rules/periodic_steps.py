@@ -54,6 +54,8 @@ NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
 MIN_GROWTH, MAX_BINS = 2.0, 32
 """Long steps that grow by this factor are said to, as the medians of so many parts of the run show."""
+KIND_RATIO = 3.0
+"""Long steps are of two kinds if none is between some and those that take this many times more beyond the usual."""
 _INPUT_WAIT = Phase.INPUT_WAIT.label
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
@@ -121,17 +123,18 @@ def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str
 def _period(window: AlignedSteps, work: OwnWork) -> _Period | None:
     usual_ns, limit = usual(work.step)
     found = at_distance(window, work.step, usual_ns, limit)
-    if found is not None:
-        return _of_part(work, *found)
+    if found is not None and (period := _of_part(work, *found)) is not None:
+        return period
 
-    # On a busy host steps of all lengths hide the regular ones, but not in the part that makes these long.
+    # On a busy host steps of all lengths hide the regular ones, and so do saves in some of these, but not in the part
+    # that makes them long.
     for part in UNNAMED:
         if (values := work.parts.get(part)) is not None:
             longest = values.max(axis=0)
             part_ns, _ = usual(longest)
             found = at_distance(window, longest, part_ns, part_ns + MIN_PART_SHARE * usual_ns)
             if found is not None:
-                return _of_part(work, *found)
+                return _of_part(work, *found, part)
 
     return None
 
@@ -147,10 +150,25 @@ def at_distance(
 
     found = regular(window.steps[long], values[long] - usual_ns, window.steps)
     if found is None:
+        long = long[_of_longest_kind(values[long] - usual_ns)]
+        if len(long) < MIN_LONG_STEPS:
+            return None
+
+        found = regular(window.steps[long], values[long] - usual_ns, window.steps)
+
+    if found is None:
         return None
 
     every, columns = found[0], long[found[1]]
     return every, np.union1d(columns, _hidden(window.steps, values, columns, every, usual_ns))
+
+
+def _of_longest_kind(excess: Floats) -> NDArray[np.bool_]:
+    """Return which long steps are far longer than the others: those that evaluate, beside others that log."""
+    ascending = np.sort(excess)
+    ratios = ascending[1:] / np.maximum(ascending[:-1], 1.0)
+    at = int(ratios.argmax())
+    return np.asarray(excess >= ascending[at + 1] if ratios[at] >= KIND_RATIO else np.zeros(len(excess), bool))
 
 
 def _hidden(
@@ -169,10 +187,15 @@ def _hidden(
     return same[values[same] > np.quantile(np.delete(values, same), HIDDEN_QUANTILE)]
 
 
-def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | None:
+def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp], known: str | None = None) -> _Period | None:
+    """Return a period with the part that makes its steps long; None if that has a finding of its own.
+
+    Args:
+        known: that part, where it alone is regular.
+    """
     by_rank = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
     excess = {part: values.max(axis=0) for part, values in by_rank.items()}
-    part = max(excess, key=lambda name: excess[name].sum(), default=None)
+    part = known or max(excess, key=lambda name: excess[name].sum(), default=None)
     evaluates = part == _INPUT_WAIT and _evaluates(work, excess)
     part = "forward" if evaluates else part
     if part is None or part not in UNNAMED:
@@ -276,8 +299,9 @@ def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) ->
     where = phases_text(period.phases, line.place if line else None)
     mostly = "mostly " if line and line.share < MOSTLY_SHARE else ""
     long, usual_ns = work.as_measured(period.columns, float(np.median(work.step)))
-    # The others wait for a late rank in its step or in the next: their mean is not the length of any.
-    long_ns = usual_ns + _excess_ns(work, period) if are_late else float(long.mean())
+    # The others wait for a late rank in its step or in the next: their mean is the length of none. Some may also save.
+    by_parts_ns, mean_ns = usual_ns + _excess_ns(work, period), float(long.mean())
+    long_ns = by_parts_ns if are_late or by_parts_ns < MOSTLY_SHARE * mean_ns else mean_ns
     half = speedup(step_ns, period.saved_ns / 2)
     grown = None if are_late else _growth(long)
     longer = f" They grow from {ns_text(grown.before_ns)} to {ns_text(grown.after_ns)}." if grown else ""
