@@ -98,6 +98,12 @@ class SlowSteps(NamedTuple):
         bins, change = self.bins, self.change
         mean = bins.mean_ns or float(np.average(bins.step_ns, weights=bins.steps))
         lost = ((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum()
+        if len(bins.single_steps) and change.shape != "growth":  # bins at its edges have other steps, too
+            named = self.evidence()
+            since, until = named["since_step"], named.get("until_step", NO_END)
+            are_slow = (bins.single_steps >= since) & (bins.single_steps < until)
+            lost = (change.after_ns - change.before_ns) * are_slow.mean()
+
         return mean, float(lost)
 
     def is_of_mean(self) -> bool:
