@@ -220,3 +220,42 @@ def test_models_that_are_in_evaluation_on_purpose_are_not_told(
     traced.finish()
 
     assert not told(traced)
+
+
+def test_steps_in_which_several_models_are_in_evaluation_count_once(traced: Traced) -> None:
+    """As those of a generator and its discriminator, which are evaluated together."""
+    nets = [model(), model(nn.Dropout(0.2))]
+    optimizers = [sgd(net) for net in nets]
+
+    def train_both(steps: int) -> None:
+        for (x,) in data(steps):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                net(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    train_both(30)
+    for net in nets:
+        evaluate(net)
+
+    train_both(60)
+    traced.finish()
+
+    assert [steps for *_, steps in told(traced)][-1] == 60
+
+
+def test_the_first_step_is_that_after_the_evaluation(traced: Traced) -> None:
+    """Without a loader the step before it has no row yet: that begins with the next forward."""
+    net = model()
+    optimizer = sgd(net)
+
+    def train_on(steps: int) -> None:
+        for _ in range(steps):
+            train(net, optimizer, torch.randn(4, 4))
+
+    train_on(30)
+    net.eval()
+    train_on(40)
+    traced.finish()
+
+    assert told(traced)[-1][2:] == (30, 40)

@@ -39,6 +39,7 @@ class EvaluationMode:
         self._watched: list[_WatchedModel] = []
         self._first: int | None = None
         self._steps = self._next_step = 0
+        self._counted = 0  # steps of this process up to the last one that counts: other models may be in `eval()`, too
 
     def begin(self, model: Any) -> None:
         """Note a model that changes to evaluation as a whole."""
@@ -47,10 +48,9 @@ class EvaluationMode:
         self.end(model)  # what was watched of it, as the model inside a wrapper
         self._watched = [each for each in self._watched if each.model() is not None]
         if parameter is not None and len(self._watched) < _MOST:
+            since = self._clock.step + self._has_step_without_row
             self._watched.append(
-                _WatchedModel(
-                    weakref.ref(model), weakref.ref(parameter), self._clock.step, parameter._version, self._trained()
-                )
+                _WatchedModel(weakref.ref(model), weakref.ref(parameter), since, parameter._version, self._trained())
             )
 
     def end(self, changed: Any) -> None:
@@ -83,7 +83,8 @@ class EvaluationMode:
             self._first = watched.since
 
         trained = self._trained()
-        self._steps += trained - watched.trained
+        self._steps += max(trained - max(watched.trained, self._counted), 0)
+        self._counted = trained
         self._report(
             InfoKind.EVALUATION_MODE,
             model=type(model).__name__,
@@ -95,8 +96,12 @@ class EvaluationMode:
 
     def _trained(self) -> int:
         """Return the steps that this process has trained: the newest may have no row yet."""
-        clock = self._clock
-        return clock.rows + bool(clock.step_call or clock.ended.may_be_step)
+        return self._clock.rows + self._has_step_without_row
+
+    @property
+    def _has_step_without_row(self) -> bool:
+        """Whether an optimizer has stepped in the open step, or in what has ended without a row: it is trained."""
+        return bool(self._clock.step_call or self._clock.ended.may_be_step)
 
 
 class _WatchedModel(NamedTuple):
