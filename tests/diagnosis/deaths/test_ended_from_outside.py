@@ -71,6 +71,16 @@ def test_a_rank_that_had_waited_for_another_one_is_told(open_s: float, wall_s: f
     assert ("meanwhile" in finding.summary) is told
 
 
+def test_the_usual_step_of_a_script_that_counts_on_is_that_of_the_run() -> None:
+    """It resumed at step 800: each of its 12 steps took a minute."""
+    waits = swept(0, open_phase="backward", open_s=211.0)
+    elsewhere = swept(1, open_phase="other", open_step=811, open_s=211.0, seen="train.py:7 final")
+
+    finding = rank_lost(job(waits, elsewhere, time=RunTime(wall_s=720.0), first_step=800))
+
+    assert "meanwhile" not in finding.summary
+
+
 def test_a_killed_launcher_takes_its_ranks_along() -> None:
     """How they ended, nobody has seen; the last beat of their recorders is older than the launcher's death."""
     ends = (RankExit(rank=rank, state="lost", last_step=811, at_s=AT_S - 3, process_gone=True) for rank in range(2))

@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import EvaluationModeSteps, LoaderFacts
 from traceml.diagnosis.kinds import Severity
 from traceml.diagnosis.rules.correctness import (
     duplicate_data,
@@ -287,3 +287,18 @@ def test_a_training_without_zero_grad_is_told():
     assert (found.kind, found.severity) == ("NO_ZERO_GRAD", "warning")
     assert "gradients of what AdamW trains are never cleared" in found.summary
     assert found.evidence == {"optimizer": "AdamW"}
+
+
+@pytest.mark.parametrize(
+    ("told", "since", "severity"), [(0, 5000, "info"), (5000, 5000, "info"), (5100, 5100, "warning")]
+)
+def test_steps_of_a_script_that_counts_on_are_those_of_the_run(told: int, since: int, severity: str) -> None:
+    """By `set_step`, also after `eval()`: it resumed at step 5,000, and what was before is not known."""
+    mode = EvaluationModeSteps(model="Net", layers=["Dropout"], step=told, steps=300)
+
+    found = trained_in_evaluation_mode(JobFacts(evaluation_mode=mode, first_step=5000, latest=(5599,)))
+    alone = never_synchronized(msgspec.structs.replace(facts(group_of_two()), first_step=5000, latest=(5059, 5059)))
+
+    assert found.summary.startswith(f"Net was in eval() in 300 of 600 training steps (50 %), from step {since:,} on")
+    assert found.severity == severity
+    assert "no collective in 60 steps" in alone.summary

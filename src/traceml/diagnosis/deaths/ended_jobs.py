@@ -276,7 +276,8 @@ def _is_long(ended: RankExit, facts: JobFacts) -> bool:
     if not ended.in_step or ended.open_s is None or ended.last_step is None or facts.time is None:
         return False
 
-    return ended.open_s >= max(_LONG_S, _LONG_STEPS * facts.time.wall_s / (ended.last_step + 1))
+    made = max(ended.last_step + 1 - facts.first_step, 1)
+    return ended.open_s >= max(_LONG_S, _LONG_STEPS * facts.time.wall_s / made)
 
 
 def _sender(by: EndingSignal) -> str:

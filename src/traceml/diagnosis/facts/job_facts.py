@@ -153,6 +153,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return max(self.latest, default=-1)
 
     @property
+    def steps_made(self) -> int:
+        """Steps of this run: a script that numbers them may count those before it, too."""
+        return self.last_step + 1 - self.first_step
+
+    @property
     def compiles(self) -> bool:
         """Whether the script compiles the model, or something else: which part it is may be unknown."""
         return bool(self.model.compiled or self.compile_s)

@@ -206,7 +206,7 @@ def _unread_steps(facts: JobFacts) -> float:
         return 0.0
 
     per_step = facts.micro_batches * (loader.batch_size or 1) * facts.topology.readers(facts.world_size)
-    return max(MORE_THAN_ONE_PASS * loader.length / per_step - max(facts.latest, default=0) - 1, 0.0)
+    return max(MORE_THAN_ONE_PASS * loader.length / per_step - facts.steps_made, 0.0)
 
 
 def _room(facts: JobFacts, kind: MemoryKind, rank: int, by_kind: Mapping[MemoryKind, _Growths]) -> _Room | None:

@@ -222,7 +222,7 @@ def same_order(facts: JobFacts) -> Finding | None:
 
 def never_synchronized(facts: JobFacts) -> Finding | None:
     """Return the finding about ranks of one process group that exchange no gradients."""
-    batches, world_size, steps = facts.batches, facts.world_size, facts.last_step + 1
+    batches, world_size, steps = facts.batches, facts.world_size, facts.steps_made
     least = MIN_LIVE_STEPS if facts.state == RunStatus.RUNNING else MIN_STEPS
     if world_size < 2 or not batches.are_alone or steps < least:
         return None
@@ -247,23 +247,24 @@ def never_synchronized(facts: JobFacts) -> Finding | None:
 
 def trained_in_evaluation_mode(facts: JobFacts) -> Finding | None:
     """Return the finding about a model that is trained in `eval()`; a remark if it is so from the first step on."""
-    found, steps = facts.evaluation_mode, facts.last_step + 1
+    found, steps = facts.evaluation_mode, facts.steps_made
     if found is None:
         return None
 
     share = min(found.steps / max(steps, 1), 1.0)
-    never = found.step == 0
+    since = max(found.step, facts.first_step)  # a script may number its steps after it has loaded the model
+    never = since == facts.first_step
     how = "before the loop: from_pretrained returns a model in eval()" if never else "after each evaluation"
     return Finding.of(
         Kind.EVAL_MODE,
         severity=Severity.WARNING if share >= WARNING_SHARE and not never else Severity.INFO,
         summary=(
             f"{found.model} was in eval() in {count_text(found.steps)} of {count_text(steps)} training steps "
-            f"({percent_text(share)}), from step {count_text(found.step)} on: its layers of {', '.join(found.layers)} "
+            f"({percent_text(share)}), from step {count_text(since)} on: its layers of {', '.join(found.layers)} "
             "work there as in an evaluation."
         ),
         next=f"Call its train() {how}. If that is meant, as to keep what BatchNorm has learned, nothing needs fixing.",
-        evidence={"since_step": found.step, "steps": found.steps, "layers": list(found.layers)},
+        evidence={"since_step": since, "steps": found.steps, "layers": list(found.layers)},
     )
 
 
