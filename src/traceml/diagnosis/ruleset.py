@@ -533,8 +533,10 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
         if columns.sum() >= MIN_STEPS:
             found += slowdown(_history_of(window, columns, facts), facts, late)
 
-    continued = [each for each in of_run if any(is_continued(one, each) for one in found)]
-    return continued or sorted(found, key=lambda each: each.cost_share)[-1:]
+    same = [one for one in found if any(is_continued(one, each) for each in of_run)]
+    # What began in the last training has its times; those of the whole run are as if of one model.
+    in_last = [one for one in same if one.evidence["shape"] == "stays"]
+    return in_last or (of_run if same else sorted(found, key=lambda each: each.cost_share)[-1:])
 
 
 def _with_own_steps(

@@ -298,3 +298,20 @@ def test_long_steps_are_told_as_they_were():
 
     assert found.evidence["mean_long_ms"] == pytest.approx(float(real.mean()), rel=0.01)
     assert found.evidence["usual_ms"] == pytest.approx(56, abs=10)
+
+
+def test_a_slowdown_in_the_last_training_has_the_times_of_its_steps() -> None:
+    """The second model takes 50 ms, the first 14 ms: no step took 32 ms, the mean, before its data became slower."""
+
+    def faults(own, random):
+        own["forward"][:, 400:] += 12.0
+        own["backward"][:, 400:] += 24.0
+        own["other"][:, 600:] += 30.0
+
+    job = Job(ranks=1, grouped=False, steps=800)
+    found, *_ = diagnose(window_of(job, faults), JobFacts(other_models=(400,), trainings_begin=(400,)))
+
+    assert (found.kind, found.phase) == (Kind.SLOWDOWN, "other")
+    assert found.evidence["before_ms"] == pytest.approx(50, abs=1)
+    assert found.evidence["after_ms"] == pytest.approx(80, abs=1)
+    assert found.summary.startswith("Since step 600 a step takes 1.60x as long (8")
