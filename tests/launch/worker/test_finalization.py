@@ -154,3 +154,32 @@ def test_a_failed_script_that_never_ends_is_ended(driver: Driver, tmp_path: Path
     assert re.search(
         r"Timeout \(0:00:(01|06)\)!\nThread .*, line \d+ in end_process\n", driver.text(0, "err"), re.DOTALL
     )
+
+
+@pytest.mark.parametrize("stream", ["closed", "missing", "a writer without flush"])
+def test_a_stream_that_cannot_be_flushed_changes_nothing_else(driver: Driver, stream: str) -> None:
+    """A worker that has closed or replaced its standard output waits to be released, and ends well."""
+
+    def work(stream: str) -> int:
+        import atexit
+        import sys
+
+        class Writer:
+            def write(self, text: str) -> None:
+                sys.stderr.write(text)
+
+        atexit.register(lambda: sys.stderr.write("at exit\n"))
+        sys.stderr.write("returns\n")
+        if stream == "closed":
+            sys.stdout.close()
+        else:
+            sys.stdout = None if stream == "missing" else Writer()  # type: ignore[assignment]
+
+        return 5
+
+    driver.start(work, stream)
+    driver.wait("done")
+    driver.release()
+
+    assert driver.of("exited")[0]["code"] == 0
+    assert driver.text(0, "err").startswith("returns\nat exit\n")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NoReturn
 
-__all__ = ["end_process", "exit_status"]
+__all__ = ["end_process", "exit_status", "flush_stream"]
 
 _FILE: type = io.IOBase.__mro__[1]  # of all files; IOBase itself is an abstract class, whose checks run code of others
 _WRITTEN_TO = (io.FileIO, io.BufferedWriter, io.BufferedRandom)
@@ -53,8 +53,8 @@ def end_process(status: int, inherited: Mapping[str, object]) -> NoReturn:
         _flush_files,  # before a cycle with a file is collected, which may close the file before it flushes its buffer
         lambda: _finalize_modules(inherited),
         _flush_files,
-        sys.stdout.flush,
-        sys.stderr.flush,
+        lambda: flush_stream("stdout"),
+        lambda: flush_stream("stderr"),
         _flush_c,
     ]
     for step in steps:
@@ -69,6 +69,13 @@ def end_process(status: int, inherited: Mapping[str, object]) -> NoReturn:
         os.kill(os.getpid(), -status)
 
     os._exit(status)
+
+
+def flush_stream(name: str) -> None:
+    """Flush `sys.stdout` or `sys.stderr`, which the user's code may have closed, or replaced by any object."""
+    stream = getattr(sys, name)
+    if stream is not None and not getattr(stream, "closed", False):
+        stream.flush()
 
 
 def _finalize_modules(inherited: Mapping[str, object]) -> None:

@@ -32,7 +32,7 @@ from traceml.launch.shared.launch_messages import (
 )
 from traceml.launch.shared.payload_buffer import map_private
 from traceml.launch.worker import main_module
-from traceml.launch.worker.finalization import end_process, exit_status
+from traceml.launch.worker.finalization import end_process, exit_status, flush_stream
 from traceml.launch.worker.stack_thread import end_later, serve_stacks
 
 __all__ = ["main"]
@@ -363,8 +363,10 @@ def _connection_lost(error: OSError) -> BaseException:
 
 def _await_release(agent: FdSocket) -> None:
     """Wait until all ranks have reported: a peer may still be connecting to us."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(Exception):  # of the user's own stream; shown at the end of the process
+            flush_stream(name)
+
     _receive(agent, WorkerMayEnd)
 
 
