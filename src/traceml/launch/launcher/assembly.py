@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run_function", "run_script", "users_path"]
 
+_LONGEST_S = 1e9  # of a timeout: torch and faulthandler take no longer one, nor an infinite one
+
 
 def run_function(options: LaunchOptions, call: FunctionCall) -> LaunchResult[Any]:
     """Run a function on every worker; see `traceml.launch`."""
@@ -96,7 +98,7 @@ def _job_spec(options: LaunchOptions, call: SerializedValue | None, script: Mapp
         call=call,
         script=script,
         backend=options.backend,
-        timeout_s=options.timeout,
+        timeout_s=min(options.timeout, _LONGEST_S),
         environ=matching(os.environ, (*options.default_env_vars, *options.extra_env_vars)),
         env_file=None if options.env_file is None else str(Path(options.env_file).expanduser().absolute()),
         cwd=_working_directory(),

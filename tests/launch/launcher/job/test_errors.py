@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import signal
 import traceback
@@ -142,6 +143,15 @@ def test_start_up_has_a_limit(
     assert late in caught.value.__notes__
     assert caplog.messages == [f"the launch has waited 0.25 s for {late}"]
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), TimeoutError)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_start_up_may_have_no_limit(timeout: float) -> None:
+    """A timeout that is longer than torch and faulthandler accept changes neither the group nor an exit status."""
+    with pytest.raises(WorkerFailedError) as caught:
+        launched(jobs.exit_system, timeout=timeout)
+
+    assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize(
