@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import logging.handlers
 import os
 import subprocess
 import sys
@@ -246,17 +248,39 @@ def test_a_stopped_terminal_holds_up_only_what_is_written_to_it() -> None:
 
 
 class Raising(logging.Handler):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self._error = error
+
     def emit(self, record: logging.LogRecord) -> None:
-        raise ZeroDivisionError("a mistake of the user's")
+        raise self._error("a mistake of the user's")
 
 
-def test_a_handler_that_raises_is_reported_of_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """The others go on."""
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_handler_that_raises_is_reported_of_once_and_left_out(
+    caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    """The others go on, also after a handler that ends its program at an error."""
     keeping = Keeping()
-    routed([Raising(), keeping], (0, "out", b"a\nb\n"), (0, "err", b"c\n"))
+    routed([Raising(error), keeping], (0, "out", b"a\nb\n"), (0, "err", b"c\n"))
 
     assert len(keeping.records) == 3
     assert len([r for r in caplog.records if "receives no more" in r.getMessage()]) == 1
+
+
+class OnFullDisk(Keeping):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+
+def test_a_handler_that_cannot_be_flushed_costs_no_result(caplog: pytest.LogCaptureFixture) -> None:
+    """Its error is reported at the end of the launch, and the others are flushed."""
+    shown = io.StringIO()
+    buffering = logging.handlers.MemoryHandler(9, target=logging.StreamHandler(shown))
+    routed([OnFullDisk(), buffering], (0, "out", b"a\n"))
+
+    assert shown.getvalue() == "a\n"
+    assert ["failed at the end of the launch" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_folder_that_cannot_be_written_costs_the_files_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

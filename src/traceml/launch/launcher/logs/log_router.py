@@ -228,8 +228,12 @@ class LogRouter:
         for handler in self.handlers:
             if isinstance(handler, LineHandler):
                 handler.close()
-            else:
+                continue
+
+            try:
                 handler.flush()
+            except Exception:  # noqa: BLE001 - as above, and the results are not to be lost
+                _log.exception("the log handler %r failed at the end of the launch", handler)
 
         os.close(self.fd)
         self.fd = -1
@@ -319,7 +323,7 @@ class LogSource:
 
             try:
                 handler.handle(record)
-            except Exception:  # noqa: BLE001 - a user's handler may raise anything
+            except BaseException:  # noqa: BLE001 - a user's handler may raise anything, as SystemExit at an error
                 self._drop(handler)
 
     def _drop(self, handler: logging.Handler) -> None:
