@@ -214,6 +214,17 @@ def test_processes_have_short_names() -> None:
     assert all(len(line) < 200 and "\n" not in line for line in lines)
 
 
+def test_warnings_as_errors_find_nothing_of_ours() -> None:
+    """Agent and zygote write nothing where Python shows every warning, as in its development mode."""
+    with Driver() as driver:
+        driver.prepare(env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"})
+        found = driver.run(lambda: sys.flags.dev_mode)
+        words = driver.words() + "".join(driver.text(-1, fd) for fd in ("out", "err"))
+
+    assert found == [True]
+    assert words == ""
+
+
 def test_a_script_may_be_called_as_a_module_is(tmp_path: Path) -> None:
     """Modules in the working directory do not get in the way of the agent's."""
     for name in ("selectors", "traceml", "signal", "socket"):

@@ -146,7 +146,8 @@ class ZygoteClient:
         os.set_inheritable(fd, True)
         code = import_code() + f"from traceml.launch.worker.zygote import main\nmain({fd})\n"
         code_fd = _pipe_with(code.encode())
-        command = [sys.executable, "-c", f"exec(open({code_fd}).read())", "traceml-workers"]  # as process lists show it
+        read = f"f=open({code_fd});code=f.read();f.close();exec(code)"
+        command = [sys.executable, "-c", read, "traceml-workers"]  # as process lists show it
         if self.spec.env_file is not None:
             import shutil  # with compressors of archives
 
