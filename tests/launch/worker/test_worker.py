@@ -385,3 +385,21 @@ def test_a_script_that_closes_all_descriptors_has_its_exit_status(driver: Driver
         assert (told["code"], driver.text(0)) == (status, "worked\n")
         assert "Traceback" not in err
         assert "connection to its launcher" not in err
+
+
+@pytest.mark.parametrize("ends", ["returns", "raises"])
+def test_a_forked_child_that_leaves_the_function_is_no_rank(driver: Driver, ends: str) -> None:
+    """It ends as at the end of a script, and its parent alone reports."""
+
+    def work(ends: str) -> int:
+        if (child := os.fork()) == 0:
+            if ends == "raises":
+                raise ValueError("of the child")
+
+            return -1
+
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert driver.run(work, ends) == [int(ends == "raises")]
+    assert driver.of("exited")[0]["code"] == 0
+    assert ("ValueError: of the child" in driver.text(0, "err")) == (ends == "raises")

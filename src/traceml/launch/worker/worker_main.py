@@ -57,7 +57,13 @@ class _Stopped(BaseException):
 
 
 class _Disconnected(BaseException):
-    """The function or script has closed the connection to the agent, as `os.closerange` does."""
+    """The function or script has closed the connection to the agent, as `os.closerange` does, or is a forked child.
+
+    Attributes:
+        raised: whether an exception could not be sent.
+    """
+
+    raised = False
 
 
 def main(request: Fork, fds: list[int]) -> NoReturn:
@@ -69,7 +75,9 @@ def main(request: Fork, fds: list[int]) -> NoReturn:
     """
     socket_fd, out, err, records_fd, stacks, stacks_file, *listener = fds
     agent = FdSocket.from_fd(socket_fd)
-    status, inherited = 1, dict(sys.modules)
+    # A child that returns from the function, as one of os.fork() may, is no rank, and nobody would release it.
+    os.register_at_fork(after_in_child=agent.close)
+    status, inherited, own_pid = 1, dict(sys.modules), os.getpid()
     try:
         _set_up_process(request, out, err, stacks_file)
         serve_stacks(stacks)
@@ -87,8 +95,8 @@ def main(request: Fork, fds: list[int]) -> NoReturn:
         status = _work(agent, request, listener[0] if listener else None)
     except _Stopped:
         status = 1
-    except _Disconnected:
-        status = _end_disconnected(request)
+    except _Disconnected as lost:
+        status = int(lost.raised) if os.getpid() != own_pid else _end_disconnected(request)
     except BaseException:  # noqa: BLE001 - our own error: make it visible
         traceback.print_exc()
 
@@ -407,8 +415,9 @@ def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) 
     )
     try:
         _send(agent, raised, fds)
-    except _Disconnected:
+    except _Disconnected as lost:
         print(raised.traceback or raised.message, file=sys.stderr)  # noqa: T201 - the launcher shows it
+        lost.raised = True
         raise
 
     for fd in fds:
