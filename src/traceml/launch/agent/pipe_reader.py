@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import selectors
 import time
 from collections import deque
 
 from traceml.launch.shared.channel_streams import OutgoingStream
+from traceml.launch.shared.log_records import RecordDecoder, decode_record
 
 __all__ = ["OutputTail", "PipeReader"]
 
@@ -22,19 +24,30 @@ _CRASH = b"Fatal Python error: "
 _CRASH_BYTES = 32 * 1024
 # After a worker's end, a process that it has left may hold its pipe open.
 _QUIET_S, _LONGEST_S = 0.5, 2.0
+_FORMATTER = logging.Formatter(logging.BASIC_FORMAT)
 
 
 class OutputTail:
     """The last lines of a worker from all its pipes, in the order of reading."""
 
     def __init__(self) -> None:
-        self._pieces: deque[tuple[str, bytes]] = deque()
+        self._pieces: deque[tuple[str, bytes]] = deque()  # of the records: one encoded record
         self._size = 0
+        self._records = RecordDecoder()
 
     def add(self, name: str, data: bytes) -> None:
         """Add output of the pipe `name`."""
-        self._pieces.append((name, data[-_TAIL_BYTES:]))
-        self._size += len(self._pieces[-1][1])
+        if name != "records":
+            self._add(name, data[-_TAIL_BYTES:])
+            return
+
+        for record in self._records.split(data)[-_TAIL_LINES:]:
+            if len(record) <= _TAIL_BYTES:
+                self._add(name, record)
+
+    def _add(self, name: str, data: bytes) -> None:
+        self._pieces.append((name, data))
+        self._size += len(data)
         while self._size > _TAIL_BYTES and len(self._pieces) > 1:
             self._size -= len(self._pieces.popleft()[1])
 
@@ -43,6 +56,10 @@ class OutputTail:
         rest: dict[str, bytes] = {}
         found: list[bytes] = []
         for name, data in self._pieces:
+            if name == "records":
+                found += _lines_of_record(data)
+                continue
+
             *whole, rest[name] = (rest.get(name, b"") + data).split(b"\n")
             found += whole
 
@@ -59,6 +76,11 @@ class OutputTail:
         return (mark + text)[:_CRASH_BYTES].decode("utf-8", "replace") if mark else ""
 
 
+def _lines_of_record(encoded: bytes) -> list[bytes]:
+    record = decode_record(encoded)
+    return [] if record is None else _FORMATTER.format(record).encode("utf-8", "replace").split(b"\n")
+
+
 class PipeReader:
     """The agent's end of one pipe of a worker.
 
@@ -71,9 +93,7 @@ class PipeReader:
         paused: whether reading waits for the launcher.
     """
 
-    def __init__(
-        self, selector: selectors.BaseSelector, stream: OutgoingStream, name: str, tail: OutputTail | None
-    ) -> None:
+    def __init__(self, selector: selectors.BaseSelector, stream: OutgoingStream, name: str, tail: OutputTail) -> None:
         self._selector, self._stream, self._name, self._tail = selector, stream, name, tail
         self._read_fd, self.write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
@@ -140,9 +160,7 @@ class PipeReader:
 
         self._read_s = time.monotonic()
         self._stream.write(data)
-        if self._tail is not None:
-            self._tail.add(self._name, data)
-
+        self._tail.add(self._name, data)
         if self._stream.queued_bytes >= _MAX_QUEUED_BYTES and not self._ended_s:
             self.paused = True
             self._selector.unregister(self._read_fd)

@@ -113,9 +113,7 @@ class WorkerGroup:
             )
             for fd in ("out", "err", "records")
         }
-        readers = [
-            PipeReader(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()
-        ]
+        readers = [PipeReader(self._selector, stream, fd, tail) for fd, stream in streams.items()]
         ours, theirs = FdSocket.pair()
         worker = WorkerState(
             rank, local_rank, socket=ours, worker_end=theirs, streams=list(streams.values()), readers=readers, tail=tail

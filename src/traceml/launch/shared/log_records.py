@@ -3,7 +3,7 @@
 A record is a msgpack map of `FIELDS`, split into chunks: `<HI?` (length, the writer's pid, whether it is the last of
 its record) and bytes. A chunk is no longer than an atomic write to a pipe, so forked children may share the pipe.
 
-Process: the worker writes, the launcher reads.
+Process: the worker writes, the launcher reads, the agent keeps the last ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgpack
 
 from traceml.trusted_files import GuardedDescriptor
 
-__all__ = ["FIELDS", "RecordDecoder", "RecordHandler", "install"]
+__all__ = ["FIELDS", "RecordDecoder", "RecordHandler", "decode_record", "install"]
 
 FIELDS = (
     "name", "levelno", "levelname", "created", "msecs", "pathname", "filename", "module", "lineno", "funcName",
@@ -113,11 +113,21 @@ class RecordDecoder:
 
     def feed(self, data: bytes) -> list[logging.LogRecord]:
         """Return the records that are complete now; none after invalid bytes."""
-        if self._broken:
-            return []
-
-        self._buffer += data
         found: list[logging.LogRecord] = []
+        for body in [] if self._broken else self.split(data):
+            record = decode_record(body)
+            if record is None:
+                self._broken, self._buffer = True, b""
+                return [*found, _unreadable()]
+
+            found.append(record)
+
+        return found
+
+    def split(self, data: bytes) -> list[bytes]:
+        """Return the encoded records that are complete now, for `decode_record`."""
+        self._buffer += data
+        found: list[bytes] = []
         at = 0
         while len(self._buffer) - at >= _CHUNK.size:
             length, pid, last = _CHUNK.unpack_from(self._buffer, at)
@@ -129,20 +139,15 @@ class RecordDecoder:
             at = end
             if not last and len(body) <= _MAX_RECORD_BYTES:
                 self._partial[pid] = body
-                continue
-
-            record = _record(body)
-            if record is None:
-                self._broken, self._buffer = True, b""
-                return [*found, _unreadable()]
-
-            found.append(record)
+            else:
+                found.append(body)
 
         self._buffer = self._buffer[at:]
         return found
 
 
-def _record(body: bytes) -> logging.LogRecord | None:
+def decode_record(body: bytes) -> logging.LogRecord | None:
+    """Return an encoded record; None if it is invalid."""
     try:
         known = msgpack.unpackb(body, unicode_errors="surrogatepass")
         message, fields = str(known.pop("message")), {name: known[name] for name in (*FIELDS, "exc_text", "stack_info")}

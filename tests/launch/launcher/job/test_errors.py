@@ -69,7 +69,7 @@ def test_words_of_sys_exit_are_written_once() -> None:
     [
         (jobs.be_killed, None, signal.SIGKILL, "the last word"),
         (jobs.segfault, None, signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
-        (jobs.exit_now, 3, None, "ended with exit code 3"),
+        (jobs.exit_now, 3, None, "ended with exit code 3. Its last lines:\n  ERROR:jobs:it exits"),
         (jobs.exit_system, 4, None, "ended with exit code 4"),
         (jobs.interrupt, 1, None, "raised KeyboardInterrupt"),
     ],
