@@ -199,3 +199,14 @@ def test_a_thread_that_cannot_be_started_is_an_error_of_the_system(monkeypatch: 
         start_without_signals(thread)
 
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("environ", "status"), [({"SLURM_JOB_ID": "7"}, 0), ({}, -signal.SIGUSR2)])
+def test_a_program_that_is_started_inherits_that_warnings_are_ignored(environ: dict[str, str], status: int) -> None:
+    """In a job of Slurm a warning ends no program without a handler, as torchrun is; elsewhere it is a usual signal."""
+    code = "from traceml.process_ends import ignore_slurm_warnings as ignore; import os; ignore(); "
+    code += "os.execvp('sh', ['sh', '-c', 'kill -USR2 $$'])"
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | environ
+
+    assert subprocess.run([sys.executable, "-c", code], env=variables, check=False).returncode == status

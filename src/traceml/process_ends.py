@@ -17,6 +17,7 @@ __all__ = [
     "BY_OTHERS",
     "CRASHES",
     "PR_SET_PDEATHSIG",
+    "SLURM_WARNINGS",
     "EndedBySignal",
     "StopRequest",
     "die_with_parent",
@@ -25,6 +26,8 @@ __all__ = [
     "exit_text",
     "forget_interrupts",
     "has_terminal",
+    "ignore_slurm_warnings",
+    "in_slurm_job",
     "interrupts_held",
     "not_ignored",
     "shell_status",
@@ -37,6 +40,8 @@ CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEG
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
 BY_OTHERS = frozenset((signal.SIGTERM, signal.SIGHUP))
 """Signals by which others end a job; by Ctrl-C and Ctrl-\\, a user ends it by hand."""
+SLURM_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which users have Slurm warn a job before its end (`--signal`)."""
 PR_SET_PDEATHSIG = 1
 """Option of `prctl`: the signal that the kernel sends us when the thread that started us ends."""
 
@@ -52,6 +57,21 @@ class EndedBySignal(KeyboardInterrupt):
     def __init__(self, number: int, *, from_terminal: bool = False) -> None:
         super().__init__()
         self.number, self.at_s, self.from_terminal = number, time.time(), from_terminal
+
+
+def in_slurm_job() -> bool:
+    """Return whether this process belongs to a job of Slurm, which sends its signals to all processes of each step."""
+    return "SLURM_JOB_ID" in os.environ  # a batch script is a step, too, without the variable of one
+
+
+def ignore_slurm_warnings() -> None:
+    """Ignore the warnings of Slurm in a job of it: they are meant for scripts.
+
+    All processes that descend from this one ignore them too, until a script handles them.
+    """
+    if in_slurm_job():
+        for number in SLURM_WARNINGS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:

@@ -235,6 +235,54 @@ def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
     assert found["summary"].startswith("The scheduler ended the job at its time limit of 30 min (SIGTERM)")
 
 
+_COUNTS = """
+import signal, time
+got = []
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+while len(got) < 3:
+    open("got", "w").write(str(len(got)))
+    time.sleep(0.01)
+time.sleep(1)
+print(len(got))
+"""
+
+
+def test_a_signal_of_slurm_reaches_the_script_once(tmp_path: Path) -> None:
+    """Slurm sends it to all processes of a step, and others to the command alone; our own programs ignore a warning."""
+    (tmp_path / "train.py").write_text(_COUNTS)
+    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
+    environ = {**os.environ, "SLURM_JOB_ID": "7"}
+
+    def has_got(count: int) -> bool:
+        return (tmp_path / "got").exists() and (tmp_path / "got").read_text() == str(count)
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as job:
+        try:
+            eventually(lambda: has_got(0), "the script")
+            eventually(lambda: any((tmp_path / "runs").glob("*/store.db")), "the aggregator")
+            helpers = [each for each in psutil.Process(job.pid).children() if "train.py" not in each.cmdline()]
+            (aggregator,) = [each for each in helpers if "serve" in each.cmdline()]
+            aggregator.send_signal(signal.SIGUSR1)
+            os.killpg(job.pid, signal.SIGUSR1)
+            eventually(lambda: has_got(1), "the signal of Slurm")
+            time.sleep(0.5)  # a second one would come now
+            assert has_got(1)
+
+            job.send_signal(signal.SIGUSR1)
+            eventually(lambda: has_got(2), "a signal to the command")
+            assert aggregator.is_running()
+
+            os.killpg(job.pid, signal.SIGUSR1)
+            assert job.communicate(timeout=240)[0] == b"3\n"
+        finally:
+            job.kill()
+
+    assert job.returncode == 0
+    assert not any(each.is_running() for each in helpers)
+
+
 _STEPS = """
 import traceml
 traceml.init()

@@ -30,6 +30,7 @@ from traceml.fail_open import fail_open
 from traceml.helper_programs import helper_program
 from traceml.loopback import is_loopback
 from traceml.privacy.masker import Masker
+from traceml.process_ends import ignore_slurm_warnings
 from traceml.run_folder import RELAY_NAME
 from traceml.supervise.listen_address import listen
 from traceml.supervise.metrics_process import metrics_beside
@@ -60,6 +61,7 @@ _log = logging.getLogger("traceml")
 def main(argv: list[str]) -> int:
     """Serve until stopped; return the exit status."""
     options = make_parser().parse_args(argv)
+    ignore_slurm_warnings()
     given = {name: getattr(options, name) for name in ("host", "port", "runs_dir", "upstream")}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
     usual = "warning" if options.terminal else "info"  # log lines would disturb the screen

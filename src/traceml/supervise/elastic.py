@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from traceml.helper_programs import exit_process, importing
-from traceml.process_ends import shell_status
+from traceml.process_ends import ignore_slurm_warnings, shell_status
 
 __all__ = ["first_failure", "main", "terminate_remaining_workers"]
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import determine_local_world_size, parse_args, run
 
+    ignore_slurm_warnings()
     _name_methods_by_their_frames()
     fd_text = os.environ.pop("TRACEML_FAILURES_FD", None)
     report = _reporter(fd_text)

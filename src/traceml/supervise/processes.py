@@ -6,13 +6,23 @@ import ctypes
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from traceml.helper_programs import helper_program
-from traceml.process_ends import PR_SET_PDEATHSIG
+from traceml.process_ends import PR_SET_PDEATHSIG, in_slurm_job
 
-__all__ = ["FORWARDED_SIGNALS", "REPORT_LIMIT_S", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
+__all__ = [
+    "FORWARDED_SIGNALS",
+    "REPORT_LIMIT_S",
+    "PseudoTerminal",
+    "ScriptPipe",
+    "SignalWitness",
+    "spawn",
+    "spawn_server",
+]
 
 REPORT_LIMIT_S = 120.0
 """Longest time for the report of an ended run."""
@@ -21,6 +31,8 @@ REPORT_LIMIT_S = 120.0
 FORWARDED_SIGNALS = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 )
+
+_WITNESS_S = 0.1  # until a signal that was sent to all processes has come to each
 
 
 def spawn(
@@ -81,13 +93,15 @@ def spawn_server(
             pipe.write(json.dumps(config) + "\n")
 
 
-def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
+def _before_exec(death_signal: signal.Signals | None, *, unblocks: bool = True) -> Callable[[], None]:
     # looked up before the fork: the child should do as little as possible
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent = os.getpid()
 
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
+        if unblocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
+
         if death_signal is None:
             return
 
@@ -96,6 +110,66 @@ def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
             os._exit(128 + int(death_signal))
 
     return prepare
+
+
+class SignalWitness:
+    """A process beside the job, which shows whether a signal was sent to all processes, as Slurm does.
+
+    It blocks what its parent blocks. A signal that it has received therefore stays pending, which /proc shows. Outside
+    of Slurm there is none.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, in the job's process group."""
+        if not in_slurm_job():
+            return
+
+        prepare = _before_exec(signal.SIGKILL, unblocks=False)
+        try:
+            self._process = subprocess.Popen(
+                ["sleep", "infinity"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                preexec_fn=prepare,  # noqa: PLW1509 - as above
+            )
+        except OSError:  # the host has no such program: each signal is taken for one to its receiver alone
+            self._process = None
+
+    def has_received(self, number: int) -> bool:
+        """Return whether the signal has come to the witness, too; the next one counts again."""
+        until_s = time.monotonic() + _WITNESS_S
+        while self._process is not None and self._process.poll() is None:
+            if self._pending() >> (number - 1) & 1:
+                self.close()
+                self.start()
+                return True
+
+            if time.monotonic() > until_s:
+                break
+
+            time.sleep(_WITNESS_S / 10)
+
+        return False
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _pending(self) -> int:
+        """Return the set of the signals that wait for the process, as a mask."""
+        assert self._process is not None
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith("ShdPnd:"):
+                return int(line.split()[1], 16)
+
+        return 0
 
 
 class ScriptPipe:

@@ -25,7 +25,7 @@ from traceml.process_ends import BY_OTHERS, CRASHES, has_terminal, not_ignored, 
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.output import OutputCopy, PassThroughScreen, UnreadOutput
-from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
+from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, SignalWitness, spawn
 
 if TYPE_CHECKING:
     from traceml.supervise.joined_run import JoinedRun
@@ -134,6 +134,7 @@ class Supervisor:
         self._next_report_s = 0.0
         self._signals: set[int] = set()
         self._not_ignored = not_ignored(FORWARDED_SIGNALS)
+        self._witness = SignalWitness()
         self._had_terminal = has_terminal()
         self._ended_by: dict[str, Any] | None = None
         self._reader_left = self._have_left = False
@@ -145,6 +146,7 @@ class Supervisor:
         with ExitStack() as opened:  # closed in the opposite order
             signal.pthread_sigmask(signal.SIG_BLOCK, self._not_ignored)  # the kernel drops the ignored ones
             opened.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, self._not_ignored)
+            opened.callback(self._witness.close)
             opened.callback(self._selector.close)
             opened.callback(self._aggregator.close)
             opened.enter_context(self._unread)
@@ -250,6 +252,7 @@ class Supervisor:
             if terminal is not None:
                 terminal.close_slave()
 
+        self._witness.start()
         self._selector.register(failures_in, selectors.EVENT_READ, "failures")
         return process
 
@@ -330,7 +333,8 @@ class Supervisor:
 
             self._signals.add(info.si_signo)
             self._note_sender(info)
-            if not _is_for_job_too(info) and process.poll() is None:
+            has_come = _is_for_job_too(info) or self._witness.has_received(info.si_signo)
+            if not has_come and process.poll() is None:
                 process.send_signal(info.si_signo)
 
     def _is_ending(self) -> bool:

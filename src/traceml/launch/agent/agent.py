@@ -47,9 +47,9 @@ from traceml.launch.shared.launch_messages import (
     ZygoteReady,
 )
 from traceml.launch.shared.payload_buffer import PayloadBuffer
-from traceml.launch.shared.process_cleanup import ended_children, find_leftovers, in_slurm_job, terminate_all
+from traceml.launch.shared.process_cleanup import ended_children, find_leftovers, terminate_all
 from traceml.launch.shared.tunnel import TunnelListener
-from traceml.process_ends import end_of_status
+from traceml.process_ends import end_of_status, in_slurm_job
 
 __all__ = ["Agent"]
 

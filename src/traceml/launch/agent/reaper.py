@@ -9,14 +9,10 @@ import os
 import signal
 from typing import NoReturn
 
-from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_job, terminate_all
-from traceml.process_ends import die_with_parent
+from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, terminate_all
+from traceml.process_ends import die_with_parent, ignore_slurm_warnings
 
 __all__ = ["fork_under_reaper"]
-
-# Slurm sends the signal of sbatch --signal to all processes of a step: it is meant for scripts. Ignored, it is so in
-# all processes that descend from the reaper, until a script handles it.
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def fork_under_reaper() -> None:
@@ -25,10 +21,7 @@ def fork_under_reaper() -> None:
     Call it early: the parent keeps the memory that this process has now.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have blocked some
-    if in_slurm_job():
-        for number in _WARNINGS:
-            signal.signal(number, signal.SIG_IGN)
-
+    ignore_slurm_warnings()
     become_subreaper()
     parent, agent = os.getpid(), os.fork()
     if agent == 0:

@@ -21,7 +21,6 @@ __all__ = [
     "end_job",
     "ended_children",
     "find_leftovers",
-    "in_slurm_job",
     "terminate_all",
 ]
 
@@ -35,11 +34,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 _TICK_S, _LATE_TICK_S = 0.01, 0.1  # a search reads files of every process of the host
 _LATE_S = 1.0
 _KILLED_S = 5.0  # longest wait for processes that SIGKILL does not end
-
-
-def in_slurm_job() -> bool:
-    """Return whether this process belongs to a job of Slurm, which sends its signals to all processes of each step."""
-    return "SLURM_JOB_ID" in os.environ  # a batch script is a step, too, without the variable of one
 
 
 def become_subreaper() -> None:

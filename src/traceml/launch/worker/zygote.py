@@ -36,10 +36,9 @@ from traceml.launch.shared.process_cleanup import (
     become_subreaper,
     ended_children,
     find_leftovers,
-    in_slurm_job,
     terminate_all,
 )
-from traceml.process_ends import die_with_parent
+from traceml.process_ends import die_with_parent, in_slurm_job
 
 __all__ = ["main"]
 
