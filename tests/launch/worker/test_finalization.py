@@ -183,3 +183,21 @@ def test_a_stream_that_cannot_be_flushed_changes_nothing_else(driver: Driver, st
 
     assert driver.of("exited")[0]["code"] == 0
     assert driver.text(0, "err").startswith("returns\nat exit\n")
+
+
+def test_the_end_of_a_failed_job_waits_for_no_process_group(driver: Driver) -> None:
+    """A rank that has returned ends although another has raised and will not leave the group."""
+
+    def work() -> None:
+        import os
+
+        if os.environ["RANK"] == "1":
+            raise ValueError("failed")
+
+    driver.start(work, workers=2, backend="gloo")
+    driver.wait("done")
+    driver.wait("raised")
+    driver.stop(exit_s=60)
+
+    assert sorted(each["code"] for each in driver.of("exited")) == [0, 1]
+    assert "timed out after 5000ms" not in driver.text(0, "err")  # of rank 0, which holds the group's store

@@ -257,7 +257,7 @@ class WorkerGroup:
     def _note_report(self, each: WorkerState) -> None:
         each.reported = True
         if self._released:
-            each.send(WorkerMayEnd())
+            each.send(WorkerMayEnd(failed=self._stopping))
 
     def _send_memory(self, each: WorkerState, kind: str, fd: int) -> OutgoingStream:
         """Send the contents of a memory file, which is freed once it is sent."""
@@ -325,7 +325,7 @@ class WorkerGroup:
                 stream.abort({"text": "stopped"})
 
             if each.reported:
-                each.send(WorkerMayEnd())
+                each.send(WorkerMayEnd(failed=True))
 
         self._ending = ProcessTermination(self._find, grace_s=grace_s)
         self.tick()

@@ -393,6 +393,8 @@ class WorkerPayload(Message, t="payload"):
 class WorkerMayEnd(Message, t="release"):
     """Permission for a worker to end."""
 
+    failed: bool = False  # the job is stopped: not all ranks will leave the process group
+
 
 class WorkerReady(Message, t="ready"):
     """The worker is in the process group, or runs where there is none."""

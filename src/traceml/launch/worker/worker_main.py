@@ -23,6 +23,7 @@ from traceml.launch.shared import log_records, payload
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import (
     Fork,
+    M,
     Message,
     WorkerDone,
     WorkerMayEnd,
@@ -139,8 +140,7 @@ def _work(agent: FdSocket, request: Fork, listener: int | None) -> int:
     if not _report_result(agent, result):
         return 1
 
-    _await_release(agent)
-    if store is not None:
+    if _await_release(agent) and store is not None:
         _leave_group(store, request)
 
     return 0
@@ -317,7 +317,7 @@ def _leave_group(store: Any, request: Fork) -> None:
 
 def _run_function(agent: FdSocket, request: Fork) -> Any:
     """Wait for the payload, and call its function."""
-    fds = _receive(agent, WorkerPayload)
+    _, fds = _receive(agent, WorkerPayload)
     memory = map_private(fds[0])
     os.close(fds[0])
     register = partial(main_module.register, main_module.install(request.main))
@@ -338,8 +338,8 @@ def _run_script(script: Mapping[str, Any]) -> Any:
 # --- messages to the agent -------------------------------------------------------------------------------------------
 
 
-def _receive(agent: FdSocket, kind: type[Message]) -> list[int]:
-    """Wait for this message; return its descriptors."""
+def _receive(agent: FdSocket, kind: type[M]) -> tuple[M, list[int]]:
+    """Wait for this message; return it with its descriptors."""
     try:
         received = agent.receive(WorkerPayload, WorkerMayEnd)
     except EOFError:
@@ -352,7 +352,7 @@ def _receive(agent: FdSocket, kind: type[Message]) -> list[int]:
     if not isinstance(message, kind):
         raise _Stopped
 
-    return fds
+    return message, fds
 
 
 def _send(agent: FdSocket, message: Message, fds: Sequence[int] = ()) -> None:
@@ -369,13 +369,13 @@ def _connection_lost(error: OSError) -> BaseException:
     return _Stopped() if isinstance(error, ConnectionError) else error
 
 
-def _await_release(agent: FdSocket) -> None:
-    """Wait until all ranks have reported: a peer may still be connecting to us."""
+def _await_release(agent: FdSocket) -> bool:
+    """Wait until all ranks have reported, as a peer may still be connecting to us; return whether all have returned."""
     for name in ("stdout", "stderr"):
         with contextlib.suppress(Exception):  # of the user's own stream; shown at the end of the process
             flush_stream(name)
 
-    _receive(agent, WorkerMayEnd)
+    return not _receive(agent, WorkerMayEnd)[0].failed
 
 
 def _report_result(agent: FdSocket, result: Any) -> bool:
