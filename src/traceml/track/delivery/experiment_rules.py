@@ -1,4 +1,4 @@
-"""What each experiment of a run lets one tracker have: its own filters and masks, as its announcement states them."""
+"""Filters and masks of each experiment of a run for one tracker, as its announcement states them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ExperimentRules", "RulesOfExperiments"]
 
 
 class ExperimentRules(NamedTuple):
-    """What is delivered of one experiment, and in which form."""
+    """Rules by which one experiment is delivered."""
 
     filters: DeliveryFilter
     masker: Masker
