@@ -53,6 +53,9 @@ def test_a_part_of_all_steps_is_skipped_since_the_first_one():
     assert finding.evidence["since_step"] == 1
     assert "skipped 150 of 300 steps (50 %), since step 1, and still does" in finding.summary
 
+    finding = steps_skipped(JobFacts(skipped=skipped(list(range(1, 300, 2))), state="finished"))
+    assert "since step 1, up to the end: their gradients" in finding.summary
+
 
 @pytest.mark.parametrize(
     "steps", [[], [0, 1, 2, 3, 4, 5, 6], list(range(10, 60)), list(range(0, 300, 40)), [297, 298, 299]]

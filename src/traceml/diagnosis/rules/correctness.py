@@ -308,13 +308,14 @@ def steps_skipped(facts: JobFacts) -> Finding | None:
     most = "most of them " if since > skipped.steps[0] else ""
     lost = facts.losses.first()
     loss = None if lost is None or lost[0] > since + _READ_EVERY else lost[2]
+    until = "and still does" if facts.state == RunStatus.RUNNING else "up to the end"
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
     return Finding.of(
         Kind.STEPS_SKIPPED,
         phase="optimizer",
         summary=(
             f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
-            f"({percent_text(share)}), {most}since step {count_text(since)}, and still does: {cause} "
+            f"({percent_text(share)}), {most}since step {count_text(since)}, {until}: {cause} "
             "not finite, so these steps trained nothing."
         ),
         next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
