@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -366,6 +366,11 @@ def _costs(
         with_explained: the same own work with what other findings explain.
         step_ns: of the whole window, which costs are shares of.
     """
+    hidden_ns = {
+        part: float((values - work.parts[part]).mean())
+        for part, values in with_explained.parts.items()
+        if values is not work.parts[part]  # most have nothing that is explained
+    }
     late_ranks, without_stragglers = stragglers(work, facts)
     # Stages of a pipeline have inputs of their own kind: tokens, and what the stage before computed of them.
     found = late_ranks if facts.batches.messages else [with_batch_sizes(each, window) for each in late_ranks]
@@ -387,7 +392,7 @@ def _costs(
     between, without_set_up = set_up_between(window, remaining, facts, step_ns)
     found += between
     remaining = replayed(remaining, without_set_up)
-    periodic, remaining = _periodic(window, remaining, facts, step_ns)
+    periodic, remaining = _periodic(window, remaining, facts, step_ns, hidden_ns)
     found += periodic
     gathered, remaining = periodic_collectives(window, remaining, facts, step_ns)
     found += gathered
@@ -397,11 +402,6 @@ def _costs(
     long, without_rare_ones = ([], {}) if alternating else jitter(window.steps, remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
     found += transfers(without_long_steps, facts, step_ns)
-    hidden_ns = {
-        part: float((values - work.parts[part]).mean())
-        for part, values in with_explained.parts.items()
-        if values is not work.parts[part]  # most have nothing that is explained
-    }
     whole_steps = whole if long or periodic or between else None
     found += residual(without_long_steps, facts, step_ns, whole_steps, hidden_ns)
     found += checkpoints(remaining, facts, step_ns)
@@ -415,11 +415,13 @@ def _costs(
     return found
 
 
-def _periodic(window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding], OwnWork]:
+def _periodic(
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float, hidden_ns: Mapping[str, float]
+) -> tuple[list[Finding], OwnWork]:
     """Find long steps at fixed distances, as of a loop that logs in each 10th step and evaluates in each 50th."""
     found: list[Finding] = []
     for _ in range(_MAX_PERIODS):
-        more, without_long = periodic_steps(window, work, facts, step_ns)
+        more, without_long = periodic_steps(window, work, facts, step_ns, hidden_ns)
         found, work = [*found, *more], replayed(work, without_long)
         if not more:
             break

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, window_of
+from tests.diagnosis.stalls.test_gc_pauses import collections, history
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
@@ -470,3 +471,17 @@ def test_two_distances_of_one_part_are_told_with_the_line_of_one() -> None:
     assert "in train.py:7 evaluate: " in seldom.summary
     assert often.summary.startswith("Every 10th step takes 74")
     assert "in code outside the known phases: " in often.summary
+
+
+def test_the_line_of_long_steps_that_also_collect_garbage_is_named():
+    """A plot makes many objects: samples are of the collections, too, which another finding has."""
+    pauses = history(r0=collections(150, every=10))
+    seen = [
+        SampledLine(0, "other", "/home/me/train.py", 70, "plot", None, 138),
+        SampledLine(0, "forward", "/home/me/train.py", 40, "main", None, 62),
+    ]
+    found = findings(ALONE, adds("other", 300, every=10), pauses=pauses, lines=seen)
+
+    assert {each.kind for each in found} == {Kind.GC_PAUSES, Kind.RESIDUAL_HEAVY}
+    periodic = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+    assert "in train.py:70 plot" in periodic.summary

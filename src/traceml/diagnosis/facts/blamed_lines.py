@@ -39,9 +39,9 @@ __all__ = [
     "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH",
     "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model",
     "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
-    "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "lines_of_ranks_alone",
-    "main_library", "main_line_share", "of_longest_startup", "outside_line", "own_line", "own_line_share",
-    "runs_forward", "threads_line", "workers_line",
+    "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_without_hidden",
+    "lines_of_ranks_alone", "main_library", "main_line_share", "of_longest_startup", "outside_line", "own_line",
+    "own_line_share", "runs_forward", "threads_line", "workers_line",
 ]  # fmt: skip
 
 LEADING_RATIO = 2.0
@@ -461,6 +461,20 @@ def own_line(
     """Return `blamed_line` of the same arguments, where it is more than the call of a trainer."""
     line = blamed_line(lines, part, phase_share, ranks)
     return None if line is None or calls_trainer(lines, line) else line
+
+
+def line_without_hidden(line: BlamedLine | None, phase_share: float, hidden_share: float) -> BlamedLine | None:
+    """Return a line with its share if all that is hidden was in it; None if that is not most of the phase.
+
+    Args:
+        phase_share: share of the step that the phase has, without what is hidden.
+        hidden_share: share of the step that another finding has of the phase: samples are of it, too.
+    """
+    if line is None or not hidden_share or phase_share <= 0:
+        return line
+
+    share = (line.share * (phase_share + hidden_share) - hidden_share) / phase_share
+    return replace(line, share=share) if share >= NAMED_SHARE else None
 
 
 def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others, own_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, awaits_others, line_without_hidden, own_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -80,15 +81,18 @@ class _Period(msgspec.Struct, frozen=True):
 
 
 def periodic_steps(
-    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float, hidden_ns: Mapping[str, float]
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about long steps at a fixed distance, and the parts of the step without them.
 
     Steps that train more are no finding, nor jitter; what else is long in them may be one.
+
+    Args:
+        hidden_ns: mean time of each part that another finding has and `work` has not, as of garbage collections.
     """
     period = _period(window, work)
     if period is not None and (usual_work := _without_more_training(work, period.columns)):
-        found, without = periodic_steps(window, replayed(work, usual_work), facts, step_ns)
+        found, without = periodic_steps(window, replayed(work, usual_work), facts, step_ns, hidden_ns)
         return found, usual_work | without
 
     if period is None or period.saved_ns < least_cost_ns(step_ns):
@@ -100,7 +104,8 @@ def periodic_steps(
     if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED and not is_clear:
         return [], {}
 
-    return [_finding(work, facts, period, step_ns)], period.removed
+    hidden_share = hidden_ns.get(period.part, 0.0) / step_ns
+    return [_finding(work, facts, period, step_ns, hidden_share)], period.removed
 
 
 def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
@@ -290,12 +295,13 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
     return None
 
 
-def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
+def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float, hidden_share: float) -> Finding:
     share, are_late = period.saved_ns / step_ns, bool(period.ranks) and work.grouped
     rows = np.isin(work.ranks, period.ranks) if period.ranks else np.full(len(work.ranks), True)
     phase_share = float(work.parts[period.part][rows].mean()) / step_ns
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
-    line = own_line(facts.lines, period.part, phase_share, period.ranks) if held else None
+    seen = own_line(facts.lines, period.part, phase_share + hidden_share, period.ranks) if held else None
+    line = line_without_hidden(seen, phase_share, hidden_share)
     where = phases_text(period.phases, line.place if line else None)
     mostly = "mostly " if line and line.share < MOSTLY_SHARE else ""
     long, usual_ns = work.as_measured(period.columns, float(np.median(work.step)))

@@ -9,10 +9,17 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, calls_trainer, leading_lines, own_line
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    blamed_line,
+    calls_trainer,
+    leading_lines,
+    line_without_hidden,
+    own_line,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, counted_lines
+from traceml.diagnosis.facts.sampled_shares import counted_lines
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.own_work import OwnWork, have_half
@@ -130,19 +137,11 @@ class PhaseCost(msgspec.Struct, frozen=True):
     def sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
         sampled_share = self._phase_share * (1 - self.uncounted) + self.hidden_ns / self.step_ns
-        return self._without_hidden(blamed_line(self._counted(facts), self.part, sampled_share, self.ranks))
+        line = blamed_line(self._counted(facts), self.part, sampled_share, self.ranks)
+        return line_without_hidden(line, self._phase_share, self.hidden_ns / self.step_ns)
 
     def _counted(self, facts: JobFacts) -> Sequence[SampledLine]:
         return counted_lines(facts.lines) if self.uncounted else facts.lines
-
-    def _without_hidden(self, line: BlamedLine | None) -> BlamedLine | None:
-        """Return a line with its share if all that is hidden was in it; None if that is not most of the part."""
-        own = self._phase_share * self.step_ns
-        if line is None or not self.hidden_ns or own <= 0:
-            return line
-
-        share = (line.share * (own + self.hidden_ns) - self.hidden_ns) / own
-        return replace(line, share=share) if share >= NAMED_SHARE else None
 
     @property
     def _phase_share(self) -> float:
