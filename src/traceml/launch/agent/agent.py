@@ -249,7 +249,7 @@ class Agent:
         if error is not None:
             if number in self._payloads:
                 self._payloads.pop(number).close()
-        elif self._group is not None and self._group.payload == number:
+        elif number in self._payloads and self._group is not None and self._group.payload == number:
             self._group.send_payload(self._payloads.pop(number))
 
     def _on_reserve(self, message: Reserve) -> None:
