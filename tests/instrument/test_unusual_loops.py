@@ -169,12 +169,16 @@ def own_update_of_tensors_without_loader() -> None:
         update([weight])
 
 
+def update_by(parameters: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter -= 0.01 * grad
+
+
 def step_by_grad(model: nn.Module, x: torch.Tensor) -> None:
     """A step as in `torch.autograd.grad`'s own examples, whose inputs may be a generator."""
     grads = torch.autograd.grad(model(x).square().mean(), model.parameters())
-    with torch.no_grad():
-        for parameter, grad in zip(model.parameters(), grads, strict=True):
-            parameter -= 0.01 * grad
+    update_by(model.parameters(), grads)
 
 
 def autograd_grad() -> None:
@@ -189,13 +193,31 @@ def autograd_grad_without_loader() -> None:
         step_by_grad(model, X)
 
 
+def autograd_grad_of_values() -> None:
+    model = net()
+    named = dict(model.named_parameters())
+    for (x,) in data(B):
+        grads = torch.autograd.grad(model(x).square().mean(), named.values())
+        update_by(named.values(), grads)
+
+
+def autograd_grad_by_name() -> None:
+    model = net()
+    named = dict(model.named_parameters())
+    for (x,) in data(B):
+        grads: Any = torch.autograd.grad(model(x).square().mean(), named)
+        update_by(named.values(), grads.values())
+
+
+takes_names = "dict" in str(torch.autograd.grad.__annotations__["inputs"])  # of torch 2.13, not of 2.4
+by_name = pytest.mark.skipif(not takes_names, reason="this torch takes no dictionary of parameters")
+
+
 def autograd_grad_of_tensors() -> None:
     weights = [torch.randn(4, 4, requires_grad=True), torch.randn(4, 1, requires_grad=True)]
     for (x,) in data(B):
         grads = torch.autograd.grad((x @ weights[0] @ weights[1]).square().mean(), weights)
-        with torch.no_grad():
-            for weight, grad in zip(weights, grads, strict=True):
-                weight -= 0.01 * grad
+        update_by(weights, grads)
 
 
 def step_by_transform(model: nn.Module, values: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -229,6 +251,8 @@ def transform_without_loader() -> None:
         (transform_without_loader, 0),
         (autograd_grad, 0),
         (autograd_grad_without_loader, 0),
+        (autograd_grad_of_values, 0),
+        pytest.param(autograd_grad_by_name, 0, marks=by_name),
         (autograd_grad_of_tensors, 0),
         (own_update, 0),
         (own_update_in_epochs, 12),

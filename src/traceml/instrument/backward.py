@@ -11,7 +11,7 @@ for the other ranks. It costs 12 us, and as much again for the slow paths around
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,7 +133,9 @@ def _timed_grad(original: Callable[..., Any], clock: StepClock, read_loss: Calla
 def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str, Any]) -> bool:
     """Whether these are gradients of parameters, which an update follows."""
     try:
-        given = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        values = inputs.values() if isinstance(inputs, dict) else inputs
+        is_one = isinstance(values, torch.Tensor) or not isinstance(values, Iterable)
+        given = [values] if is_one else list(values)
         if options.get("create_graph") or not all(isinstance(each, torch.Tensor) and each.is_leaf for each in given):
             return False
 
