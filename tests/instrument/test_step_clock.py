@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.instrument.conftest import Traced
 from traceml.database.schema import Phase, Slot, StepFlag
@@ -634,11 +636,12 @@ def test_micro_batches_that_are_fetched_ahead(traced: Traced) -> None:
     assert [(row["micro"], row["samples"]) for row in rows] == [(4, size)] * 6
 
 
-def test_the_first_batch_of_an_epoch_is_reported(traced: Traced) -> None:
+@pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
+def test_the_first_batch_of_an_epoch_is_reported(traced: Traced, loader_type: Any) -> None:
     """Each epoch has a row, with the end of the iterator before; evaluation between them has none."""
     model = net()
     optimizer = sgd(model)
-    loader = data(5)
+    loader = loader_type(data(5).dataset, batch_size=2)
     for _ in range(3):
         for (x,) in loader:
             train(model, optimizer, x)
@@ -676,6 +679,29 @@ def test_workers_of_a_dropped_loader_end_in_the_wait_for_the_next(
     assert set(joined_in) == {Phase.INPUT_WAIT}
     for row in epochs[1:]:
         assert 0 < row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("persistent", [True, False])
+def test_workers_of_torchdata_start_in_the_wait_for_the_first_batch(traced: Traced, *, persistent: bool) -> None:
+    """Its loader keeps the iterator, so the loop has left it when no other one reads it."""
+    model = net()
+    optimizer = sgd(model)
+    loader = StatefulDataLoader(data(4).dataset, batch_size=2, num_workers=1, persistent_workers=persistent)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+    next(iter(loader))
+    token = traced.instrumentation.clock.training_loader
+    assert token.is_read
+    token.note_left(traced.instrumentation.clock)
+    assert not token.is_read
+    steps, epochs = traced.finish(), traced.table("epochs")
+    assert [row["step"] for row in epochs] == [0, 4]
+    assert [row["drain_ns"] > 0 for row in epochs] == [False, True]
+    for row in epochs:
+        assert 0 < row["create_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
 
 
 @pytest.mark.process

@@ -234,9 +234,9 @@ class Instrumentation:
 
     @guarded
     def _on_stateful_loader_import(self) -> None:
-        from traceml.instrument.workers.worker_setup import set_up_stateful_workers
-
-        set_up_stateful_workers(self._patches, self._in_worker)
+        if self.events.torch_hooks is not None:
+            module = sys.modules["torchdata.stateful_dataloader.stateful_dataloader"]
+            self.events.torch_hooks.patch_stateful_loader(module, self._in_worker)
 
     @guarded
     def _on_trainer_import(self, name: str) -> None:

@@ -46,6 +46,7 @@ class LoaderToken:
 
     is_left = is_read = False
     _iterator: Any = None
+    _is_kept = False  # by the loader: with `persistent_workers`, or by one of torchdata
     _before: int | None = 0  # batches of the iterators before the newest one; None if one was left early
     _epoch = 0
     _last = -1  # batches of the newest iterator at its end; -1 before it
@@ -57,7 +58,7 @@ class LoaderToken:
     def __init__(self, number: int = 0) -> None:
         self.number = number
 
-    def follow(self, iterator: Any, clock: StepClock) -> None:
+    def follow(self, loader: Any, iterator: Any, clock: StepClock) -> None:
         """Notice when an iterator of the loader is gone, and inform the clock."""
 
         def leave(gone: Any) -> None:
@@ -72,6 +73,7 @@ class LoaderToken:
                 clock.fail(error)
 
         self.is_left = False
+        self._is_kept = instance_attribute(loader, "_iterator") is iterator
         self._count_next_iterator()
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
@@ -84,15 +86,14 @@ class LoaderToken:
         Only iterators that were read to their end, or left after some steps, count: others may have looked at a batch.
         """
         drawn = _sampler_epoch(loader)
-        is_epoch = self._was_left_after_steps(loader, step) or self._last >= 0
+        is_epoch = self._was_left_after_steps(step) or self._last >= 0
         self._same = self._same + 1 if drawn is not None and drawn == self._drawn and is_epoch else 0
         self._drawn, self._drawn_step = drawn, step
         return self._same == _REPEATED
 
-    def _was_left_after_steps(self, loader: Any, step: int) -> bool:
+    def _was_left_after_steps(self, step: int) -> bool:
         open_iterator = self._iterator() if self._iterator is not None else None
-        is_kept = open_iterator is instance_attribute(loader, "_iterator")  # persistent_workers
-        self._overlaps = self._overlaps or not (open_iterator is None or is_kept or self._last >= 0)
+        self._overlaps = self._overlaps or not (open_iterator is None or self._is_kept or self._last >= 0)
         return not self._overlaps and step - self._drawn_step >= _LEFT_EPOCH_STEPS
 
     def end(self, clock: StepClock) -> None:
@@ -102,10 +103,9 @@ class LoaderToken:
         self._last = -1 if given is None else given
 
     def note_left(self, clock: StepClock) -> None:
-        """Record that its iterator was left, where only the loader keeps it, for its workers (`persistent_workers`)."""
+        """Record that its iterator was left, where only the loader keeps it."""
         iterator, alike = self._iterator() if self._iterator is not None else None, object()
-        is_kept = getattr(iterator, "_persistent_workers", False)
-        if is_kept and getrefcount(iterator) <= getrefcount(alike) + 1:
+        if self._is_kept and getrefcount(iterator) <= getrefcount(alike) + 1:
             self.read(clock, False)
 
     def data(self) -> DataProgress:
@@ -214,7 +214,7 @@ def patch_loaders(
     on_iterator: Callable[[], None],
     on_batch: Callable[[Any], None],
     on_same_order: Callable[[int], None] = lambda _number: None,
-) -> None:
+) -> Callable[[Any, Any], None]:
     """Time DataLoader's iterators.
 
     Args:
@@ -222,11 +222,15 @@ def patch_loaders(
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
         on_batch: called with each batch while the clock `inspects` them.
         on_same_order: called with the number of a loader whose DistributedSampler draws one order again and again.
+
+    Returns:
+        A function that does the same for a subclass of DataLoader with an `__iter__` of its own, and its iterator's
+        class, which has `_shutdown_workers`.
     """
     from torch.utils.data import dataloader
 
     iterator_type: Any = dataloader._BaseDataLoaderIter
-    original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
+    original_next = iterator_type.__next__
     wait = timed_wait(clock)
     in_python = _timed_next(clock, wait, original_next, on_batch)
     timed_next = in_python
@@ -236,13 +240,16 @@ def patch_loaders(
     patches.replace(iterator_type, _TAG, LoaderToken())
     patches.wrap(iterator_type, "__next__", timed_next)
     tokens = _LoaderTokens(on_loader, on_same_order, lambda: clock.step)
-    patches.wrap(dataloader.DataLoader, "__iter__", _timed_iter(clock, wait, original_iter, tokens, on_iterator))
     for name, follows in (("__init__", False), ("_reset", True)):  # workers are started between the two
-        method = _noting(clock, getattr(iterator_type, name), tokens, dataloader.DataLoader, follows=follows)
-        patches.wrap(iterator_type, name, method)
+        patches.wrap(iterator_type, name, _noting(clock, getattr(iterator_type, name), tokens, follows=follows))
 
-    shutdown = _timed_shutdown(clock, dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
-    patches.wrap(dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", shutdown)
+    @uncounted
+    def patch_type(loader_type: Any, with_workers: Any) -> None:
+        patches.wrap(loader_type, "__iter__", _timed_iter(clock, wait, loader_type.__iter__, tokens, on_iterator))
+        patches.wrap(with_workers, "_shutdown_workers", _timed_shutdown(clock, with_workers._shutdown_workers))
+
+    patch_type(dataloader.DataLoader, dataloader._MultiProcessingDataLoaderIter)
+    return patch_type
 
 
 @uncounted
@@ -295,13 +302,13 @@ def _timed_iter(
         with suppress(Exception):  # the iterator of a subclass may allow no such attribute: it has the common token
             setattr(iterator, _TAG, loader)
 
-        follow(loader, iterator)
+        follow(loader, self, iterator)
 
         return iterator
 
-    def follow(loader: LoaderToken, iterator: Any) -> None:
+    def follow(token: LoaderToken, loader: Any, iterator: Any) -> None:
         try:
-            loader.follow(iterator, clock)
+            token.follow(loader, iterator, clock)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
@@ -335,8 +342,8 @@ def _timed_shutdown(clock: StepClock, original: Any) -> Any:
 
 
 @uncounted
-def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type: type[Any], *, follows: bool) -> Any:
-    """Return a method of iterators that reports loaders with an `__iter__` of their own: of fastai, torchdata.
+def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, *, follows: bool) -> Any:
+    """Return a method of iterators that reports loaders with an `__iter__` of their own, as those of fastai.
 
     Args:
         original: their `__init__` or `_reset`, which are given the loader.
@@ -345,7 +352,7 @@ def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type:
 
     def method(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            if getattr(type(loader), "__iter__", None) is not loader_type.__iter__ and clock.is_training_thread():
+            if clock.current != _INPUT_WAIT and clock.is_training_thread():  # else a timed `__iter__` makes it
                 token = tokens.of(loader)
                 if follows:
                     follow_iterator(self, token.number)

@@ -47,7 +47,7 @@ from traceml.instrument.values.copy_style import CopyStyle
 from traceml.instrument.values.inputs import BatchReader, patch_autocast
 from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
 from traceml.instrument.workers.loader_workers import watch_workers
-from traceml.instrument.workers.worker_setup import set_up_workers
+from traceml.instrument.workers.worker_setup import set_up_stateful_workers, set_up_workers
 
 __all__ = ["TorchHooks"]
 
@@ -124,7 +124,7 @@ class TorchHooks:
     def patch_loaders(self, lost_workers: deque[dict[str, Any]], in_worker: Callable[[], object] | None) -> None:
         """Time waits for batches, and watch the processes that make them."""
         clock, patches = self._clock, self._patches
-        patch_loaders(
+        self._patch_loader_type = patch_loaders(
             patches,
             clock,
             self.guard.wrap(self._facts.loader),
@@ -134,6 +134,12 @@ class TorchHooks:
         )
         self.guard(watch_workers, patches, clock, lost_workers)
         self.guard(set_up_workers, patches, in_worker)
+
+    def patch_stateful_loader(self, module: Any, in_worker: Callable[[], object] | None) -> None:
+        """Do the same for torchdata's `StatefulDataLoader`, whose iterators and workers are not torch's."""
+        with_workers = module._StatefulMultiProcessingDataLoaderIter
+        self._patch_loader_type(module.StatefulDataLoader, with_workers)
+        self.guard(set_up_stateful_workers, self._patches, with_workers, in_worker)
 
     def patch_copies(self) -> None:
         """Time copies to devices."""

@@ -38,14 +38,13 @@ def set_up_workers(patches: Patches, start: Callable[[], object] | None) -> None
 
 
 @uncounted
-def set_up_stateful_workers(patches: Patches, start: Callable[[], object] | None) -> None:
+def set_up_stateful_workers(patches: Patches, iterator_type: Any, start: Callable[[], object] | None) -> None:
     """Do the same for torchdata's `StatefulDataLoader`, whose iterator and workers are not torch's."""
-    from torchdata.stateful_dataloader import stateful_dataloader
 
     def is_replaced(loader: Any) -> bool:
         return _inherits_nothing(loader) or (start is not None and start_method(loader) == "fork")
 
-    _replace_init_fn(patches, stateful_dataloader._StatefulMultiProcessingDataLoaderIter, start, is_replaced)
+    _replace_init_fn(patches, iterator_type, start, is_replaced)
 
 
 @uncounted
