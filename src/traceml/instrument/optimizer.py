@@ -43,7 +43,7 @@ __all__ = [
 _log = logging.getLogger("traceml")
 
 # Their optimizers wrap the user's. They step it, or skip it while gradients accumulate.
-_FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+_FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "opacus", "pytorch_lightning"}
 _CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
 _INPUT_WAIT, _BACKWARD, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.OPTIMIZER)
 _SKIPPED, _CLOSURES = int(StepFlag.SKIPPED), int(StepFlag.CLOSURES)

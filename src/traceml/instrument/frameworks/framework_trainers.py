@@ -1,8 +1,9 @@
-"""Calls of Hugging Face, Lightning and Keras, timed in every traced training, also without our callbacks.
+"""Calls of Hugging Face, Lightning, Keras and Opacus, timed in every traced training, also without our callbacks.
 
 Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
 the forward, as users of Lightning see it. Trainers save more than torch.save writes. A training that
 resumes from a checkpoint continues its step numbers. The optimizers of Keras are not torch's and have no method `step`.
+Those of Opacus clip the gradients and add noise before they step the user's optimizer, or only clip them and skip it.
 """
 
 from __future__ import annotations
@@ -47,9 +48,16 @@ def _keras(hooks: FrameworkCalls) -> None:
     hooks.time_update(sys.modules["keras.src.optimizers.base_optimizer"].BaseOptimizer, "apply")
 
 
+def _opacus(hooks: FrameworkCalls) -> None:
+    for found in vars(sys.modules["opacus.optimizers"]).values():
+        if isinstance(found, type):
+            hooks.time_update(found, "pre_step")
+
+
 TRAINERS: dict[str, Callable[[FrameworkCalls], None]] = {
     "transformers.trainer": _hugging_face,
     "keras.src.optimizers.base_optimizer": _keras,
+    "opacus.optimizers": _opacus,
     **{f"{name}.strategies.strategy": _lightning_strategy(name) for name in ("lightning.pytorch", "pytorch_lightning")},
     **{
         module: _saving(module, owner, name)
