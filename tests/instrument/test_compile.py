@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import traceml
 from tests.instrument.conftest import Traced
+from traceml.recorder.current_recorder import state
 
 
 class Net(nn.Module):
@@ -110,6 +112,34 @@ def test_inductor_trains_to_the_same_losses(traced: Traced, form: Callable[..., 
     traced.instrumentation.uninstall()
 
     assert with_hooks == losses()
+
+
+class WithPhases(Net):
+    """A model with marks in it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with traceml.phase("first"):
+            hidden = self.first(x).relu()
+
+        return self.last(hidden)
+
+    @traceml.trace
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x)
+
+
+def test_phases_in_compiled_code_do_nothing(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They neither break the graph nor fail with `fullgraph`; where the model is not compiled, they are timed."""
+    monkeypatch.setattr(state, "instrumentation", traced.instrumentation)
+    model = WithPhases()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    train(torch.compile(model, backend="eager", fullgraph=True), optimizer)
+    assert counted()[:2] == (0, 1)
+    train(model, optimizer)
+
+    rows = traced.finish()
+    assert [row["user_ns"] > 0 for row in rows] == [False] * 6 + [True] * 6
 
 
 def test_hooks_that_come_later_do_not_recompile(traced: Traced) -> None:

@@ -42,6 +42,7 @@ class Instrumentation:
 
     Attributes:
         events: what is done at rare events of the clock.
+        is_compiling: returns whether torch.compile reads the code that calls it, in place of running it.
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         frameworks: times functions of frameworks. `uninstall` removes these hooks too.
         lost_workers: facts of loader workers that died, until the recorder takes them.
@@ -60,6 +61,7 @@ class Instrumentation:
         self._flight, self._in_worker = flight, in_worker
         self._device_types = device_types
         self._patches = Patches()
+        self.is_compiling: Callable[[], bool] = bool
         self.events = RareEvents(flight, self._patches, on_info, on_group, thread)
         self.clock, self.guard, self._facts = self.events.clock, self.events.guard, self.events.facts
         self.save_folder = SaveFolder(lambda folder: self._facts.report(InfoKind.SAVES, folder=folder))
@@ -179,10 +181,13 @@ class Instrumentation:
 
     @guarded
     def _patch_torch(self) -> None:
+        from torch.compiler import is_dynamo_compiling
+
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.native.extension import show_torch
         from traceml.instrument.torch_hooks import TorchHooks
 
+        self.is_compiling = is_dynamo_compiling
         show_torch()
         hooks = TorchHooks(self._flight, self.clock, self._patches, self._facts, self.guard, self._device_types)
         self.events.torch_hooks = hooks

@@ -34,11 +34,13 @@ def phase(name: str) -> AbstractContextManager[Any]:
         >>> with traceml.phase("augment"):
         ...     batch = augment(batch)
 
+    Code that `torch.compile` compiles has no phases: as `torch.profiler.record_function`, this does nothing in it.
+
     Args:
         name: name of the phase; use few different names.
     """
     running = state.instrumentation
-    return _NO_OP if running is None else running.phase(name)
+    return _NO_OP if running is None or running.is_compiling() else running.phase(name)
 
 
 def trace_step(model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:
