@@ -76,3 +76,24 @@ def test_a_rank_without_progress_is_in_no_part():
     process["t_ns"], process["step"] = (121 + int(found.timeout_s)) * S, 10
     found.process_rows(0, process)
     assert found.open_part(0) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_progress"),
+    [
+        (InfoKind.WORKER_SAMPLES, False),
+        (InfoKind.GPU_HEALTH, False),
+        (InfoKind.EVALUATING, False),
+        (InfoKind.BATCH, True),
+    ],
+)
+def test_what_others_do_meanwhile_is_no_progress_of_the_rank(kind: InfoKind, is_progress: bool) -> None:
+    """A loader worker that is stuck is seen at its line again and again; that ends no hang."""
+    found = history(LINE_OTHER)
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=150 * S, quiet_s=30))
+    found.info(0, {"kind": kind, "t_ns": 151 * S})
+
+    progress = found.build({0: "host"}, {}).ranks[0]
+
+    assert (progress.snapshot is None) is is_progress
+    assert progress.quiet_s == pytest.approx(0 if is_progress else 31)

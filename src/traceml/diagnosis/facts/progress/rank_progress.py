@@ -32,7 +32,9 @@ _FOREVER_S = 1e9
 _CHANGES = 2
 _ALIVE = ("R", "S", "D")
 _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
-_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EVALUATING)  # a rank without progress sends these too
+_NO_PROGRESS = (  # a rank without progress sends these too
+    InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EVALUATING, InfoKind.WORKER_SAMPLES, InfoKind.GPU_HEALTH,
+)  # fmt: skip
 
 
 class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
