@@ -18,7 +18,7 @@ from tests.installed_code import run_installed
 from tests.recorder.conftest import Run, exit_rows, stored_steps
 from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.facts.ends import RankExit
-from traceml.recorder.exits import ExitWatch, address_limit_bytes, cause_of, describe, status_of
+from traceml.recorder.exits import _PLACE, ExitWatch, address_limit_bytes, cause_of, describe, status_of
 
 START = """
 import sys, traceml
@@ -217,6 +217,35 @@ def test_the_cause_of_an_exit_is_what_was_handled(code: object, cause: bool) -> 
     assert describe(leaving).get("caught") is (True if cause else None)
     assert "caught" not in describe(error)
     assert cause_of(error) is error
+
+
+def test_an_exception_without_text_is_raised_again_by_its_name() -> None:
+    """No colon announces a text that is not there."""
+
+    def load() -> None:
+        try:
+            raise ValueError("bad record 70")
+        except ValueError as error:
+            raise LookupError from error
+
+    with pytest.raises(LookupError) as raised:
+        load()
+
+    facts = describe(raised.value)
+
+    assert (facts["exception"], facts["raised_as"]) == ("ValueError", "LookupError")
+
+
+def test_what_a_library_below_no_line_of_the_script_handles_was_not_caught() -> None:
+    """`torch.multiprocessing.spawn` leaves by `sys.exit(1)`; the process that has called it prints the traceback."""
+    leaving = SystemExit(1)
+    leaving.__context__ = ValueError("bad label")
+    setattr(leaving, _PLACE, {})
+
+    facts = describe(leaving)
+
+    assert facts["exception"] == "ValueError"
+    assert "caught" not in facts
 
 
 def test_an_exception_that_is_raised_again_counts_as_the_first(serving: Serving, run_script: Run) -> None:

@@ -304,12 +304,13 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     cause, last = cause_of(error), _last_raised(error)
     facts = {} if cause is None else _described(cause, _frames_above(error, cause))
     if last is not None and last is not cause:
-        facts["raised_as"] = _masked(f"{_type_name(last)}: {_text_of(last)}")
+        facts["raised_as"] = _masked(f"{_type_name(last)}: {_text_of(last)}").removesuffix(": ")
 
     if not isinstance(error, SystemExit):
         return facts
 
-    if facts:
+    # A library that no line of the script has called is torch.multiprocessing.spawn: its parent prints the traceback.
+    if facts and getattr(error, _PLACE, None) != {}:
         facts["caught"] = True
 
     if error.code is None or isinstance(error.code, int):
