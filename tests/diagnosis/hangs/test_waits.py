@@ -178,6 +178,26 @@ def test_an_end_that_waits_for_a_thread_names_it() -> None:
     assert "daemon" in finding.next
 
 
+@pytest.mark.parametrize(
+    ("file", "function", "says"),
+    [
+        ("queues.py", "Queue._finalize_join", "let its reader empty it"),
+        ("process.py", "BaseProcess.join", "daemon=True"),
+    ],
+)
+def test_an_end_that_waits_for_processes_tells_what_it_waits_for(file: str, function: str, says: str) -> None:
+    """None of them is a call of the script that could be given a timeout."""
+    folder = "/usr/lib/python3.11/multiprocessing"
+    call = FrameSnapshot(file=f"{folder}/{file}", line=149, function=function)
+    at_end = FrameSnapshot(file=f"{folder}/util.py", line=357, function="_exit_function")
+    blocker = ProcessSnapshot(pid=81, name="python train.py", state="S")
+
+    finding = stuck(call, at_end, phase="exit", wchan="do_wait", blocker=blocker)
+
+    assert says in finding.next
+    assert "timeout" not in finding.next
+
+
 def test_an_end_does_not_wait_for_a_daemon() -> None:
     """The interpreter ends without it."""
     daemon = ThreadSnapshot(name="Thread-1", line=line(40, "upload"), is_daemon=True)

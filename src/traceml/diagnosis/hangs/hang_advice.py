@@ -96,6 +96,17 @@ _OF_SPAWNED = (
     "The script starts these ranks itself: if torchrun (or `traceml run --nproc-per-node`) has started the script, do "
     "that without it, as ranks below torchrun look for a store of torchrun, and rank 0 makes none."
 )
+_AT_END: Mapping[tuple[str, str], str] = {
+    ("multiprocessing/queues.py", "_finalize_join"): (
+        "A multiprocessing.Queue waits at the end until all that was put into it is read: let its reader empty it, or "
+        "call cancel_join_thread() of the queue, which drops the rest."
+    ),
+    ("multiprocessing/util.py", "_exit_function"): (
+        "multiprocessing waits at the end for all processes that the script has started: tell them to end before, or "
+        "make them daemons: Process(daemon=True)."
+    ),
+}
+"""Advice on what the interpreter waits for at its end, by file and function."""
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: SAME_COLLECTIVES,
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
@@ -188,6 +199,10 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     what, blocker = doing(snapshot), snapshot.blocker
     if awaited_thread(snapshot) is not None:
         return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
+
+    for frame in snapshot.frames:
+        if text := _AT_END.get(("/".join(frame.file.split("/")[-2:]), frame.function.rpartition(".")[2])):
+            return text
 
     if "writing to std" in what:
         return "Let the parent process read that pipe, or send the output to a file."
