@@ -218,6 +218,14 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                        "dataloader's workers are out of shared memory."}, "--shm-size"),
         ({"exception": "OSError: [Errno 24] Too many open files: 'a.jpg'", "file": "a.py", "line": 3}, "ulimit -n"),
+        ({"exception": "RuntimeError: unable to open shared memory object </torch_2164_23854_110> in read-write mode: "
+                       "Too many open files (24)"}, "ulimit -n"),
+        ({"exception": "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 147456, "
+                       "Hardware limit: 101376. Reducing block sizes or `num_stages` may help."}, "num_stages"),
+        ({"exception": "google.api_core.exceptions.TooManyRequests: 429 Quota exceeded", "file": "a.py", "line": 3},
+         "Read a.py:3"),
+        ({"exception": "ValueError: dropout probability has to be between 0 and 1, but got 1.5", "file": "a.py",
+          "line": 3}, "Read a.py:3"),
         (
             {"exception": "RuntimeError: DataLoader timed out after 2 seconds", "file": "a.py", "line": 3},
             "raise the loader's timeout",

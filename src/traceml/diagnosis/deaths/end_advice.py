@@ -327,11 +327,15 @@ _BY_SIGNAL: Mapping[int | None, _Text] = {
 # What the exception says of a resource that ran out, whatever ended the process then.
 _BY_RESOURCE: Mapping[tuple[str, ...], _Text] = {
     ("file too large",): _TOO_LARGE,
-    ("shared memory", "bus error", "/dev/shm"): for_shared_memory(),  # noqa: S108 - a message
-    ("no space left", "quota exceeded"): _NO_ROOM,
-    _TAKEN: _for_taken_port,
     # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
     ("too many open files", "items of ancdata"): _for_files,
+    ("out of resource: shared memory",): (
+        "A kernel of Triton needs more shared memory of the GPU than there is (the message has both sizes): choose "
+        "smaller blocks or a lower num_stages."
+    ),
+    ("shared memory", "bus error", "/dev/shm"): for_shared_memory(),  # noqa: S108 - a message
+    ("no space left", "disk quota exceeded"): _NO_ROOM,
+    _TAKEN: _for_taken_port,
 }
 _BY_WORDS: Mapping[tuple[str, ...], _Text] = {
     ("collective mismatch",): f"{SAME_COLLECTIVES} Their tensors must have equal sizes and types, too.",

@@ -75,7 +75,7 @@ _BY_TEXT: Mapping[tuple[str, ...], str] = {
         "The binary cross entropy takes targets in the shape and type of the output: y.float(), and unsqueeze(1) where "
         "the output has a dimension more."
     ),
-    ("between 0 and 1",): (
+    ("elements of input should be between 0 and 1",): (
         "binary_cross_entropy takes probabilities: use binary_cross_entropy_with_logits and no sigmoid. nan is not "
         "between 0 and 1 either."
     ),
