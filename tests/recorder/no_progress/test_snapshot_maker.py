@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from traceml.database.flight.flight import FlightFile
-from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot, ThreadSnapshot
 from traceml.recorder.no_progress import snapshot_maker
 from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker, other_threads
 from traceml.recorder.user_code import UserCode
+
+NO_THREAD = 1  # identifiers of threads are addresses
 
 
 class Upload:
@@ -90,6 +92,35 @@ def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:
     assert (found.name, found.is_daemon) == ("", True)
 
 
+def made(folder: Path, thread: Callable[[], int] = threading.get_ident) -> RankSnapshot:
+    """Return a snapshot of this process after 7 s without progress."""
+    flight = FlightFile.create(folder, {}, capacities={"steps": 64})
+    maker = SnapshotMaker(
+        flight,
+        rank=lambda: 3,
+        thread=thread,
+        user=UserCode(),
+        is_evaluating=lambda: False,
+        data=lambda: None,
+        groups=tuple,
+        workers=lambda _quiet_s, _awaited: (),
+        failed_threads=tuple,
+    )
+    try:
+        return maker.make(7.0, has_output=False)
+    finally:
+        flight.close(unlink=True)
+
+
+def test_a_training_thread_that_has_ended_leaves_the_main_thread(tmp_path: Path) -> None:
+    """The one that started it may wait for it forever, and is no thread beside it."""
+    snapshot = made(tmp_path, lambda: NO_THREAD)
+
+    assert snapshot.frames
+    assert snapshot.user_line is not None
+    assert "MainThread" not in [thread.name for thread in snapshot.threads]
+
+
 def test_a_part_that_cannot_be_read_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It depends on private attributes of libraries; without the snapshot no hang of the job would be seen."""
 
@@ -99,22 +130,7 @@ def test_a_part_that_cannot_be_read_costs_only_itself(tmp_path: Path, monkeypatc
     for name in ("awaited_lock", "dead_sender", "open_transfer", "awaited_loader"):
         monkeypatch.setattr(snapshot_maker, name, fail)
 
-    flight = FlightFile.create(tmp_path, {}, capacities={"steps": 64})
-    maker = SnapshotMaker(
-        flight,
-        rank=lambda: 3,
-        thread=threading.get_ident,
-        user=UserCode(),
-        is_evaluating=lambda: False,
-        data=lambda: None,
-        groups=tuple,
-        workers=lambda _quiet_s, _awaited: (),
-        failed_threads=tuple,
-    )
-    try:
-        snapshot = maker.make(7.0, has_output=False)
-    finally:
-        flight.close(unlink=True)
+    snapshot = made(tmp_path)
 
     assert (snapshot.rank, snapshot.quiet_s, snapshot.blocker, snapshot.groups) == (3, 7.0, None, ())
     assert snapshot.user_line is not None

@@ -93,7 +93,7 @@ class SnapshotMaker:
         failed_threads: Callable[[], tuple[ThreadSnapshot, ...]],
     ) -> None:
         self._slots, self._steps = flight.open_slots, flight.ring("steps")
-        self._rank, self._thread, self._user = rank, thread, user
+        self._rank, self._training_thread, self._user = rank, thread, user
         self._is_evaluating, self._data, self._groups, self._workers = is_evaluating, data, groups, workers
         self._failed_threads = failed_threads
         self._store_threads = StoreThreads()
@@ -165,6 +165,11 @@ class SnapshotMaker:
             at_ns=monotonic_ns(), rank=self._rank(), quiet_s=round(quiet_s, 3), step=live.step, in_step=live.in_step,
             phase=self._phase(live), answered="recorder", ended=True,
         )  # fmt: skip
+
+    def _thread(self) -> int:
+        """Return the training thread; the main thread once that has ended, as by an exception."""
+        training, main = self._training_thread(), threading.main_thread().ident
+        return training if main is None or thread_frame(training) is not None else main
 
     def _stack(self, frame: FrameType | None) -> tuple[list[FrameSnapshot], list[FrameSnapshot]]:
         """Return all frames without ours and the import machinery's, and those of the user's code, the innermost first.
