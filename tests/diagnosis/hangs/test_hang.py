@@ -1183,6 +1183,24 @@ def test_the_exception_that_a_rank_handles_is_told():
     assert waits.next.startswith("Find out what keeps rank 1 there while the others have moved on")
 
 
+def test_the_exception_of_a_rank_that_does_not_end_is_told():
+    """Its script has failed, and a thread or an exit handler keeps its process."""
+    failed = {"phase": "exit", "handled": "ValueError: bad row", "raised_line": line(17, "check")}
+    thread = ThreadSnapshot(name="logger", line=line(6, "log"))
+    shutdown = FrameSnapshot(file="/usr/lib/python3.11/threading.py", line=1590, function="_shutdown")
+    kept = snapshot(1, shutdown, wchan="futex_do_wait", threads=(thread,), **failed)
+    meets = snapshot(1, call("barrier"), line(30), groups=(group(15, "barrier"),), **failed)
+    killed = RankExit(rank=1, state="killed", signal=9, exception="ValueError: bad row", file="train.py", line=17)
+
+    alone, apart = found(replace(kept, rank=0), ranks=1), found(in_backward(0), meets)
+    after = found(in_backward(0), kept, exits=[RankExit(rank=0, state="killed", signal=15), killed], state="failed")
+
+    assert summary(alone).endswith(" It had failed with ValueError: bad row, raised at train.py:17 check.")
+    assert alone.next.startswith("Look at that exception first. Tell that thread to end")
+    assert "took rank 1 away from the others. What runs at the end of the process (atexit)" in apart.next
+    assert summary(after).endswith(" Rank 1 had failed with ValueError: bad row, raised at train.py:17 check.")
+
+
 def test_an_exception_of_a_rank_that_waits_is_no_cause():
     """Rank 0 retries in `except`, and waits there for rank 1, which is stuck."""
     finding = found(replace(in_backward(0), handled="OSError: again"), STUCK)

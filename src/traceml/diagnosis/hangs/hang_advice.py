@@ -31,12 +31,8 @@ def hang_advice(found: DetectedHang) -> str:
     first = next(iter(found.stuck), None)
     what = _ADVICE.get(cause)
     handling = handling_rank(found)
-    if handling is not None and handling.rank in found.blame.waits:
-        return (
-            f"Look at that exception first: it took rank {handling.rank} away from the others. Code that handles an "
-            f"exception (except, finally, the end of a `with` block) must not wait for other ranks, which have none "
-            f"to handle."
-        )
+    if handling is not None and (handling.rank in found.blame.waits or handling.phase == "exit"):
+        return _for_exception(handling, found)
 
     if cause is HangCause.CYCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
         return _OF_TRANSFERS
@@ -59,6 +55,16 @@ def hang_advice(found: DetectedHang) -> str:
     text = _advice_for(first, found) if first is not None else _check_process(found)
     is_slow = found.timed_out and cause is HangCause.NEVER_CAME
     return f"{text} If it should take so long, {longer_limit()}" if is_slow else text
+
+
+def _for_exception(handling: RankSnapshot, found: DetectedHang) -> str:
+    """Return the advice about an exception that a rank handles while it waits for others, or has failed with."""
+    away = f": it took rank {handling.rank} away from the others" if len(found.snapshots) > 1 else ""
+    first = f"Look at that exception first{away}."
+    if handling.rank not in found.blame.waits:
+        return f"{first} {_for_wait(handling)}".rstrip()
+
+    return f"{first} {_AT_EXIT if handling.phase == 'exit' else _IN_HANDLERS}"
 
 
 def _check_process(found: DetectedHang) -> str:
@@ -107,6 +113,11 @@ _AT_END: Mapping[tuple[str, str], str] = {
     ),
 }
 """Advice on what the interpreter waits for at its end, by file and function."""
+_AT_EXIT = "What runs at the end of the process (atexit) must not wait for other ranks, which do not end."
+_IN_HANDLERS = (
+    "Code that handles an exception (except, finally, the end of a `with` block) must not wait for other ranks, which "
+    "have none to handle."
+)
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: SAME_COLLECTIVES,
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",

@@ -95,20 +95,21 @@ def failed_thread(found: DetectedHang) -> tuple[int, ThreadSnapshot] | None:
 
 
 def _handled_text(found: DetectedHang) -> str:
-    """Return the sentence about the exception that a rank was handling when it came where it is."""
+    """Return the sentence about the exception that a rank was handling, or failed with, when it came where it is."""
     snapshot = handling_rank(found)
     if snapshot is None:
         return ""
 
     who, raised = "It" if len(found.snapshots) == 1 else f"Rank {snapshot.rank}", snapshot.raised_line
     at = f", raised at {line_text(raised.file, raised.line, raised.function)}" if raised else ""
-    return f" {who} is handling {exception_line(snapshot.handled)}{at}."
+    does = "had failed with" if snapshot.phase == "exit" else "is handling"
+    return f" {who} {does} {exception_line(snapshot.handled)}{at}."
 
 
 def _raised_text(found: DetectedHang) -> str:
     """Return the sentence about the exception with which a hang has ended by itself."""
-    ended = found.raised
-    if ended is None:
+    ended, handling = found.raised, handling_rank(found)
+    if ended is None or (handling is not None and handling.rank == ended.rank):
         return ""
 
     who, at = "It" if len(found.snapshots) == 1 else f"Rank {ended.rank}", f" at {ended.place}" if ended.place else ""

@@ -7,7 +7,7 @@ import pytest
 
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINES, PROCESS, STEPS, Phase
-from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.rank_progress import ProgressHistory
 
 S = 10**9
@@ -76,6 +76,37 @@ def test_a_rank_without_progress_is_in_no_part():
     process["t_ns"], process["step"] = (121 + int(found.timeout_s)) * S, 10
     found.process_rows(0, process)
     assert found.open_part(0) is None
+
+
+def test_a_process_that_does_not_end_after_its_exception_makes_no_progress() -> None:
+    """Its open step was closed when its script failed, and a thread has kept it for 40 s since."""
+    found = history(LINE_OTHER)
+    place = {"file": "train.py", "line": 17, "function": "check"}
+    found.info(0, {"kind": InfoKind.EXIT, "t_ns": 120 * S, "exception": "ValueError", "message": "bad row", **place})
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=150 * S, quiet_s=30, phase="exit"))
+    process = np.zeros(1, PROCESS.dtype)
+    process["t_ns"] = 160 * S
+    found.process_rows(0, process)
+
+    (progress,) = found.build({0: "host"}, {}, {0: None}, {0: (9, 0.5)}).ranks.values()
+
+    assert progress.snapshot is not None
+    assert (progress.snapshot.phase, progress.quiet_s) == ("exit", 40)
+    assert progress.snapshot.handled == "ValueError: bad row"
+    assert progress.snapshot.raised_line == FrameSnapshot(**place)
+
+
+@pytest.mark.parametrize(("phase", "exception"), [("exit", "KeyboardInterrupt"), ("comm", "ValueError"), ("exit", "")])
+def test_only_a_failure_explains_that_a_process_does_not_end(phase: str, exception: str) -> None:
+    """An interrupt is none."""
+    found = history(LINE_OTHER)
+    found.info(0, {"kind": InfoKind.EXIT, "t_ns": 120 * S, "exception": exception, "message": ""})
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=150 * S, quiet_s=30, phase=phase))
+
+    snapshot = found.build({0: "host"}, {}).ranks[0].snapshot
+
+    assert snapshot is not None
+    assert (snapshot.handled, snapshot.raised_line) == ("", None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_PHASES, LINE_THREADS, Phase
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot, user_line
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
+from traceml.diagnosis.facts.ends import RankExit
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 from traceml.formatting import parsed_place
 
@@ -72,7 +73,9 @@ class _RankActivity(msgspec.Struct):
 
     seen_ns: int | None = None  # newest timestamp of any row
     progress_ns: int = 0  # newest timestamp of a row of `info` that shows progress
-    ends: bool = False  # whether it has begun to end: what it reports then is about earlier steps, and no progress
+    # when it began to end, which may hang too: what it reports since is about earlier steps, and no progress
+    ends_ns: int | None = None
+    end: RankExit | None = None  # how its script has ended
     cpu: tuple[int, int, float | None] | None = None  # timestamp, CPU time, cores since the row before
     awake_ns: int | None = None  # since when its recorder has taken samples without a pause
     open_step: int = -1
@@ -217,8 +220,9 @@ class ProgressHistory:
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif kind == InfoKind.EXIT:
-            self._activity[rank].ends = True
-        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and not self._activity[rank].ends:
+            self._activity[rank].ends_ns = t_ns if isinstance(t_ns, int) else 0
+            self._activity[rank].end = RankExit.from_facts(rank, "failed", row)
+        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and self._activity[rank].ends_ns is None:
             self._activity[rank].progress_ns = max(self._activity[rank].progress_ns, t_ns)
 
         if isinstance(t_ns, int):
@@ -322,7 +326,7 @@ class ProgressHistory:
         last_ns = progress_ns or now_ns
         open_s = opened[1] if opened is not None else 0.0
         if opened is not None and step >= opened[0]:  # the end of the process has closed that step
-            step, last_ns = opened[0] - 1, now_ns - int(open_s * _NS_PER_S)
+            step, last_ns = opened[0] - 1, (activity.ends_ns or now_ns) - int(open_s * _NS_PER_S)
             progress_ns = last_ns
 
         alive_s = (now_ns - (activity.seen_ns or 0)) / _NS_PER_S
@@ -335,6 +339,7 @@ class ProgressHistory:
         if snapshot is not None and progress_ns <= snapshot.at_ns:
             quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _NS_PER_S
             snapshot = replace(snapshot, quiet_s=quiet_s, seen_line=_frame(names.get(snapshot.line_id)))
+            snapshot = _with_failure(snapshot, activity.end)
         else:
             quiet_s = max((now_ns - last_ns) / _NS_PER_S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
@@ -419,6 +424,15 @@ def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
     """Return whether the rank holds the GIL in one call of C; else the state of its process, unless that is chance."""
     is_held = snapshot.answered == "signal"
     return is_held, "" if is_held or snapshot.is_polling else snapshot.process_state
+
+
+def _with_failure(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:
+    """Add the exception that has ended the script of a process that does not end."""
+    if ended is None or snapshot.phase != "exit" or snapshot.handled or not ended.exception or ended.interrupted:
+        return snapshot
+
+    line = FrameSnapshot(file=ended.file or "", line=ended.line or 0, function=ended.function or "")
+    return replace(snapshot, handled=ended.exception, raised_line=line if line.file else None)
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
