@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from traceml.diagnosis.deaths.end_wording import end_summary, step_text, whereabouts
+from traceml.diagnosis.deaths.end_wording import end_summary, end_text, step_text, whereabouts
 from traceml.diagnosis.facts.ends import RankExit
 from traceml.runs.report.report_types import RankSection
 
@@ -24,6 +24,21 @@ from traceml.runs.report.report_types import RankSection
 def test_the_end_of_a_rank_in_short(rank, says):
     """Only a rank that ended badly has a text."""
     assert end_summary(msgspec.convert({"rank": 0, **rank}, RankSection).ended) == says
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"signal": 15, "stopped": True}, "ended with ValueError: no at a.py:3 main"),
+        ({"signal": 11}, "was killed by signal 11 (SIGSEGV)"),
+        ({"signal": 11, "exception": None}, "was killed by signal 11 (SIGSEGV) in C code called at a.py:3 main"),
+    ],
+)
+def test_the_place_of_an_exception_is_not_that_of_the_signal(more: dict[str, object], says: str) -> None:
+    """Its launcher ends a rank that is failing, and one that has failed may crash at its end."""
+    known = {"exception": "ValueError: no", "file": "a.py", "line": 3, "function": "main", "stack": "…"}
+
+    assert end_text(RankExit(**{"rank": 0, "state": "killed", **known, **more}), None, many=False) == says
 
 
 def test_steps_have_the_separators_of_the_headline() -> None:

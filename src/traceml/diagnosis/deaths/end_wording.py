@@ -71,8 +71,10 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
         kind = "" if size else f" ({short_exception(ended.exception or '')})"
         return f"ran out of {what}{kind}{size}{at}"
 
-    if ended.signal is not None:
-        at = f" in C code called at {ended.place}" if ended.place and ended.stack else ""
+    # Its launcher ended it while it failed, or it crashed at its end: place and stack are those of the exception.
+    was_failing = ended.exception is not None and not ended.interrupted
+    if ended.signal is not None and not (was_failing and ended.stopped):
+        at = f" in C code called at {ended.place}" if ended.place and ended.stack and not was_failing else ""
         return f"{was} killed by {signal_text(ended.signal)}{at}"
 
     if (words := exit_words(ended)) is not None:
