@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from rich.cells import cell_len
 from rich.text import Text
 
 from traceml.cli.options.number_range import NumberRange
@@ -19,7 +20,7 @@ from traceml.database.states import ENDED_BADLY
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
-from traceml.renderers.text.viewport import plain_console
+from traceml.renderers.text.viewport import column_text, plain_console
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs, why_unreadable
 from traceml.runs.remove import check_removable, is_delivered, prune, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
@@ -179,7 +180,7 @@ def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool)
     rows = [[_cell(run, name) for name in columns] for run in runs]
     heads = ["run" if name == "id" else name for name in columns]
     widths = [
-        max(_WIDTHS.get(name, 0), len(head), *(len(row[at]) for row in rows))
+        max(_WIDTHS.get(name, 0), *map(cell_len, (head, *(row[at] for row in rows))))
         for at, (name, head) in enumerate(zip(columns, heads, strict=True))
     ]
     if may_cut and console.is_terminal:
@@ -187,14 +188,11 @@ def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool)
 
     columns, heads = columns[: len(widths)], heads[: len(widths)]
     sides = ["<" if name in TEXT_FIELDS else ">" for name in columns]
-    console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
+    console.print(_line(heads, widths, sides, ["dim"] * len(heads)), soft_wrap=True)
     for run, row in zip(runs, rows, strict=True):
-        line = Text(_joined(row[: len(widths)], widths, sides))
-        if run.info.state in (*ENDED_BADLY, *UNREADABLE_STATES) and "state" in columns:
-            start = sum(width + 2 for width in widths[: columns.index("state")])
-            line.stylize("red", start, start + len(run.info.state))
-
-        console.print(line, soft_wrap=True)
+        is_bad = run.info.state in (*ENDED_BADLY, *UNREADABLE_STATES)
+        styles = ["red" if is_bad and name == "state" else "" for name in columns]
+        console.print(_line(row[: len(widths)], widths, sides, styles), soft_wrap=True)
 
 
 def _fitting(widths: Sequence[int], room: int) -> int:
@@ -203,8 +201,13 @@ def _fitting(widths: Sequence[int], room: int) -> int:
     return max(sum(end <= room for end in ends), 3)
 
 
-def _joined(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> str:
-    return "  ".join(f"{cell:{side}{width}}" for cell, width, side in zip(cells, widths, sides, strict=True)).rstrip()
+def _line(cells: Sequence[str], widths: Sequence[int], sides: Sequence[str], styles: Sequence[str]) -> Text:
+    line = Text("  ").join(
+        Text(column_text(cell, width, right=side == ">"), style=style)
+        for cell, width, side, style in zip(cells, widths, sides, styles, strict=True)
+    )
+    line.rstrip()
+    return line
 
 
 def _cell(run: RunFields, name: str) -> str:

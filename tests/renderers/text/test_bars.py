@@ -25,7 +25,7 @@ def test_small_share_is_seen():
 @pytest.mark.parametrize("width", [1, 7, 50])
 def test_stacked_has_its_width(color, width):
     """Phases fill exactly the width, also where they round."""
-    shares = [("input_wait", 0.334), ("forward", 0.333), ("backward", 0.333)]
+    shares = [("input_wait", 0.334), ("数据增强", 0.333), ("backward", 0.333)]
 
     assert stacked(shares, width, Viewport(color=color)).cell_len == width
     assert stacked([], width, Viewport(color=color)).cell_len == width

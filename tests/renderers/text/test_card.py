@@ -213,6 +213,20 @@ def test_user_phase_is_shown_by_its_name():
     assert "\n augment    " in shown
 
 
+def test_wide_characters_take_two_columns():
+    """Columns stand under each other, and nothing of a sentence in Chinese is cut."""
+    blame = finding(summary="加载数据时出错" * 20)
+
+    made = report([{"forward": 6.0, "数据增强": 4.0}] * 2, blame)
+    lines = list(card(run_view(made), Viewport(80, 24)).renderables)
+
+    assert sum(line.plain.count("错") for line in lines) == 20
+    ends = {line.cell_len for line in lines if line.plain.endswith(" ms") and "%" in line.plain}
+    assert ends == {79}
+    rows = [line.cell_len for line in lines if line.plain.endswith(("MiB", "memory"))]
+    assert len(set(rows)) == 1
+
+
 def test_markup_in_texts_is_text():
     """Square brackets in names are shown as they are."""
     shown = text_of(report([{"forward": 1.0, "[bold]x[/]": 1.0}], finding(summary="see [link=x]y[/link]")))
@@ -248,6 +262,15 @@ def test_nothing_is_cut_in_40_columns():
     assert lines[0].endswith("─ finished ─")
     assert len(lines[0]) == 40
     assert not [line for line in lines if "…" in line]
+
+
+def test_a_long_phase_leaves_room_for_its_time():
+    """On a narrow screen the name of a phase is cut, its mean is not."""
+    made = report([{"forward": 6.0, "compute the augmentations": 4.0}])
+
+    lines = [line.plain for line in card(run_view(made), Viewport(40, 24)).renderables]
+
+    assert any(line.startswith(" compute") and line.endswith("40 %   4.00 ms") for line in lines)
 
 
 def test_a_long_path_loses_its_middle_only():

@@ -7,7 +7,7 @@ import termios
 
 import pytest
 
-from traceml.renderers.text.viewport import Viewport, plain_console
+from traceml.renderers.text.viewport import Viewport, column_text, plain_console
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 40), ("60", 60)])
@@ -27,3 +27,12 @@ def test_a_dumb_terminal_has_its_own_width_unless_columns_tells(
         viewport = Viewport.of(plain_console(file))
 
     assert viewport.width == width
+
+
+@pytest.mark.parametrize(
+    ("width", "left", "right"), [(8, "日本ab  ", "  日本ab"), (6, "日本ab", "日本ab"), (3, "日 ", "日 ")]
+)
+def test_wide_characters_take_two_columns(width, left, right):
+    """A text fills its column exactly; half of a wide character is a blank."""
+    assert column_text("日本ab", width) == left
+    assert column_text("日本ab", width, right=True) == right

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from traceml.formatting import part_words, short_label
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, column_text
 from traceml.renderers.views import RankRow
 
 __all__ = ["bar", "mark", "phase_color", "sparkline", "stacked", "stacked_parts"]
@@ -84,7 +85,7 @@ def _stacked(shares: Sequence[_Piece], width: int, viewport: Viewport) -> Text:
         else:
             drawn.append("|" + _fit(label, columns - 1, fill="."))
 
-    return drawn.append(" " * (width - len(drawn.plain)))
+    return drawn.append(" " * (width - drawn.cell_len))
 
 
 def _columns(shares: Sequence[_Piece], width: int) -> list[tuple[_Piece, int]]:
@@ -101,10 +102,13 @@ def _columns(shares: Sequence[_Piece], width: int) -> list[tuple[_Piece, int]]:
 
 
 def _fit(label: str, columns: int, *, fill: str = " ") -> str:
-    if columns >= len(label) + 1:
-        return f"{fill if fill == ' ' else ''}{label}".ljust(columns, fill)
+    if columns > cell_len(label):
+        shown = f" {label}" if fill == " " else label
+    else:
+        part = label if columns >= 3 else label[:1]
+        shown = column_text(part, min(columns, cell_len(part)))
 
-    return label[:columns].ljust(columns, fill) if columns >= 3 else (label[:1] * min(columns, 1)).ljust(columns, fill)
+    return shown + fill * (columns - cell_len(shown))
 
 
 def sparkline(values: Sequence[float], width: int, viewport: Viewport) -> str:

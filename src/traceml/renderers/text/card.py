@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -30,7 +31,7 @@ from traceml.formatting import (
 )
 from traceml.inspection.user_files import working_folder
 from traceml.renderers.text.bars import bar, mark, phase_color
-from traceml.renderers.text.viewport import Viewport, plain_console
+from traceml.renderers.text.viewport import Viewport, column_text, plain_console
 from traceml.renderers.views import (
     SMALL_SHARE,
     RankRow,
@@ -167,17 +168,17 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 def wrapped(text: str, width: int) -> list[str]:
     """Return the text in lines of at most `width` columns, broken between words; a longer word has a line of its own.
 
-    A number stays with its unit.
+    A number stays with its unit. Chinese and Japanese have no spaces between words: they are broken anywhere.
 
     Of a path that is longer the middle is left out: its file and line always stay.
     """
     lines: list[str] = []
     for whole in _BREAKS.split(text.strip()) if text.strip() else ():
         word = place_text(whole, width) if "://" not in whole else whole
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
             lines[-1] += f" {word}"
         else:
-            lines.append(word)
+            lines += [word] if word.isascii() else chop_cells(word, width)
 
     return lines
 
@@ -254,12 +255,12 @@ def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text
     if not shown:
         return
 
-    name = max(10, *(len(phase_label(phase.phase)) for phase in shown))
-    name = min(name, 24)
+    name = max(10, *(cell_len(phase_label(phase.phase)) for phase in shown))
+    name = min(name, 24, max(width - 29, 10))  # a bar and the mean find room on a narrow screen
     room = width - name - 21
     blamed = view.report.verdict.phase
     for phase in shown:
-        label = phase_label(phase.phase)[:name].ljust(name)
+        label = column_text(phase_label(phase.phase), name)
         line = Text(" ").append(label, style="bold" if phase.phase == blamed else "")
         line.append("  ").append(bar(phase.share, room, viewport, style=phase_color(phase.phase)))
         yield line.append(f" {percent_text(phase.share):>6} {ms_text(phase.mean_ms):>9}")
@@ -270,7 +271,7 @@ def _rank_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]
         return
 
     columns = _column_phases(view, max(min((width - _RANK_WIDTH) // _CELL, _PHASE_COLUMNS), 1))
-    heading = "".join(f"{_column_label(phase):>{_CELL}}" for phase in columns)
+    heading = "".join(column_text(_column_label(phase), _CELL, right=True) for phase in columns)
     yield Text(f"   rank{'step':>{_CELL}}{heading}{'memory':>{_CELL}}", style="dim")
     rows = visible_ranks(view.ranks, _RANK_ROWS)
     for row in rows:
@@ -297,7 +298,7 @@ def _column_phases(view: RunView, most: int) -> list[str]:
 
 def _column_label(phase: str) -> str:
     label = phase_label(phase)
-    return label if len(label) < _CELL else short_label(phase)[: _CELL - 1]
+    return label if cell_len(label) < _CELL else column_text(short_label(phase), _CELL - 1).rstrip()
 
 
 def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text:

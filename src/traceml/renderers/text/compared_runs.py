@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Group
 from rich.text import Text
 
@@ -12,7 +13,7 @@ from traceml.formatting import ms_text, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped_lines
 from traceml.renderers.text.comparison import step_changes
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, column_text
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, RunSide, run_letter
 from traceml.runs.rows.metrics import is_loss
 
@@ -91,21 +92,21 @@ def _table(rows: Sequence[ComparedRow], viewport: Viewport) -> Iterator[Text]:
     wide = max(9, 2 + max(len(row.change) for row in rows))
     room = min(viewport.width, _MAX_WIDTH) - _COLUMNS - wide - max(len(str(row.side.verdict)) for row in rows)
     ids = [_middle_cut(row.side.id, room, viewport.glyphs.ellipsis) for row in rows]
-    width = max(map(len, ids))
+    width = max(map(cell_len, ids))
     yield Text(f"    {'run':<{width}}{'step':>9}{'change':>{wide}}  {'significant':<12}verdict", style="dim")
     for row, run_id in zip(rows, ids, strict=True):
-        line = Text(f" {row.letter:<2} {run_id:<{width}}{row.step:>9}")
+        line = Text(f" {row.letter:<2} {column_text(run_id, width)}{row.step:>9}")
         line.append(f"{row.change:>{wide}}", style=OUTCOME_STYLES.get(row.outcome, ""))
         yield line.append(f"  {row.significant:<12}{row.side.verdict}")
 
 
 def _middle_cut(text: str, room: int, ellipsis: str) -> str:
     """Return a run's id that fits: its start, and the end that tells runs of one name apart."""
-    if len(text) <= room:
+    if cell_len(text) <= room:
         return text
 
     end = min(_ID_END, max(room - len(ellipsis), 1))
-    return text[: max(room - len(ellipsis) - end, 0)] + ellipsis + text[-end:]
+    return column_text(text, max(room - len(ellipsis) - end, 0)) + ellipsis + text[-end:]
 
 
 def _values(comparisons: Sequence[Comparison]) -> Iterator[Text]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from traceml.formatting import bytes_text, ms_text, phase_label, phase_words, plural, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import time_text, wrapped, wrapped_lines
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, column_text
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 
 __all__ = [
@@ -202,7 +202,7 @@ def _phase_rows(comparison: Comparison) -> Iterator[Text]:
         yield Text(f" {'phase':<14}{'A':>10}{'B':>10}{'B - A':>10}", style="dim")
 
     for row in rows:
-        line = Text(f" {phase_label(row.phase)[:14]:<14}{ms_text(row.a_ms):>10}{ms_text(row.b_ms):>10}")
+        line = Text(f" {column_text(phase_label(row.phase), 14)}{ms_text(row.a_ms):>10}{ms_text(row.b_ms):>10}")
         yield line.append(f"{delta_text(row.delta_ms):>10}")
 
 
@@ -238,14 +238,14 @@ def _rest(comparison: Comparison) -> Iterator[Text]:
 def _metric_rows(comparison: Comparison) -> Iterator[Text]:
     heading = f"{'last value':<22}{'A':>12}{'B':>12}{'change':>10}"
     lines = [
-        f"{row.name[:21]:<22}{value_text(row.a):>12}{value_text(row.b):>12}{change_text(row.change):>10}"
+        f"{column_text(row.name, 21)} {value_text(row.a):>12}{value_text(row.b):>12}{change_text(row.change):>10}"
         for row in comparison.metrics
     ]
     return _first_lines(heading, lines, _SHOWN_METRICS, "metric")
 
 
 def _param_rows(comparison: Comparison) -> Iterator[Text]:
-    lines = [f"{row.name[:21]:<22}{value_text(row.a)} -> {value_text(row.b)}" for row in comparison.params]
+    lines = [f"{column_text(row.name, 21)} {value_text(row.a)} -> {value_text(row.b)}" for row in comparison.params]
     return _first_lines(f"{'parameter':<22}A -> B", lines, _SHOWN_PARAMS, "parameter")
 
 

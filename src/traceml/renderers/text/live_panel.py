@@ -18,7 +18,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked, stacked_parts
 from traceml.renderers.text.card import verdict_style, wrapped
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, column_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.wording import tracker_text
 
@@ -151,7 +151,7 @@ def _rank_line(row: RankRow, viewport: Viewport) -> Text:
     line = Text(f" {mark(row, viewport)} {row.rank:>4}", style=style)
     line.append(f"{ms_text(row.step_ms) if row.phases else '-':>11}  ", style="default not bold" if style else "")
     room = viewport.width - _RANK_CELLS - 2
-    line.append(row.end[:room].ljust(room) if row.end else stacked(row.shares, room, viewport))
+    line.append(column_text(row.end, room) if row.end else stacked(row.shares, room, viewport))
     return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>11}", style="default not bold" if style else "")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from traceml.formatting import bytes_text, count_text, ms_text, percent_text, plural, printable
 from traceml.renderers.text.bars import bar, sparkline
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, column_text
 
 __all__ = ["SECTIONS", "analysis_lines"]
 
@@ -166,7 +167,7 @@ def _table(labels: Sequence[_Column], numbers: Sequence[_Column], viewport: View
 
 
 def _label_widths(labels: Sequence[_Column], room: int) -> list[int]:
-    wanted = [max(len(title), *(len(cell) for cell in cells)) + 1 for title, _, cells in labels]
+    wanted = [max(map(cell_len, (title, *cells))) + 1 for title, _, cells in labels]
     while sum(wanted) > room and max(wanted) > 8:
         widest = wanted.index(max(wanted))
         wanted[widest] = max(8, wanted[widest] - (sum(wanted) - room + len(wanted) - 1) // len(wanted))
@@ -175,11 +176,11 @@ def _label_widths(labels: Sequence[_Column], room: int) -> list[int]:
 
 
 def _cut(text: str, width: int, viewport: Viewport) -> str:
-    if len(text) < width:
-        return text.ljust(width)
+    if cell_len(text) < width:
+        return column_text(text, width)
 
     ending = viewport.glyphs.ellipsis
-    return text[: width - 1 - len(ending)] + ending + " "
+    return column_text(text, width - 1 - len(ending)) + ending + " "
 
 
 def _label(value: Any) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "plain_console", "terminal_size"]
+__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "column_text", "plain_console", "terminal_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,18 @@ class Viewport:
             line.append(self.glyphs.ellipsis)
 
         return line
+
+
+def column_text(text: str, width: int, *, right: bool = False) -> str:
+    """Return a text in exactly `width` columns of a terminal, cut or padded; some characters take two, some none.
+
+    Args:
+        right: whether the text stands at the right.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    missing = width - cell_len(text) if right else 0
+    return " " * missing + text if missing > 0 else set_cell_size(text, width)
 
 
 def terminal_size(console: Console) -> tuple[int, int]:
