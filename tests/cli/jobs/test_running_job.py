@@ -35,6 +35,18 @@ def test_a_job_of_the_usual_aggregator_is_found(elsewhere: Path, tmp_path: Path)
     assert running_job(None, load(runs_dir=tmp_path / "runs")) == elsewhere
 
 
+def test_the_command_for_an_ended_run_names_its_folder(tmp_path: Path) -> None:
+    """An id alone would be searched in the default folder."""
+    run_dir = tmp_path / "elsewhere" / "20250102-030405-train-abcd"
+    run_dir.mkdir(parents=True)
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=run_dir.name))
+        writer.commit()
+
+    with pytest.raises(TraceMLError, match=f"traceml report {run_dir}"):
+        running_job("train", load(runs_dir=run_dir.parent))
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_a_job_of_another_folder_than_the_named_one_is_not_meant(tmp_path: Path) -> None:
     """Its stacks would be taken for those of a job that has just ended."""

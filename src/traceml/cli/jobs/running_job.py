@@ -84,7 +84,7 @@ def _job_here(target: str | None, config: Config, *, only_there: bool) -> Path:
     ended = live.ended
     live.close()
     if ended:
-        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: {report_command(target)}")
+        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: {report_command(run_dir)}")
 
     return run_dir
 
