@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.display.web.chart_cache import METRIC
 from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, section, set_visible
 from traceml.display.web.run_sources import RunState
-from traceml.formatting import plural
+from traceml.formatting import plural, printable
 from traceml.runs.rows.metrics import OWN_LOSS, metric_group
 
 __all__ = ["ChartPanel"]
@@ -84,7 +84,7 @@ class ChartPanel:
         if name not in self._metrics:
             with self._group(metric_group(name)):
                 note = "read from each backward pass" if name == OWN_LOSS else ""
-                self._metrics[name] = ChartCard(name, note, classes="low", words=name)
+                self._metrics[name] = ChartCard(printable(name), note, classes="low", words=name)
 
         return self._metrics[name]
 
@@ -92,7 +92,7 @@ class ChartPanel:
         """Return the place of the metrics with a prefix, those without one in a group of their own."""
         if prefix not in self._groups:
             with self._parts, Container("details", "metricgroup", open=True):
-                TextNode("summary", prefix or "without prefix")
+                TextNode("summary", printable(prefix) or "without prefix")
                 self._groups[prefix] = Container("div", "grid three")
 
         return self._groups[prefix]
