@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.renderers.reports import finding, straggler
-from traceml.renderers.wording import cost_text, gain_sentence, restarts_text
+from traceml.renderers.wording import cost_text, gain_sentence, phase_heading, restarts_text
+from traceml.runs.report.line_shares import PhaseLines
 from traceml.runs.report.report_types import RestartSection
 
 
@@ -76,3 +77,9 @@ def test_the_cost_is_of_what_the_kind_costs(kind, says):
     """A share of the run, of work or of steps is not told as one of step time; a lost rank has none."""
     assert cost_text(finding(kind, cost_share=0.4)) == says
     assert cost_text(finding(kind)) is None
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.0, "Forward, 12 s"), (0.0, "Forward"), (None, "Forward")])
+def test_the_heading_of_lines_has_the_time_that_is_known(seconds, text):
+    """Samples of a phase of which the hooks saw nothing would stand under `0.0 s`."""
+    assert phase_heading(PhaseLines("forward", 3, seconds, ())) == text

@@ -102,8 +102,8 @@ def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str
 
 
 def phase_heading(phase: PhaseLines) -> str:
-    """Return the heading of a phase's lines of code: `Forward, 12 s`."""
-    took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
+    """Return the heading of a phase's lines of code: `Forward, 12 s`; without its time where the hooks saw none."""
+    took = f", {duration_text(phase.seconds)}" if phase.seconds else ""
     return f"{capitalized(phase_label(phase.phase))}{took}"
 
 
