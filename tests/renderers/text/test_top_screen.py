@@ -82,6 +82,18 @@ def test_what_users_named_cannot_steer_the_terminal():
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_long_name_leaves_room_for_its_values():
+    """On a narrow screen the name is cut, no number is."""
+    columns = (TableColumn("metric", right=False), *map(TableColumn, ("last", "min", "max", "values")))
+    row = TableRow(("validation/" * 9, "27.177 e+11", "18.001 e+11", "27.177 e+11", "9,177,000", TrendCell((1.0, 2.0))))
+    trend = TableColumn("over its time", right=False, fills=True)
+    lines = shown(slow_rank(), TableView("metrics", (*columns, trend), (row,)))
+
+    (line,) = (line for line in lines if "validation/" in line)
+    assert "…" in line
+    assert "  9,177,000" in line
+
+
 def test_trend_runs_from_the_least_to_the_most():
     """Negative values have a trend; constant or non-finite ones have none."""
     column = (TableColumn("", fills=True),)

@@ -99,7 +99,10 @@ def _position(first: int, shown: int, rows: int) -> str:
 
 
 def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int) -> list[int]:
-    """Return the width that each column's cells need; columns that fill share the rest."""
+    """Return the width that each column's cells need; columns that fill share the rest.
+
+    Where that is too wide, the widest text gives way: what is measured stays whole.
+    """
     widths = [0 if column.fills else cell_len(column.head) for column in columns]
     for row in rows:
         for at, cell in enumerate(row.cells):
@@ -108,6 +111,13 @@ def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int
 
     fills = [at for at, column in enumerate(columns) if column.fills]
     left = width - sum(widths) - 2 * len(columns)
+    texts = [at for at, column in enumerate(columns) if not column.right and not column.fills]
+    missing = _MIN_FILL * len(fills) - left
+    if missing > 0 and texts:
+        widest = max(texts, key=lambda at: widths[at])
+        widths[widest] = max(widths[widest] - missing, min(widths[widest], _MIN_FILL))
+        left = width - sum(widths) - 2 * len(columns)
+
     for at in fills:
         widths[at] = max(left // len(fills), _MIN_FILL)
 
