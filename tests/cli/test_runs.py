@@ -341,6 +341,14 @@ def test_logged_parameters_called_commit_and_branch_are_found(tmp_path, monkeypa
     assert told["values"] == {"id": "run-0", "commit": 1234567890123, "branch": "b"}
 
 
+def test_an_action_behind_options_is_told_its_place(capsys):
+    """As for a misplaced option of `traceml`; what else is wrong is told as ever."""
+    assert cli.main(["runs", "--runs-dir", "r", "rm", "over"]) == 2
+    assert "rm comes before options: traceml runs rm" in capsys.readouterr().err
+    assert cli.main(["runs", "--runs-dir", "r", "over"]) == 2
+    assert "unrecognized arguments: over" in capsys.readouterr().err
+
+
 def test_an_unknown_action_is_told_with_those_there_are(capsys):
     """As a usage error of the command, not of its options."""
     assert cli.main(["runs", "foo"]) == 2

@@ -70,7 +70,11 @@ def main(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         raise UsageError(f"there is no action {argv[0]!r}; there are {', '.join(EDITS)}")
 
-    options = parse(RunsOptions, argv, prog="traceml runs")
+    try:
+        options = parse(RunsOptions, argv, prog="traceml runs")
+    except UsageError as error:
+        raise _with_action_first(error) from None
+
     config = options.config
     if options.keep is not None and not options.prune:
         raise UsageError("--keep requires --prune")
@@ -158,6 +162,12 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
 
 def _removed_text(infos: Sequence[RunInfo]) -> str:
     return f"{plural(len(infos), 'run')} removed, {bytes_text(sum(info.size_bytes for info in infos))} freed"
+
+
+def _with_action_first(error: UsageError) -> UsageError:
+    """Return an error that says where an action goes if it stands behind options, else `error` itself."""
+    action = str(error).partition("unrecognized arguments: ")[2].partition(",")[0]
+    return UsageError(f"{action} comes before options: traceml runs {action} ...") if action in EDITS else error
 
 
 def _print_unreadable(infos: Sequence[RunInfo]) -> None:
