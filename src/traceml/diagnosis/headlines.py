@@ -326,9 +326,9 @@ def slowdown(finding: FindingFacts) -> str:
 def near_limit(finding: FindingFacts) -> str:
     """Return `Open files: 92 % of the limit in use`."""
     evidence = finding.evidence
-    resource = str(evidence.get("resource", "resource")).replace("_", " ")
+    resource = str(evidence.get("resource", "resource")).replace("_", " ").replace("cpu ", "CPU ")
     share = percent_text(evidence.get("used", 0) / max(evidence.get("limit", 1), 1))
-    if resource == "cpu quota":
+    if resource == "CPU quota":
         return f"The CPU quota throttles this run {share} of the time"
 
     return f"{capitalized(resource)}: {share} of the limit in use"

@@ -50,6 +50,7 @@ def test_cpu_time_that_is_used_up_names_the_rank():
     assert finding.ranks == (1,)
     assert finding.evidence["left_s"] == pytest.approx(600)
     assert "600 of 1,800 seconds of CPU time (ulimit -t) in use on rank 1" in finding.summary
+    assert finding.headline == "CPU time: 33 % of the limit in use"
 
 
 @pytest.mark.parametrize(
