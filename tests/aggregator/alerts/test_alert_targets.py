@@ -144,6 +144,22 @@ def test_a_webhook_is_sent_the_alert() -> None:
         assert webhook.bodies == [("application/json", DOCUMENT)]
 
 
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://hooks.slack.com/services/T0/B0/key", "at &lt;string&gt;:47, R&amp;D &lt;!channel&gt;"),
+        ("https://slack.com.example.org/", "at <string>:47, R&D <!channel>"),
+    ],
+)
+def test_slack_shows_names_as_they_are(url: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what is in angle brackets for links and mentions; other servers show the text as it is."""
+    sent: list[bytes] = []
+    monkeypatch.setattr(WebhookAlert, "_post", lambda _, document: sent.append(document))
+    _send(WebhookAlert(url), b'{"text": "at <string>:47, R&D <!channel>", "run": {"name": "<b>"}}')
+
+    assert [json.loads(each) for each in sent] == [{"text": text, "run": {"name": "<b>"}}]
+
+
 def test_a_webhook_that_is_busy_is_tried_again() -> None:
     """One that refuses is not; its path is a secret and not repeated."""
     with closing(_Webhook(statuses=(503, 429))) as busy:

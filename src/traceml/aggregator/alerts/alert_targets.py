@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import logging
 import os
 import threading
@@ -30,6 +31,7 @@ _WEBHOOK_S = 10.0
 _ALL_TRIES_S = 30.0
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries of a webhook
 _BUSY = (408, 425, 429)  # such a refusal may pass
+_SLACK = (".slack.com", ".slack-gov.com")
 _OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
 
 _log = logging.getLogger("traceml")
@@ -148,6 +150,9 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         Raises:
             TraceMLError: the server refuses it, gave no answer, or did not take it in any try.
         """
+        if (urlsplit(self.url).hostname or "").endswith(_SLACK):
+            document = _escaped_for_slack(document)
+
         try:
             async with asyncio.timeout(_ALL_TRIES_S):
                 await self._try(document)
@@ -196,6 +201,13 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         request = Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
         with build_opener(NoRedirects).open(request, timeout=self.limit_s):
             pass
+
+
+def _escaped_for_slack(document: bytes) -> bytes:
+    """Return an alert whose text Slack shows as it is: `<string>` would be a link, `<!channel>` notify a channel."""
+    alert = msgspec.json.decode(document)
+    alert["text"] = html.escape(alert["text"], quote=False)
+    return msgspec.json.encode(alert)
 
 
 AlertTarget = CommandAlert | WebhookAlert
