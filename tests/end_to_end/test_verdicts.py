@@ -125,7 +125,7 @@ def test_the_line_that_takes_the_time_is_named(traceml: Traceml, tmp_path: Path)
 
 
 THREAD = """
-import threading, torch
+import threading, time, torch
 
 def keep_statistics():
     number = 0
@@ -134,9 +134,11 @@ def keep_statistics():
 
 model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
 opt = torch.optim.Adam(model.parameters())
-for step in range(220):
+step, end_s = 0, time.monotonic() + 6  # of 10 to 40 ms each: a short run has too few samples of the thread
+while step < 220 or time.monotonic() < end_s:
     model(torch.randn(8, 64)).sum().backward()
     opt.step(); opt.zero_grad()
+    step += 1
     if step == 9: threading.Thread(target=keep_statistics, daemon=True).start()  # not while modules are imported
 """
 
