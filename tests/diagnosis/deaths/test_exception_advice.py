@@ -245,29 +245,20 @@ def test_a_usual_mistake_has_its_advice(script: Callable[[], None], words: str) 
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["RuntimeError: operator torchvision::nms does not exist",
-     "ImportError: flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c104cuda9SetDeviceEi"],
+    ("text", "words"),
+    [
+        ("RuntimeError: operator torchvision::nms does not exist", "versions that belong together"),
+        ("ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda", "versions that belong together"),
+        ("RuntimeError: Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
+         "Move them to one device"),
+        ("RuntimeError: Input type (torch.FloatTensor) and weight type (torch.cuda.FloatTensor) should be the same or",
+         "Move them to one device"),
+        ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", "HF_HUB_OFFLINE=1"),
+    ],
 )  # fmt: skip
-def test_an_extension_of_another_torch_is_told(text: str) -> None:
-    """Such libraries are not installed with the tests."""
-    assert "versions that belong together" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["RuntimeError: Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
-     "RuntimeError: Input type (torch.FloatTensor) and weight type (torch.cuda.FloatTensor) should be the same or"],
-)  # fmt: skip
-def test_a_convolution_on_two_devices_is_told(text: str) -> None:
-    """Without a GPU the message cannot be had; that of other types is alike."""
-    assert "Move them to one device" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
-
-
-def test_a_host_without_a_network_is_told() -> None:
-    """The message is that of transformers."""
-    text = "OSError: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them"
-    assert "HF_HUB_OFFLINE=1" in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
+def test_what_other_libraries_and_devices_say_has_its_advice(text: str, words: str) -> None:
+    """Without such a library, a GPU or a server the messages cannot be had here."""
+    assert words in for_exit(RankExit(rank=0, state="failed", exception=text), JobFacts())
 
 
 @pytest.mark.parametrize(
