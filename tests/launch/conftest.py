@@ -1,7 +1,8 @@
-"""Real hosts and a real Slurm, set up once for all tests that launch."""
+"""Real hosts and a real Slurm, set up once for all tests that launch, and a pipe."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,12 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
     """A Slurm whose controller is node0 and whose nodes are node1 and node2."""
     with Slurm(hosts) as running:
         yield running
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe: the ends to read from and to write to."""
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        os.close(fd)

@@ -30,6 +30,17 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(run)
 
 
+def ended_run(runs_dir: Path) -> Path:
+    """Make a run that has ended."""
+    run_dir = runs_dir / "20250102-030405-train-abcd"
+    run_dir.mkdir(parents=True)
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=run_dir.name))
+        writer.commit()
+
+    return run_dir
+
+
 def test_a_job_of_the_usual_aggregator_is_found(elsewhere: Path, tmp_path: Path) -> None:
     """The folder of the settings has none."""
     assert running_job(None, load(runs_dir=tmp_path / "runs")) == elsewhere
@@ -37,12 +48,7 @@ def test_a_job_of_the_usual_aggregator_is_found(elsewhere: Path, tmp_path: Path)
 
 def test_the_command_for_an_ended_run_names_its_folder(tmp_path: Path) -> None:
     """An id alone would be searched in the default folder."""
-    run_dir = tmp_path / "elsewhere" / "20250102-030405-train-abcd"
-    run_dir.mkdir(parents=True)
-    with StoreWriter(run_dir / STORE_NAME) as writer:
-        writer.put_meta("run", run_facts(id=run_dir.name))
-        writer.commit()
-
+    run_dir = ended_run(tmp_path / "elsewhere")
     with pytest.raises(TraceMLError, match=f"traceml report {run_dir}"):
         running_job("train", load(runs_dir=run_dir.parent))
 
@@ -56,12 +62,7 @@ def test_a_job_of_another_folder_than_the_named_one_is_not_meant(tmp_path: Path)
 
 def test_a_run_that_has_ended_is_named_in_a_command_that_a_shell_understands(tmp_path: Path) -> None:
     """A folder may have spaces; the command is meant to be copied."""
-    run_dir = tmp_path / "my runs" / "20250102-030405-train-abcd"
-    run_dir.mkdir(parents=True)
-    with StoreWriter(run_dir / STORE_NAME) as writer:
-        writer.put_meta("run", run_facts(id=run_dir.name))
-        writer.commit()
-
+    run_dir = ended_run(tmp_path / "my runs")
     config = load(runs_dir=run_dir.parent)
     with pytest.raises(TraceMLError) as named:
         running_job(str(run_dir), config)

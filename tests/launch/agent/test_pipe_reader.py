@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-
-import pytest
 
 from traceml.launch.agent.pipe_reader import OutputTail
 from traceml.launch.shared.log_records import RecordHandler
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    ends = os.pipe()
-    yield ends
-    for fd in ends:
-        os.close(fd)
 
 
 def test_the_last_lines_come_from_all_pipes(pipe: tuple[int, int]) -> None:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -320,14 +319,6 @@ def test_a_hundred_thousand_lines_of_two_workers_are_all_there(tmp_path: Path) -
 
     assert len(list(tmp_path.glob("*/*].log"))) == 2
     assert shown.getvalue().count("\n") == 100_000
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    ends = os.pipe()
-    yield ends
-    for fd in ends:
-        os.close(fd)
 
 
 def through(pipe: tuple[int, int], *records: logging.LogRecord) -> list[logging.LogRecord]:
