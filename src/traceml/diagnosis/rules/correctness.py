@@ -13,15 +13,8 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
 __all__ = [
-    "duplicate_data",
-    "loss_not_finite",
-    "never_cleared",
-    "never_synchronized",
-    "repeated_by_workers",
-    "same_order",
-    "steps_skipped",
-    "trained_in_evaluation_mode",
-    "trainings_not_finite",
+    "duplicate_data", "loss_not_finite", "never_cleared", "never_synchronized", "repeated_by_workers", "same_order",
+    "steps_skipped", "trained_in_evaluation_mode", "trainings_not_finite",
 ]  # fmt: skip
 
 MIN_LOST_STEPS = 3
