@@ -114,9 +114,12 @@ class _MemoryMap(ctypes.Structure):
 
 
 def _address_of_thread_id(libc: ctypes.CDLL) -> int:
-    """Return where glibc keeps the main thread's id: the kernel writes that of the new process there."""
+    """Return where glibc keeps the main thread's id: the kernel writes that of the new process there.
+
+    It begins eight bytes, of which an address may have the id as its upper half: 32522 is 0x7f0a.
+    """
     libc.pthread_self.restype = ctypes.c_void_p
     thread = libc.pthread_self()
     numbers = (ctypes.c_int * (_THREAD_BYTES // 4)).from_address(thread)
-    [index] = [i for i, number in enumerate(numbers) if number == os.getpid()]
+    [index] = [i for i in range(0, len(numbers), 2) if numbers[i] == os.getpid()]
     return int(thread) + 4 * index
