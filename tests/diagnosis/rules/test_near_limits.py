@@ -150,3 +150,11 @@ def test_loader_workers_are_told_of_where_there_are_some(resource: Resource, wor
     (finding,) = limits_near(facts)
 
     assert ("workers" in finding.next) is (workers > 0)
+
+
+@pytest.mark.parametrize("resource", [Resource.OPEN_FILES, Resource.MEMORY])
+@pytest.mark.parametrize("left_s", [None, 600.0])
+def test_growth_is_looked_for_where_there_is_some(resource: Resource, left_s: float | None) -> None:
+    (finding,) = limits_near(JobFacts(limits=(ResourceUse(0, resource, 95, 100, left_s=left_s),)))
+
+    assert finding.next.startswith("Find what ") is (left_s is not None)

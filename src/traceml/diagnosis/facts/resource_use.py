@@ -46,13 +46,19 @@ class ResourceUse(msgspec.Struct, frozen=True):
         return self.used / max(self.limit, 1)
 
     @property
+    def grows(self) -> bool:
+        """Whether it grows, and reaches the limit soon."""
+        return self.left_s is not None and self.left_s <= SOON_S
+
+    @property
     def is_near(self) -> bool:
         """Whether it runs out."""
         if self.resource is Resource.CPU_QUOTA:
             return self.limit >= _MIN_PERIODS and self.share >= THROTTLED_SHARE
 
-        ends = self.left_s is not None and self.left_s <= SOON_S
-        return ends or (self.share >= FULL_SHARE and self.resource not in (Resource.DISK, Resource.CHECKPOINT_DISK))
+        return self.grows or (
+            self.share >= FULL_SHARE and self.resource not in (Resource.DISK, Resource.CHECKPOINT_DISK)
+        )
 
 
 class UseHistory:

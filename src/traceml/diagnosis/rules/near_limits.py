@@ -6,7 +6,7 @@ import math
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
+from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import bytes_text, count_text, left_text, percent_text, plural, ranks_text
@@ -62,6 +62,18 @@ _WITH_WORKERS = {
     Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's pids limit.",
 }
 """Advice to a training whose loaders have workers."""
+_WHILE_LEVEL = {
+    Resource.OPEN_FILES: (
+        "Keep fewer files open at a time (files in a Dataset, loggers), call "
+        "torch.multiprocessing.set_sharing_strategy('file_system') if loader workers share tensors, or raise the limit "
+        "(`ulimit -n`)."
+    ),
+    Resource.MEMORY: (
+        "Use smaller batches or fewer loader workers, keep less in memory, or ask for more: at the limit the kernel "
+        "ends a process of the container."
+    ),
+}
+"""Advice where the use does not grow."""
 
 
 def limits_near(facts: JobFacts) -> list[Finding]:
@@ -74,7 +86,7 @@ def limits_near(facts: JobFacts) -> list[Finding]:
 
 
 def _urgency(use: ResourceUse) -> tuple[float, float]:
-    left_s = use.left_s if use.left_s is not None and use.left_s <= SOON_S else math.inf
+    left_s = math.inf if use.left_s is None or not use.grows else use.left_s
     return left_s, -use.share
 
 
@@ -93,7 +105,7 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
         text = bytes_text if use.resource in _BYTES else count_text
         summary = f"{text(use.used)} of {text(use.limit)} {words} in use{where}{_when(use)}."
 
-    advice = {**_ADVICE, **_WITH_WORKERS} if facts.has_loader_workers else _ADVICE
+    advice = {**_ADVICE, **(_WITH_WORKERS if facts.has_loader_workers else {}), **({} if use.grows else _WHILE_LEVEL)}
     return Finding.of(
         Kind.LIMIT_NEAR,
         severity=Severity.CRITICAL if soon else Severity.WARNING,
@@ -115,7 +127,7 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
 
 
 def _when(use: ResourceUse) -> str:
-    if use.left_s is None or use.left_s > SOON_S:
+    if use.left_s is None or not use.grows:
         return ""
 
     steps = "" if use.left_steps is None else f", {plural(int(use.left_steps), 'step')}"
