@@ -344,7 +344,8 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
     """Find what steps cost, and when they became slower."""
     whole = as_one_training(window, work, facts.other_models)
     without_explained, explained = _without_explained(window, whole, facts)
-    costs = _costs(window, without_explained, whole, facts, work.step_ns)
+    uneven = any(each.kind is Kind.DATA_IMBALANCE for each in explained)
+    costs = _costs(window, without_explained, whole, facts, work.step_ns, uneven=uneven)
     found = [*without_largest_batches(costs, explained), *explained]
     if history is None or history is window or len(history) < MIN_STEPS:
         return _with_slowdown(found, window.steps, window, without_explained, facts, only_now=history is not None)
@@ -358,13 +359,14 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
 
 
 def _costs(
-    window: AlignedSteps, work: OwnWork, with_explained: OwnWork, facts: JobFacts, step_ns: float
+    window: AlignedSteps, work: OwnWork, with_explained: OwnWork, facts: JobFacts, step_ns: float, *, uneven: bool
 ) -> list[Finding]:
     """Find what steps cost, each rule beside what the rules before it have found.
 
     Args:
         with_explained: the same own work with what other findings explain.
         step_ns: of the whole window, which costs are shares of.
+        uneven: whether ranks wait for the largest batch.
     """
     hidden_ns = {
         part: float((values - work.parts[part]).mean())
@@ -410,7 +412,7 @@ def _costs(
     found += [each for each in long if not (gathers and each.phase == "comm")]
 
     if not any(finding.blames_ranks for finding in found):
-        found += comm_bound(window, with_explained, facts)
+        found += comm_bound(window, with_explained, facts, uneven=uneven)
 
     return found
 

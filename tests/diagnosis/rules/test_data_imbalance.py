@@ -85,6 +85,17 @@ def test_a_rank_that_is_slow_beside_uneven_batches_is_not_said_to_be_none() -> N
     assert " the smallest, and the others wait for the rank that has it. That costs " in sizes.summary
 
 
+@pytest.mark.parametrize("is_larger", [True, False])
+def test_communication_beside_uneven_batches_does_not_say_that_no_rank_is_late(is_larger: bool) -> None:
+    job = Job(ranks=4, comm=40.0)
+    sizes = one_larger(4, job.steps) if is_larger else np.ones((4, job.steps))
+    found = diagnose(steps_of(job, sizes), JobFacts(world_size=4))
+    [comm] = [each for each in found if each.kind is Kind.COMM_BOUND]
+
+    assert ("no rank is late but for the size of its batch;" in comm.summary) is is_larger
+    assert ("no rank is late;" in comm.summary) is not is_larger
+
+
 def test_without_sizes_the_same_run_has_a_straggler():
     """The rule's information is the size: without it, the rank with more work is late."""
     job = Job(ranks=4)

@@ -69,8 +69,12 @@ def _for_cores_ns(work: OwnWork, facts: JobFacts, step: float) -> float:
     return float(step * max(left))
 
 
-def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
-    """Find communication that costs much while no rank is late, which the caller has checked."""
+def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, uneven: bool) -> list[Finding]:
+    """Find communication that costs much while no rank is late, which the caller has checked.
+
+    Args:
+        uneven: whether ranks wait for the largest batch, which is reported beside it.
+    """
     if facts.rpc and not work.grouped:
         return _waiting_for_answers(work, facts)
 
@@ -87,9 +91,10 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         return []
 
     evidence = _evidence(work, facts, cost, step, explicit)
+    none_late = "no rank is late" + (" but for the size of its batch" if uneven else "")
     known = facts.batches.reductions  # backward passes of a step, and reductions of gradients
     if not is_explicit and known is not None and known[1] >= MIN_REDUCTIONS:  # one would do
-        return [_too_many_reductions(*known, cost, step, evidence)]
+        return [_too_many_reductions(*known, cost, step, evidence, none_late)]
 
     if unseen := facts.unseen_ranks:
         return [_waiting_for_unseen(unseen, cost, step, evidence)]
@@ -110,7 +115,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     where += line.of_it if line else ""
     gain = speedup(step, cost)
     summary = (
-        f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
+        f"{_cost_text('Communication takes', cost, step)}, {where}, and {none_late}; without it steps would be "
         f"{gain_text(gain)}."
     )
     usual = advice.for_comm(facts, "comm" if is_explicit else "backward", cost, line)
@@ -248,12 +253,12 @@ def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit
 
 
 def _too_many_reductions(
-    backwards: float, reductions: float, cost: float, step: float, evidence: dict[str, Any]
+    backwards: float, reductions: float, cost: float, step: float, evidence: dict[str, Any], none_late: str
 ) -> Finding:
     gain, passes, reduced = speedup(step, cost * (1 - 1 / reductions)), round(backwards), round(reductions)
     which = f"all {passes}" if reduced == passes else f"{reduced} of the {passes}"
     summary = (
-        f"{_cost_text('Communication takes', cost, step)}, and no rank is late: {which} backward passes of a step "
+        f"{_cost_text('Communication takes', cost, step)}, and {none_late}: {which} backward passes of a step "
         "average the gradients, where the last one is enough."
     )
     action = (
