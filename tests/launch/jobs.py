@@ -47,6 +47,14 @@ def summed(value: float) -> tuple[float, str]:
     return tensor.item(), dist.get_backend()
 
 
+def summed_by_another_group(value: float) -> float:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    return summed(value)[0]
+
+
 def group() -> bool:
     import torch.distributed as dist
 

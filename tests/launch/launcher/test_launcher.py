@@ -95,6 +95,11 @@ def test_workers_are_in_a_process_group_unless_none_is_wanted() -> None:
     assert traceml.launch(jobs.group, workers_per_host=1, backend=None, **_HERE).rank(0) is False
 
 
+def test_a_function_may_leave_its_process_group_for_another_one() -> None:
+    """Both meet at MASTER_PORT."""
+    assert traceml.launch(jobs.summed_by_another_group, (2.0,), workers_per_host=2, **_HERE).rank(1) == 6.0
+
+
 def test_agents_stay_for_the_next_launch_and_end_when_told() -> None:
     """Two launches get their workers from one process; after keep_agents=False none of it is left."""
     one = {**_HERE, "workers_per_host": 1, "backend": None}

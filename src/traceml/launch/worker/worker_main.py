@@ -274,6 +274,7 @@ def _join(request: Fork, listener: int | None) -> Any:
         is_master=rank == 0,
         timeout=timeout,
         wait_for_workers=False,
+        multi_tenant=True,  # a group that the function makes after this one meets at the same port
         master_listen_fd=listener,
         use_libuv=_takes_listener_with_libuv(torch.__version__),
     )
