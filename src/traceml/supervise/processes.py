@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from traceml.helper_programs import helper_program
-from traceml.process_ends import PR_SET_PDEATHSIG, in_slurm_job
+from traceml.process_ends import PR_SET_PDEATHSIG, has_terminal, in_slurm_job
 
 __all__ = [
     "FORWARDED_SIGNALS",
@@ -113,10 +113,10 @@ def _before_exec(death_signal: signal.Signals | None, *, unblocks: bool = True) 
 
 
 class SignalWitness:
-    """A process beside the job, which shows whether a signal was sent to all processes, as Slurm does.
+    """A process beside the job, which shows whether a signal was sent to all processes, as schedulers and systemd do.
 
-    It blocks what its parent blocks. A signal that it has received therefore stays pending, which /proc shows. Outside
-    of Slurm there is none.
+    It blocks what its parent blocks. A signal that it has received therefore stays pending, which /proc shows. There is
+    none at a terminal, whose signals are known, but in a job of Slurm.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class SignalWitness:
 
     def start(self) -> None:
         """Start the process, in the job's process group."""
-        if not in_slurm_job():
+        if has_terminal() and not in_slurm_job():
             return
 
         prepare = _before_exec(signal.SIGKILL, unblocks=False)
