@@ -412,6 +412,20 @@ def test_a_message_that_fails_is_said() -> None:
     assert describe(SystemExit(3)) == {}
 
 
+def test_the_members_of_a_group_are_told() -> None:
+    """Its own text only counts them; one that says more stays as it is."""
+
+    class OfTasks(ExceptionGroup[Exception]):
+        def __str__(self) -> str:
+            return "2 of 7 tasks failed"
+
+    members = [ValueError("bad shard 3"), ExceptionGroup("readers", [KeyError("label"), TimeoutError()])]
+    told = "ValueError: bad shard 3; ExceptionGroup: readers (2 sub-exceptions): KeyError: 'label'; TimeoutError"
+
+    assert describe(ExceptionGroup("epoch", members))["message"] == f"epoch (2 sub-exceptions): {told}"
+    assert describe(OfTasks("epoch", members))["message"] == "2 of 7 tasks failed"
+
+
 def test_status_is_the_interpreters() -> None:
     """As documented for sys.exit: None is 0, a text is 1, a number is taken modulo 256."""
     assert [status_of(SystemExit(code)) for code in (None, 0, 3, 256, -1, "text")] == [0, 0, 3, 0, 255, 1]

@@ -450,7 +450,13 @@ def _masked(text: str) -> str:
 
 
 def _text_of(error: BaseException) -> str:
+    """Return the text of an exception; that of a group, which only counts them, with its members."""
     try:
-        return str(error)[:_MAX_TEXT]
+        text = str(error)[:_MAX_TEXT]
+        if isinstance(error, BaseExceptionGroup) and type(error).__str__ is BaseExceptionGroup.__str__:
+            members = (f"{_type_name(each)}: {_text_of(each)}".removesuffix(": ") for each in error.exceptions)
+            text = f"{text}: {'; '.join(members)}"[:_MAX_TEXT]
+
+        return text
     except Exception as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its text failed: {type(broken).__name__}>"
