@@ -198,6 +198,13 @@ def test_an_end_that_waits_for_processes_tells_what_it_waits_for(file: str, func
     assert "timeout" not in finding.next
 
 
+def test_a_thread_of_a_pool_is_not_told_to_be_made_a_daemon() -> None:
+    """It is one that the pool has started."""
+    joins = FrameSnapshot(file="/usr/lib/python3.11/concurrent/futures/thread.py", line=31, function="_python_exit")
+
+    assert "that was submitted to it" in stuck(joins, END, phase="exit", wchan="futex_do_wait", threads=(HELPER,)).next
+
+
 def test_an_end_does_not_wait_for_a_daemon() -> None:
     """The interpreter ends without it."""
     daemon = ThreadSnapshot(name="Thread-1", line=line(40, "upload"), is_daemon=True)

@@ -111,6 +111,10 @@ _AT_END: Mapping[tuple[str, str], str] = {
         "multiprocessing waits at the end for all processes that the script has started: tell them to end before, or "
         "make them daemons: Process(daemon=True)."
     ),
+    ("futures/thread.py", "_python_exit"): (
+        "A ThreadPoolExecutor waits at the end for all that was submitted to it: tell that task to end before the "
+        "script does, or run it in a thread of its own, as a daemon: Thread(daemon=True)."
+    ),
 }
 """Advice on what the interpreter waits for at its end, by file and function."""
 _AT_EXIT = "What runs at the end of the process (atexit) must not wait for other ranks, which do not end."
@@ -208,12 +212,12 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
 def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     """Return the advice about what a process waits for by itself; empty if there is none."""
     what, blocker = doing(snapshot), snapshot.blocker
-    if awaited_thread(snapshot) is not None:
-        return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
-
     for frame in snapshot.frames:
         if text := _AT_END.get(("/".join(frame.file.split("/")[-2:]), frame.function.rpartition(".")[2])):
             return text
+
+    if awaited_thread(snapshot) is not None:
+        return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."
 
     if "writing to std" in what:
         return "Let the parent process read that pipe, or send the output to a file."
