@@ -13,6 +13,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.metric_series import MetricSeriesSet
+from traceml.runs.rows.metrics import MetricSummary
 
 
 def log(writer, stream, names, values):
@@ -107,6 +108,55 @@ def test_only_what_is_new_is_read(store):
     log(writer, streams[0], ["loss"], [7.0, 8.0])
 
     assert sorted(_lines(writer, lines)["loss"].values.tolist()) == [1.0, 2.0, 7.0, 8.0]
+
+
+def test_what_a_writer_merges_between_two_readings_counts_once(store):
+    """Frames that were read are merged with new ones; the pass goes on over another reader, which a second one uses."""
+    writer, (stream, _) = store
+    lines, summary = MetricSeriesSet(), MetricSummary()
+    log(writer, stream, ["loss"], [])
+    rows = np.zeros(150, METRICS.dtype)
+    rows["name_id"], rows["step"], rows["value"] = 10, np.arange(150), np.nan
+
+    with StoreReader(writer.path) as reader:
+        for seq in range(150):
+            writer.append(stream, "metrics", seq, 1, rows[seq : seq + 1].tobytes())
+            writer.commit(float(seq))
+            writer.maintain(10.0, now_s=float(seq))
+            if seq == 30:
+                _lines(writer, lines)
+            elif seq > 30:
+                summary.update(reader)
+                lines.update(reader)
+
+        assert reader.frame_count("metrics") < 100
+
+    assert [line.missing for line in lines.lines()] == [150]
+    assert summary.figures()["loss"].number == 150
+
+
+def test_a_line_that_is_followed_keeps_its_beginning(store):
+    """Read in small parts for hours, it has points all over its steps, each of equally many values."""
+    writer, streams = store
+    lines = MetricSeriesSet()
+    log(writer, streams[0], ["loss"], [])
+    with StoreReader(writer.path) as reader:
+        for first in range(0, 10_000, 20):
+            rows = np.zeros(20, METRICS.dtype)
+            rows["name_id"], rows["step"], rows["value"] = (
+                10,
+                np.arange(first, first + 20),
+                np.arange(first, first + 20),
+            )
+            writer.append(streams[0], "metrics", first, 20, rows.tobytes())
+            writer.commit()
+            lines.update(reader)
+
+    (line,) = lines.lines()
+
+    assert np.diff(line.steps).max() <= 64
+    assert len(line.steps) <= 400
+    assert line.values == pytest.approx((line.least + line.most) / 2)
 
 
 def test_very_many_names_are_bounded(store):

@@ -20,6 +20,7 @@ from traceml.database.store.records import (
     FRAME_COLUMNS,
     FRAME_ROWS,
     Frame,
+    NextRows,
     decoded_frame,
     dtype_of,
     in_ranges,
@@ -50,7 +51,7 @@ class _Following(msgspec.Struct):
     """
 
     cursor: int
-    next_seq: dict[tuple[str, int], int] = {}
+    next_rows: NextRows = {}
 
 
 class FrameReader:
@@ -120,9 +121,18 @@ class FrameReader:
         self._database.close()
 
     def frames(
-        self, table: str, after_id: int = 0, stream: int | None = None, limit: int | None = None
+        self,
+        table: str,
+        after_id: int = 0,
+        stream: int | None = None,
+        limit: int | None = None,
+        next_rows: NextRows | None = None,
     ) -> Iterator[Frame]:
-        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream."""
+        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream.
+
+        Args:
+            next_rows: as for `frames_of`.
+        """
         query = (
             f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} "  # noqa: S608 - no values
             "WHERE tbl = ? AND frames.id > ? AND stream = coalesce(?, stream) ORDER BY frames.id LIMIT ?"
@@ -131,7 +141,7 @@ class FrameReader:
         while left is None or left > 0:
             batch = _BATCH if left is None else min(_BATCH, left)
             rows = self._fetch(query, self._id(table), after_id, stream, batch)
-            yield from self._new_frames((table, stream), ((table, row) for row in rows), after_id)
+            yield from self._new_frames((table, stream), ((table, row) for row in rows), after_id, next_rows)
 
             if len(rows) < batch:
                 return
@@ -139,12 +149,20 @@ class FrameReader:
             after_id = rows[-1][0]
             left = None if left is None else left - batch
 
-    def frames_of(self, tables: Collection[str], after_id: int = 0, limit: int = _BATCH) -> list[Frame]:
+    def frames_of(
+        self,
+        tables: Collection[str],
+        after_id: int = 0,
+        limit: int = _BATCH,
+        next_rows: NextRows | None = None,
+    ) -> list[Frame]:
         """Return the next frames of several tables after a cursor, in commit order; within a commit, names come first.
 
         Args:
             tables: names of tables; those missing in this store are ignored.
             after_id: id of the last frame seen.
+            next_rows: what the pass has read, changed here; needed where it goes over several readers, or where
+                another pass over the same tables uses this one.
         """
         numbers = [self._ids[table] for table in tables if table in self._ids]
         # One statement, so all tables are read in one snapshot; each part uses its own index.
@@ -160,8 +178,8 @@ class FrameReader:
         values = [value for number in numbers for value in (number, after_id, limit)]
         found = self._fetch(query, *values, limit)
         known = ((self._names[row[-1]], row[:-1]) for row in found if row[-1] in self._names)
-        frames = self._new_frames((*tables, None), known, after_id)
-        return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
+        frames = self._new_frames((*tables, None), known, after_id, next_rows)
+        return list(frames) or (self.frames_of(tables, found[-1][0], limit, next_rows) if found else [])
 
     def salvaged_frames(self, tables: Iterable[str], after_id: int) -> Iterator[Frame]:
         """Yield the readable frames after a cursor, where a damaged page ends every other way to read.
@@ -304,10 +322,14 @@ class FrameReader:
             yield self._fetch(query, *batch)
 
     def _new_frames(
-        self, what: tuple[str | int | None, ...], rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int
+        self,
+        what: tuple[str | int | None, ...],
+        rows: Iterable[tuple[str, tuple[Any, ...]]],
+        after_id: int,
+        next_rows: NextRows | None,
     ) -> Iterator[Frame]:
         """Yield frames without the rows that the same pass has read before they were merged."""
-        following = self._followed.get(what)
+        following = self._followed.get(what) if next_rows is None else _Following(after_id, next_rows)
         if following is None or following.cursor != after_id:
             following = self._followed[what] = _Following(after_id)
 
@@ -320,8 +342,8 @@ class FrameReader:
                 continue
 
             key = (table, whole.stream)
-            frame = whole.after(following.next_seq.get(key, 0), step_offset(self._dtypes[table]))
-            following.next_seq[key] = whole.end
+            frame = whole.after(following.next_rows.get(key, 0), step_offset(self._dtypes[table]))
+            following.next_rows[key] = whole.end
             if frame.n:
                 yield frame
 

@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import RELAYED_WHOLE
 from traceml.database.store.frame_reader import META_BATCH, FrameReader
-from traceml.database.store.records import FRAME_ROWS, Frame, RunEvent, StreamIdentity, StreamRecord, assembled
+from traceml.database.store.records import (
+    FRAME_ROWS,
+    Frame,
+    NextRows,
+    RunEvent,
+    StreamIdentity,
+    StreamRecord,
+    assembled,
+)
 from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.database.store.thinning import STATE_KEY
 
-__all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
+__all__ = ["Frame", "NextRows", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
 
 _SUMMED_BYTES = 4 << 20
 _TRIES = 5  # the writer removes frames for some seconds, now and then

@@ -15,14 +15,17 @@ from traceml.database.store.frame_compression import decode
 from traceml.errors import StoreError
 
 __all__ = [
-    "FRAME_COLUMNS", "FRAME_OVERHEAD_BYTES", "FRAME_ROWS", "Frame", "RunEvent", "StreamIdentity", "StreamRecord",
-    "assembled", "decoded_frame", "dtype_of", "in_ranges", "step_offset",
+    "FRAME_COLUMNS", "FRAME_OVERHEAD_BYTES", "FRAME_ROWS", "Frame", "NextRows", "RunEvent", "StreamIdentity",
+    "StreamRecord", "assembled", "decoded_frame", "dtype_of", "in_ranges", "step_offset",
 ]  # fmt: skip
 
 FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
 FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"
 FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store in addition to its rows: header and index, measured."""
+
+NextRows = dict[tuple[str, int], int]
+"""Of a pass over frames, the number of the next row by table and stream."""
 
 
 class StreamIdentity(NamedTuple):

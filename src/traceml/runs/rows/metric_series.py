@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,6 @@ from traceml.runs.rows.metrics import OWN_LOSS, MetricReader, is_hidden
 
 __all__ = ["MetricSeries", "MetricSeriesSet"]
 
-# Between two reads, a name may have twice as many points.
 _MAX_POINTS = 400
 # Charts are for people: further names are only in the store and in the report's table.
 _MAX_NAMES = 500
@@ -68,10 +69,7 @@ class MetricSeriesSet:
 
         kept = np.concatenate([self._points[name], points]) if name in self._points else points
         kept = kept[np.argsort(kept[:, 0], kind="stable")]  # a later attempt counts from an earlier step again
-        while len(kept) > _MAX_POINTS:
-            kept = _joined(kept)
-
-        self._points[name] = kept
+        self._points[name] = _joined(kept) if len(kept) > _MAX_POINTS else kept
 
 
 def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
@@ -85,11 +83,15 @@ def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
 
 
 def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Join pairs of neighbors."""
-    starts = np.arange(0, len(points), 2)
+    """Join neighbors to points of equally many values, however often some of them were joined before."""
+    counts = points[:, 2] + points[:, 5]
+    ends = counts.cumsum()
+    size = 2 ** math.ceil(math.log2(ends[-1] / _MAX_POINTS))  # a power of two, so that joined ones are joined whole
+    starts = np.flatnonzero(np.diff((ends - counts) // size, prepend=-1))
     joined = points[starts]  # step and time are the first one's
     joined[:, [2, 5]] = np.add.reduceat(points[:, [2, 5]], starts)
-    shares = points[:, 2] / np.maximum(np.repeat(joined[:, 2], 2)[: len(points)], 1)
+    lengths = np.diff(starts, append=len(points))
+    shares = points[:, 2] / np.maximum(np.repeat(joined[:, 2], lengths), 1)
     joined[:, 1] = np.add.reduceat(points[:, 1] * shares, starts)  # a sum of the values themselves may overflow
     joined[:, 3] = np.minimum.reduceat(points[:, 3], starts)
     joined[:, 4] = np.maximum.reduceat(points[:, 4], starts)

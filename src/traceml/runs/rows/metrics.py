@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LOSSES, METRICS, NAMES
-from traceml.database.store.reader import Frame, StoreReader
+from traceml.database.store.reader import Frame, NextRows, StoreReader
 from traceml.database.store.run_clocks import RunClocks
 from traceml.formatting import name_at_rank, name_order
 
@@ -111,6 +111,7 @@ class MetricReader:
 
     def __init__(self) -> None:
         self._after = 0
+        self._next_rows: NextRows = {}
         self._losses_after: dict[int, int] = {}
         self._loss_rank: int | None = None
         self._names: dict[tuple[int, int], str] = {}
@@ -121,7 +122,7 @@ class MetricReader:
         if METRICS.name not in reader.tables:
             return  # a store that is older than the table
 
-        while frames := reader.frames_of((NAMES.name, METRICS.name), self._after, _FRAMES):
+        while frames := reader.frames_of((NAMES.name, METRICS.name), self._after, _FRAMES, self._next_rows):
             self._after = frames[-1].id
             found = []
             for frame in frames:
@@ -161,7 +162,7 @@ class MetricReader:
             yield from reader.spread_frames(LOSSES.name, {stream}, _LOSS_FRAMES, _LOSS_ROWS // _LOSS_FRAMES)
 
         self._losses_after[stream] = after or 0
-        for frame in reader.frames(LOSSES.name, after or 0, stream):
+        for frame in reader.frames(LOSSES.name, after or 0, stream, next_rows=self._next_rows):
             self._losses_after[stream] = frame.id
             yield frame
 
