@@ -38,7 +38,7 @@ def rows_for(ranks: int) -> int:
 class Samples:
     """Rows of sampled tables by rank, a bounded number of each.
 
-    Beyond that, every second row of the older half is dropped, so that a long run is covered from its beginning.
+    Beyond that, of the older half those at even distances are kept, so that a long run is covered from its beginning.
 
     Attributes:
         max_rows: rows kept of each rank and table; see `rows_for`.
@@ -78,11 +78,14 @@ class Samples:
         return sorted({rank for name, rank in (*self._rows, *self._new) if name == table})
 
     def _thinned(self, rows: NDArray[np.void]) -> NDArray[np.void]:
-        while len(rows) > self.max_rows:
-            older = len(rows) // 2
-            rows = join_rows([rows[:older:2], rows[older:]])
+        if len(rows) <= self.max_rows:
+            return rows
 
-        return rows
+        older, newer = np.split(rows, [-(self.max_rows // 2)])
+        times = np.unique(older["t_ns"])  # the devices of a rank share the time of a sample
+        kept = max(self.max_rows // 4 * len(times) // len(older), 1)
+        wanted = np.linspace(times[0], times[-1], kept)
+        return join_rows([older[np.isin(older["t_ns"], times[np.searchsorted(times, wanted)])], newer])
 
 
 class SampleTotals:
