@@ -97,6 +97,7 @@ def test_why_a_training_is_slow(folder: Path) -> None:
     )
 
     assert len(runs.structured_content["runs"]) == 1
+    assert runs.content[0].text == json.dumps(runs.structured_content, indent=2)  # as the bound counts it
     found = findings.structured_content["findings"]
     (finding,) = [each for each in found if each["kind"] == "INPUT_BOUND"]  # the first, where the cores are free
     assert finding["cost_share"] > 0.5

@@ -31,6 +31,7 @@ __all__ = ["MAX_CHARACTERS", "RunTools", "bounded"]
 
 MAX_CHARACTERS = 30_000
 """Longest answer of a tool as JSON: about ten thousand tokens."""
+_INDENT = 2  # of the text that the package `mcp` sends
 _ITEMS = (100, 50, 25, 12, 6, 3, 1)
 _LONGEST_TEXT = 2_000
 _MAX_RUNS = 100
@@ -218,7 +219,7 @@ def bounded(document: dict[str, Any]) -> dict[str, Any]:
         if cut:
             made["cut"] = dict(list(cut.items())[:20])
 
-        if len(json.dumps(made)) <= MAX_CHARACTERS:
+        if len(json.dumps(made, indent=_INDENT)) <= MAX_CHARACTERS:
             return made
 
     return {"cut": {"": f"the answer has more than {MAX_CHARACTERS} characters even without most items: ask for less"}}
