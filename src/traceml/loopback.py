@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["is_loopback", "is_on_this_machine"]
+__all__ = ["host_of", "is_loopback", "is_on_this_machine"]
 
 
 def is_loopback(host: str) -> bool:
@@ -18,8 +18,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_on_this_machine(url: str) -> bool:
-    """Whether the host of a URL is this machine."""
+def host_of(url: str) -> str:
+    """Return the host of a URL, without name and password; empty if the URL names none."""
     from urllib.parse import urlsplit
 
-    return is_loopback(urlsplit(url).hostname or "")
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # a bracket that is not closed
+        return ""
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Whether the host of a URL is this machine."""
+    return is_loopback(host_of(url))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -99,6 +100,7 @@ class _Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.bodies.append((self.headers["Content-Type"], body))  # type: ignore[attr-defined]
+        self.server.asked.append((self.path, self.headers["Authorization"]))  # type: ignore[attr-defined]
         statuses = self.server.statuses  # type: ignore[attr-defined]
         self.send_response(statuses.pop(0) if statuses else 200)
         self.send_header("Location", "/elsewhere")
@@ -116,7 +118,7 @@ class _Webhook:
 
     def __init__(self, port: int = 0, statuses: tuple[int, ...] = ()) -> None:
         self.server = HTTPServer(("127.0.0.1", port), _Receiver)
-        self.server.bodies = []  # type: ignore[attr-defined]
+        self.server.bodies, self.server.asked = [], []  # type: ignore[attr-defined]
         self.server.statuses = list(statuses)  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self.server.server_port}/services/SECRET"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -142,6 +144,43 @@ def test_a_webhook_is_sent_the_alert() -> None:
         _send(WebhookAlert(webhook.url))
 
         assert webhook.bodies == [("application/json", DOCUMENT)]
+
+
+@pytest.mark.parametrize(
+    ("address", "login"),
+    [
+        ("http://me:p%40ss@127.0.0.1:{port}/a b", "me:p@ss"),
+        ("http://key@127.0.0.1:{port}/a%20b", "key:"),
+        ("http://127.0.0.1:{port}/a b", None),
+    ],
+)
+def test_a_name_and_a_password_in_the_url_are_sent_as_curl_does(address: str, login: str | None) -> None:
+    """As those of a server of one's own; a blank is sent as browsers do."""
+    with closing(_Webhook()) as webhook:
+        _send(WebhookAlert(address.format(port=webhook.server.server_port)))
+
+        sent = None if login is None else f"Basic {b64encode(login.encode()).decode()}"
+        assert webhook.server.asked == [("/a%20b", sent)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("url", ["http://[::1/SECRET", "http:///SECRET"])
+def test_a_url_without_a_host_fails_like_a_server_that_is_down(url: str) -> None:
+    """Its name can be logged, also where only this machine is notified."""
+    target = WebhookAlert(url, pauses_s=())
+
+    with pytest.raises(TraceMLError, match=r"webhook \(a URL without a host\) did not accept") as failure:
+        _send(target)
+
+    assert "SECRET" not in str(failure.value)
+    assert targets_of([url], local_only=True) == []
+
+
+def test_a_server_that_does_not_speak_http_refuses() -> None:
+    """Once, and without its words: they may be anything."""
+    with closing(_Webhook()) as webhook:
+        webhook.server.RequestHandlerClass = type("", (_Receiver,), {"do_POST": lambda self: self.wfile.write(b"no")})
+        with pytest.raises(TraceMLError, match=r"refuses alerts: it does not answer by HTTP$"):
+            _send(WebhookAlert(webhook.url))
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ import html
 import logging
 import os
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 
 from traceml.aggregator.child_programs import kill_group
 from traceml.errors import TraceMLError
-from traceml.loopback import is_on_this_machine
+from traceml.loopback import host_of, is_on_this_machine
 from traceml.version import __version__
 
 __all__ = ["AlertTarget", "CommandAlert", "WebhookAlert", "targets_of"]
@@ -32,6 +33,7 @@ _ALL_TRIES_S = 30.0
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries of a webhook
 _BUSY = (408, 425, 429)  # such a refusal may pass
 _SLACK = (".slack.com", ".slack-gov.com")
+_URL_SIGNS = "!#$%&'()*+,/:;=?@[]~"  # what stands in a URL as it is
 _OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
 
 _log = logging.getLogger("traceml")
@@ -134,7 +136,7 @@ class WebhookAlert(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """The host, without path and password."""
-        return f"webhook {urlsplit(self.url).hostname}"
+        return f"webhook {host_of(self.url) or '(a URL without a host)'}"
 
     @property
     def is_local(self) -> bool:
@@ -150,7 +152,7 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         Raises:
             TraceMLError: the server refuses it, gave no answer, or did not take it in any try.
         """
-        if (urlsplit(self.url).hostname or "").endswith(_SLACK):
+        if host_of(self.url).endswith(_SLACK):
             document = _escaped_for_slack(document)
 
         try:
@@ -160,6 +162,7 @@ class WebhookAlert(msgspec.Struct, frozen=True):
             raise TraceMLError(f"{self.name} did not accept the alert within {_ALL_TRIES_S:g} s") from None
 
     async def _try(self, document: bytes) -> None:
+        from http.client import HTTPException
         from urllib.error import HTTPError  # 10 ms with what else it imports, for nothing where no alert is sent
 
         for pause_s in (*self.pauses_s, None):
@@ -181,6 +184,8 @@ class WebhookAlert(msgspec.Struct, frozen=True):
                 why = str(reason) or type(error).__name__
                 if isinstance(reason, TimeoutError):
                     raise TraceMLError(f"{self.name} cannot be reached within {self.limit_s:g} s") from None
+            except HTTPException:  # its text repeats what the server sent, or the URL
+                raise TraceMLError(f"{self.name} refuses alerts: it does not answer by HTTP") from None
 
             if pause_s is not None:
                 await asyncio.sleep(pause_s)
@@ -198,7 +203,14 @@ class WebhookAlert(msgspec.Struct, frozen=True):
                 """Follow none."""
 
         headers = {"Content-Type": "application/json", "User-Agent": f"traceml/{__version__}"}
-        request = Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
+        parts = urlsplit(quote(self.url, safe=_URL_SIGNS))
+        login, _, server = parts.netloc.rpartition("@")
+        if login:
+            name, _, password = login.partition(":")
+            headers["Authorization"] = f"Basic {b64encode(f'{unquote(name)}:{unquote(password)}'.encode()).decode()}"
+
+        url = parts._replace(netloc=server).geturl()
+        request = Request(url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
         with build_opener(NoRedirects).open(request, timeout=self.limit_s):
             pass
 
