@@ -556,6 +556,17 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Visits, path: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_a_long_name_leaves_the_buttons_their_words(visit: Visits) -> None:
+    """On a phone the name is cut, and the texts of the buttons next to it stay inside of them."""
+    page = visit(**PHONE).open(f"/run/{SLOW}")
+    expect(page.locator(".crumb")).to_be_visible()
+    page.locator(".crumb").evaluate("crumb => { crumb.textContent = 'long-name-'.repeat(20) }")
+
+    cut = page.locator(".bar .tool").evaluate_all("each => each.map(one => one.scrollWidth - one.clientWidth)")
+    assert len(cut) == 2
+    assert max(cut) <= 0
+
+
 def test_a_long_path_in_an_error_hides_no_figures(visit: Visits) -> None:
     """The text is broken: the columns after it stay on the screen."""
     page = visit().open("/run/20260101-000000-partial-0009")
