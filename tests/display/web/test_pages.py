@@ -548,6 +548,21 @@ def test_a_list_that_changes_loses_no_click(visit: Visits, runs_dir: Path) -> No
         write_labels(runs_dir / SLOW, RunLabels())
 
 
+def test_a_long_note_leaves_the_list_its_rows(runs_dir: Path, visit: Visits) -> None:
+    """The list shows its beginning, and the run's page all of it."""
+    note = "The paper's setting, to be repeated with warm-up. " * 100
+    write_labels(runs_dir / SLOW, RunLabels(note=note.strip()))
+    try:
+        page = visit().open("/")
+        row = page.locator("tr", has=page.locator(f'a.name[href="/run/{SLOW}"]'))
+        expect(row).to_contain_text("The paper's setting")
+        assert row.evaluate("row => row.offsetHeight") < 200
+        page = visit().open(f"/run/{SLOW}")
+        expect(page.locator("#overview dd", has_text=note.strip())).to_be_visible()
+    finally:
+        write_labels(runs_dir / SLOW, RunLabels())
+
+
 @pytest.mark.parametrize("path", ["/", f"/run/{SLOW}", f"/compare/{FAST}/{SLOW}"])
 def test_a_phone_needs_no_sideways_scrolling(visit: Visits, path: str) -> None:
     page = visit(**PHONE).open(path)

@@ -17,7 +17,8 @@ from traceml.runs.run_query import RunFields
 
 __all__ = ["RunsTable"]
 
-_LONGEST = 60
+_LONGEST = 60  # text of a cell
+_LONGEST_NAME = 160  # and note: all of them is on the run's page
 _PHONE = ("state", "verdict")  # the other columns are hidden where the screen is narrow
 _PILLS = {"state", "verdict", "severity"}
 
@@ -113,12 +114,12 @@ def _row(run: RunFields, heading: str, query: ListQuery, picked: set[str]) -> di
     looks = {"state": info.state, "verdict": look, "severity": info.severity or ""}
     return {
         "id": info.id,
-        "name": printable(info.name),
+        "name": cut_text(printable(info.name), _LONGEST_NAME),
         "href": run_path(info.id),
         "heading": heading,
         "picked": info.id in picked,
         "tags": [printable(tag) for tag in info.tags] + (["archived"] if info.archived else []),
-        "note": printable(info.note),
+        "note": cut_text(printable(info.note), _LONGEST_NAME),
         "cells": cells,
         "looks": {name: looks[name] for name in query.columns if name in _PILLS},
     }
