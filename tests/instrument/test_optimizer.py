@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import math
 from functools import partial
@@ -168,3 +170,47 @@ def test_a_new_optimizer_at_the_address_of_the_last_one_is_new(traced: Traced) -
 
     assert len(set(folds)) < len(folds)
     assert traced.instrumentation.clock.optimizers_seen == len(folds)
+
+
+def test_a_further_optimizer_makes_no_search_among_all_objects(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a search takes 100 ms where a script imports transformers, and would be part of the optimizer's step."""
+    searches: list[None] = []
+    list_objects = gc.get_objects
+
+    def train() -> None:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+
+    train()
+    monkeypatch.setattr(gc, "get_objects", lambda: searches.append(None) or list_objects())
+    train()
+    train()
+
+    assert not searches
+    steps = traced.finish()
+    assert [step["forward_ns"] > 0 for step in steps] == [True] * 9
+
+
+def test_a_copied_optimizer_is_known(traced: Traced) -> None:
+    """No constructor makes the copy: its model is trained from its first step on, and may be evaluated without data."""
+    first = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    first(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+
+    model, copied = copy.deepcopy((first, optimizer))
+    for _ in range(3):
+        model.train()
+        for _ in range(3):
+            model(torch.randn(2, 4)).sum().backward()
+            copied.step()
+
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(2, 4))
+
+    traced.finish()
+    assert len(traced.table("evals")) == 3

@@ -35,7 +35,6 @@ from traceml.instrument import (
 )
 from traceml.instrument.maintenance import overhead
 from traceml.instrument.native.extension import extension
-from traceml.instrument.search import discovery
 
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
@@ -320,7 +319,7 @@ def test_clocks_slots_and_events_may_raise(
     kinds = chance.choice([("clock",), ("slots",), ("device",), ("clock", "slots", "device")])
     if "clock" in kinds:
         now_ns = failing(phase_timer.monotonic_ns)
-        use_clock(monkeypatch, now_ns, clock_implementations, discovery, overhead)
+        use_clock(monkeypatch, now_ns, clock_implementations, overhead)
 
     if "device" in kinds:
         for name in ("record", "query", "elapsed_time"):

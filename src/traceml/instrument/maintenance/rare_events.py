@@ -82,7 +82,7 @@ class RareEvents(StepListener):
         if self.torch_hooks is not None:
             self.guard(self.torch_hooks.kept_gradients.watch, optimizer)
             if self.clock.optimizers_seen > 1:
-                self.guard(self.torch_hooks.discovery.search_all)
+                self.guard(self.torch_hooks.discovery.search_for, optimizer)
 
         self.guard(self.facts.optimizer, optimizer)
 

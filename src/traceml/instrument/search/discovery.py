@@ -3,8 +3,8 @@
 torch offers hooks on all modules (a cost on every call of every layer) or on one. So we search for the few outermost
 modules when new ones may exist. A quick search covers the modules made since the last one: torch's registration hooks
 report those that are constructed, and `Module.__setstate__` those that are copied or unpickled. A full search over all
-objects of the collector takes 20-50 ms: it runs where torch was imported before tracing began, at the first backward
-pass, and for new optimizers while all searches together took less than 1 % of the time.
+objects of the collector takes 20-100 ms: it runs where torch was imported before tracing began, and at the first
+backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from traceml.clock import monotonic_ns
 from traceml.fail_open import fail_open
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
 from traceml.instrument.importlib_bootstrap import uncounted
@@ -31,8 +30,6 @@ from traceml.instrument.step_clock import StepClock
 
 __all__ = ["ModuleDiscovery"]
 
-_FREE_SCANS = 4
-_SHARE = 100  # further searches run while all of them took less than this fraction of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
 _log = logging.getLogger("traceml")
@@ -53,8 +50,6 @@ class ModuleDiscovery:
         self._known: dict[int, weakref.ref[Any]] = {}
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # at how many known models
-        self._made_ns = monotonic_ns()
-        self._scans = self._scan_ns = 0
         self._descents = 0
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._declared: set[type[Any]] = set()
@@ -95,12 +90,6 @@ class ModuleDiscovery:
             find: lists what is alive.
             trains: whether a backward pass begins, so that there is an optimizer, also one that is not torch's.
         """
-        start = monotonic_ns()
-        if self._scans >= _FREE_SCANS and self._scan_ns * _SHARE > start - self._made_ns:
-            self.search_recent()
-            return self._clock.optimizers_alive
-
-        self._scans += 1
         self._pending.clear()
         alive = find()
         optimizers = [each for each in alive.optimizers if not is_wrapper(type(each))]
@@ -112,14 +101,24 @@ class ModuleDiscovery:
             self.note_optimizer(optimizer)
             self._on_optimizer(optimizer)
 
-        trained = {id(parameter) for module in roots for parameter in module.parameters()}
-        self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
+        self._count_optimizers(optimizers, roots)
         if trains and not self._clock.optimizers_alive:
             self._clock.optimizers_alive = self._find_own()
 
-        self._clock.usual_loader = NOT_READY
-        self._scan_ns += monotonic_ns() - start
         return self._clock.optimizers_alive
+
+    def search_for(self, optimizer: Any) -> None:
+        """Time the models made since the last search, and count the known optimizers again: a further one steps."""
+        if isinstance(optimizer, torch.optim.Optimizer):  # it may be a copy, which no constructor has made
+            self.note_optimizer(optimizer)
+
+        self.search_recent()
+        self._count_optimizers(self._optimizers, self._modules())
+
+    def _count_optimizers(self, optimizers: Iterable[Any], modules: Iterable[Any]) -> None:
+        trained = {id(parameter) for module in modules for parameter in module.parameters()}
+        self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
+        self._clock.usual_loader = NOT_READY
 
     def _find_own(self) -> int:
         from traceml.instrument.search.custom_optimizers import find_custom_optimizers
