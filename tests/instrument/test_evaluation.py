@@ -455,15 +455,36 @@ def test_layers_that_stay_in_evaluation_are_not_timed(traced: Traced, monkeypatc
     assert not any(is_instrumented(part) for part in model.model.modules())
 
 
-def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(traced: Traced) -> None:
-    """Its targets are a part of the step."""
+def plain(count: int) -> Iterator[torch.Tensor]:
+    """Fetch each batch when the one before it was used."""
+    return (x for (x,) in data(count))
+
+
+def ahead(count: int = 5) -> Iterator[torch.Tensor]:
+    """Fetch each batch before the one before it is used, as accelerate does."""
+    batches = iter(data(count))
+    (last,) = next(batches)
+    for (x,) in batches:
+        yield last
+        last = x
+
+    yield last
+
+
+@pytest.mark.parametrize("batches", [plain, ahead])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_teacher_on_each_batch_of_a_loader_is_no_evaluation(
+    traced: Traced, is_first: bool, batches: Callable[[int], Iterable[torch.Tensor]]
+) -> None:
+    """Its targets are a part of the step, also on a batch that was fetched before the end of its loader."""
     taught, model = net().eval(), net()
     optimizer = sgd(model)
-    for (x,) in data(20):
+    for x in (x for _ in range(4) for x in batches(5)):
+        student = None if is_first else model(x)
         with torch.no_grad():
             target = taught(x)
 
-        (model(x) - target).square().mean().backward()
+        ((model(x) if student is None else student) - target).square().mean().backward()
         optimizer.step()
 
     assert len(traced.finish()) == 20
@@ -878,17 +899,6 @@ def test_what_a_script_does_at_its_end_is_no_evaluation(
     (row,) = traced.table("evals")
     assert 0 < row["ns"] < 3 * (ended - began)
     assert row["t_end_ns"] < saved + 3 * (ended - began)
-
-
-def ahead() -> Iterator[torch.Tensor]:
-    """Fetch each batch before the one before it is used, as accelerate does."""
-    batches = iter(data(5))
-    (last,) = next(batches)
-    for (x,) in batches:
-        yield last
-        last = x
-
-    yield last
 
 
 @pytest.mark.parametrize("batches", [lambda: (x for (x,) in data(5)), ahead, lambda: [X] * CALLS])

@@ -6,7 +6,8 @@ like that of evaluation batches.
 
 A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
 training: they are not evaluation. Targets are computed before the step on a loader's batch: what is called after it, as
-averaged weights that sample images, evaluates.
+averaged weights that sample images, evaluates. Between epochs it may be either, as a loader that prefetches a batch
+has ended before its last one is trained on.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class EvaluationPeriod:
         start: its begin, monotonic time in ns; 0 outside.
         is_rollout: whether calls without gradients collect what is trained on: there is none then.
         is_play: the same of calls in training mode.
+        may_be_targets: whether it is of a model that is not trained, on a batch that was fetched before its loader's
+            end, if a training call follows.
     """
 
     def __init__(self, clock: DividedStep) -> None:
         self._clock = clock
         self.start = 0
-        self.is_rollout = self.is_play = False
+        self.is_rollout = self.is_play = self.may_be_targets = False
         self._calls = self._last_call = 0
         self._longest_rest_ns = 0  # from the last call of a period to its end
         self._is_first = False  # before the first step
@@ -65,25 +68,35 @@ class EvaluationPeriod:
         if called is None or clock.explicit or (called.training and not self._may_sample()):
             return False
 
-        if not (self._has_no_batch() or clock.listener.is_trained(called)):
+        is_trained = clock.listener.is_trained(called)
+        if not (is_trained or self._has_no_batch()):
             return False
 
         if self.is_rollout or _has_simulator() or self._is_usual():
             return False
 
+        self.may_be_targets = not is_trained
         self._open(t)
         self._in_training_mode = called.training
         return True
 
     def _has_no_batch(self) -> bool:
-        """Whether the training's loader has none to train on: the step on its batch is done, or the epoch."""
+        """Whether no loader has one to train on: the step on the last batch is done, or the epoch."""
         clock = self._clock
-        return clock.first_loader is not None if clock.step_call else self._is_between_epochs()
+        if not clock.step_call:
+            return self._is_between_epochs()
+
+        has_next = clock.ended.may_be_step and clock.batch is not None  # of another loader, as each epoch makes one
+        return clock.first_loader is not None and not has_next
 
     def _is_between_epochs(self) -> bool:
-        """Whether the loop over a loader has ended, and nothing was trained since."""
+        """Whether the loop over a loader has ended, and no model was called since that trains on a prefetched batch."""
         clock = self._clock
-        return not clock.step_call and clock.batch is None and clock.exhausted_loader is not None
+        if clock.step_call or clock.batch is not None or clock.exhausted_loader is None:
+            return False
+
+        called = None if clock.trained is None else clock.trained()
+        return called is None or not called.training
 
     def _may_sample(self) -> bool:
         """Whether calls in training mode may be samples of the model, as those of a pipeline of `diffusers`.

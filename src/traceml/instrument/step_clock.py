@@ -218,6 +218,9 @@ class StepClock(DividedStep):
             self.begin_step(t)
             return
 
+        if self.evaluation.start and self.evaluation.may_be_targets:
+            self.evaluation.forget()
+
         closes = self.step_call and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
         if self._leave_evaluation(t) or not closes:
             return
