@@ -197,13 +197,29 @@ def test_an_internal_error_is_said_once_and_switches_off(
 
 
 def test_training_on_another_thread_is_followed(traced: Traced) -> None:
-    """The thread that runs backward is the training thread, when the first one never did."""
+    """The thread that makes the first optimizer is the training thread: its first step is a whole one."""
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
 
-    # The first step began where its thread was found to train.
-    assert 8 <= len(traced.finish()) <= 10
+    steps = traced.finish()
+    assert len(steps) == 10
+    assert all(row["input_wait_ns"] > 0 and row["forward_ns"] > 0 for row in steps)
+    assert len(traced.table("epochs")) == 1
+
+
+def test_training_with_an_optimizer_of_another_thread_is_followed(traced: Traced) -> None:
+    """The thread that runs backward is the training thread, whoever made the optimizer."""
+    model = nn.Linear(4, 1)
+    thread = threading.Thread(target=lambda: optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1)))
+    optimizers: list[torch.optim.Optimizer] = []
+    thread.start()
+    thread.join()
+    for _ in range(10):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizers[0].step()
+
+    assert len(traced.finish()) == 10
 
 
 def test_a_step_that_raises_is_no_step(traced: Traced) -> None:
@@ -351,9 +367,8 @@ def test_copies_that_train_are_found(traced: Traced, copied: Callable[[nn.Module
     assert [row["forward_ns"] > 0 for row in rows] == [True] * 60
 
 
-def test_models_of_many_trainings_are_found(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_many_trainings_are_found(traced: Traced) -> None:
     """Every fold's model is timed, however many there were, and none is kept alive."""
-    monkeypatch.setattr("traceml.instrument.search.discovery._SHARE", 0)
     refs = []
     for _ in range(30):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))

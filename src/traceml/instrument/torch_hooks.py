@@ -201,7 +201,8 @@ class TorchHooks:
     def _optimizer_made(self, optimizer: Any) -> None:
         self.guard(patch_optimizer_type, self._patches, self._clock, type(optimizer))
         self.guard(self.discovery.note_optimizer, optimizer)
-        if self._clock.thread == get_ident():
+        # The thread that makes an optimizer before any training is the one that trains, as far as is known.
+        if self._clock.thread == get_ident() or (self._clock.awaits_backward and self._clock.claim_thread()):
             self.guard(self.discovery.search_recent)
             self._clock.optimizer_made(trains_others=self._facts.trains_others(optimizer))
 
