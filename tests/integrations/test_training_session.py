@@ -9,9 +9,11 @@ import pytest
 
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from traceml.errors import SettingsError
 from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.current_recorder import state
+from traceml.runs.run import Run
 
 
 @pytest.fixture
@@ -30,6 +32,22 @@ def test_a_recorder_that_runs_is_left_alone(address: dict[str, Any]) -> None:
         assert recorder.enabled
     finally:
         traceml.shutdown()
+
+
+def test_one_that_runs_is_stopped_where_the_process_ends(address: dict[str, Any], capsys: Any) -> None:
+    """Ray ends its workers at once: under `traceml run` the last step and the exception are stored before."""
+    recorder = traceml.init(**address)
+    session = TrainingSession({}, ends_process=True)
+    try:
+        session.begin()
+        session.end(ValueError("rank 1 is bad"))
+        assert not traceml.is_enabled()
+    finally:
+        traceml.shutdown()
+
+    eventually(lambda: Run(recorder.run_dir).state == "failed")
+    assert "rank 1 is bad" in str(Run(recorder.run_dir).report["ranks"][0]["exit"])
+    assert "RANK_LOST" not in capsys.readouterr().err
 
 
 def test_its_own_is_ended_once(address: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
 
     @functools.wraps(train_loop)
     def traced(*args: Any) -> Any:
-        session = TrainingSession(given | _address(token), report=report)
+        session = TrainingSession(given | _address(token), report=report, ends_process=True)
         session.begin()
         try:
             result = train_loop(*args)

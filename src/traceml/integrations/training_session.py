@@ -24,15 +24,17 @@ class TrainingSession:
     Args:
         arguments: settings by name, as for `traceml.init`.
         report: show the verdict when a training ends whose recorder was started here.
+        ends_process: whether the process does nothing else, and ends without its exit handlers: then a recorder that
+            `traceml run` started is stopped, too.
 
     Raises:
         SettingsError: an unknown setting or a bad value.
     """
 
-    def __init__(self, arguments: dict[str, Any], *, report: bool = True) -> None:
+    def __init__(self, arguments: dict[str, Any], *, report: bool = True, ends_process: bool = False) -> None:
         settings.load(**arguments)  # a mistake is reported here, not when training has begun
         self._arguments = arguments
-        self._report = report
+        self._report, self._ends_process = report, ends_process
         self._own = 0  # id of the recorder that was started here
 
     def begin(self, **defaults: Any) -> Any:
@@ -65,14 +67,15 @@ class TrainingSession:
         return recorder_now.instrumentation
 
     def end(self, error: BaseException | None = None, *, show: bool = True) -> None:
-        """Stop the recorder that was started here: remove all hooks, send all rows, show the verdict on rank 0.
+        """Stop the recorder that was started here: remove all hooks, send all rows, show its verdict on rank 0.
 
         Args:
             error: the exception that ended the training.
             show: False if another process shows the verdict.
         """
         recorder, own, self._own = current_recorder(), self._own, 0
-        if recorder is None or id(recorder) != own or not recorder.enabled:
+        is_own = id(recorder) == own
+        if recorder is None or not (is_own or self._ends_process) or not recorder.enabled:
             return
 
         if error is not None:
@@ -80,12 +83,13 @@ class TrainingSession:
 
         rank = recorder.rank_identity.rank
         run_dir = recorder.run_dir
-        if run_dir is not None:
+        if run_dir is not None and is_own:
             dismiss(run_dir)  # it is shown below
 
         shutdown()
         if (
             run_dir is not None
+            and is_own
             and show
             and self._report
             and not recorder.config.quiet
