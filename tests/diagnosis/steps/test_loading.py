@@ -65,6 +65,13 @@ def test_workers_are_not_ahead_in_short_epochs(batches, told):
     assert ("in longer epochs" in advised.text) is bool(told)
 
 
+def test_an_epoch_has_the_batches_of_all_its_steps():
+    """Of accumulated gradients a step has several."""
+    short = replace(pipeline(26, 2.5, cpu=0.1, workers=2), epoch_steps=3)
+
+    assert "it has 12 batches" in for_input(JobFacts(loader=FOLDER, read_micro_batches=lambda: 4.0), short).text
+
+
 def test_no_advice_gains_more_than_no_waiting_at_all():
     """The first batch of each short epoch is part of what the workers were measured by already."""
     starts = np.zeros(40, EPOCHS.dtype)

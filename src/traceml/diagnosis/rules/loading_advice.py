@@ -115,7 +115,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if line is not None and line.function.endswith(_OF_BATCH):
         loader = replace(loader, takes_batches=True)
 
-    return _more_workers(facts, loader, pipeline, cores, line) or _cheaper_samples(loader, pipeline, line, cores)
+    return _more_workers(facts, loader, pipeline, cores, line) or _cheaper_samples(facts, loader, pipeline, line, cores)
 
 
 def for_iterator(
@@ -410,18 +410,18 @@ def _more_workers(
             "them reads all of it."
         )
 
-    text += _in_longer_epochs(pipeline, workers, gain)
+    text += _in_longer_epochs(facts, pipeline, workers, gain)
     cached = _cached(loader, pipeline, gain, line)
     return LoadingAdvice(text + (cached or _waits(loader, pipeline, workers)), gain, workers)
 
 
-def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
+def _in_longer_epochs(facts: JobFacts, pipeline: Pipeline, workers: int, gain: float) -> str:
     """Return further advice where epochs are so short that workers are not ahead; else nothing."""
     longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain(workers, epoch_steps=None)
     if pipeline.is_taken_ahead or longer < _MUCH_MORE * gain:
         return ""
 
-    batches = plural(round(pipeline.epoch_steps or 1), "batch")
+    batches = plural(round((pipeline.epoch_steps or 1) * facts.micro_batches), "batch")
     return (
         f" Workers begin an epoch only when the training does, and it has {batches}: in longer epochs (the data set "
         f"several times, or a sampler that continues) {gain_text(longer, 'at most')}."
@@ -500,7 +500,9 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None, cores: str) -> LoadingAdvice:
+def _cheaper_samples(
+    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None, cores: str
+) -> LoadingAdvice:
     of_workers = line if line is not None and line.of_workers else None
     share = 1.0 if of_workers is None else of_workers.share
     gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
@@ -516,7 +518,7 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
     even = ", even" if cores.startswith(" if ") else ""
     crowd = f"; more workers will not help{even}{cores}{unless}" if pipeline.workers or pipeline.cores else ""
     crowd = _at_once(loader, pipeline) or crowd
-    longer = _in_longer_epochs(pipeline, pipeline.workers, gain) if pipeline.workers else ""
+    longer = _in_longer_epochs(facts, pipeline, pipeline.workers, gain) if pipeline.workers else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.{longer}",

@@ -78,7 +78,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     # `fetch_ns`, as there are workers now
     share_ns: float = 0.0
     is_handover: bool = False  # whether it waits for that, and not for the workers to make batches
-    # Mean number of batches of an epoch; None if unknown. Workers make the first one of an epoch only when
+    # Mean number of steps of an epoch; None if unknown. Workers make the first batch of an epoch only when
     # the training asks for it.
     epoch_steps: float | None = None
     # how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer
@@ -396,7 +396,7 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
             are_whole_epochs=is_taken_ahead(work, facts),
             gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(work, facts, rest_ns, wait_ns)),
             prefetch_factor=factor if factor <= MAX_PREFETCH else None,
-            short_epoch=round(epoch_steps) if 2 * long_ns >= epoch_steps * rest_ns else None,
+            short_epoch=round(epoch_steps * facts.micro_batches) if 2 * long_ns >= epoch_steps * rest_ns else None,
         )
 
 
