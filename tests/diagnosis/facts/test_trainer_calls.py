@@ -56,6 +56,15 @@ def test_a_trainer_whose_optimizer_was_seen_too_seldom() -> None:
     assert residual(*rest, seen("optimizer", 13, 1)).evidence["line"] == 12
 
 
+@pytest.mark.parametrize(("optimizer", "is_call"), [(12, True), (13, False)])
+def test_a_trainer_that_calls_the_scripts_own_code_for_forward(optimizer: int, is_call: bool) -> None:
+    """Lightning's `training_step`: a short run has few samples of the trainer's own phases, all in one line."""
+    rest = [seen("other", 12, 40), seen("forward", 12, 1), seen("forward", 8, 20), seen("backward", 12, 8)]
+    finding = residual(*rest, seen("optimizer", optimizer, 1), seen("checkpoint", 12, 1))
+
+    assert ("line" not in finding.evidence) is is_call
+
+
 def test_the_loop_is_said_to_be_inside_the_call_of_a_trainer() -> None:
     """The script's author has no loop to look at."""
     spread = [seen("other", 12, 5, f"/lib/skorch/net.py:{number} f{number}") for number in range(8)]

@@ -64,6 +64,7 @@ _SECOND_SHARE = 0.1  # of a phase, for the second of two functions
 _CALLS_MODEL = 0.1  # of the time of code that is in forward, or a model is called by chance
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _FEW_SAMPLES = 3
+_OTHER_PHASES = frozenset(each.label for each in Phase) - {Phase.BACKWARD.label, _USER}
 _OWN_SHARE = 0.1  # of a line without a function of a library: it does something itself
 _WAITS = 0.5  # code that is on a core for less of its time
 _AS_LONG = 0.8  # ranks with this share of the longest start-up begin at about the same time
@@ -481,7 +482,8 @@ def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     """Return whether a line only calls a library's trainer (`trainer.train()`, `model.learn()`): it is no loop.
 
     Then backward passes and optimizer run in the very same line, in a library. The forward passes stand for an
-    optimizer that the hooks do not know, or that was seen too seldom.
+    optimizer that the hooks do not know, or that was seen too seldom; so do all other phases of steps in that line,
+    where the script's own code is called for forward, as Lightning's `training_step`.
     """
     seen = [each for each in lines if (each.file, each.line) == (line.file, line.line)]
     itself = sum(each.samples for each in seen if each.library is None)
@@ -491,7 +493,11 @@ def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     if not _has_most(lines, "backward", line) or not _has_most(lines, "optimizer", line, fewest=0):
         return False
 
-    return _has_most(lines, "optimizer", line) or _has_most(lines, "forward", line)
+    if _has_most(lines, "optimizer", line) or _has_most(lines, "forward", line):
+        return True
+
+    others = sum(each.samples for each in seen if each.part in _OTHER_PHASES)
+    return others >= _FEW_SAMPLES and _has_most(lines, "optimizer", line, fewest=1)
 
 
 def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine, fewest: int = _FEW_SAMPLES) -> bool:
