@@ -638,13 +638,17 @@ class StepClock(DividedStep):
             self._end_last(self.paused_ns)
 
     def resume_training(self) -> None:
-        """Begin the next step after a pause, or continue the open one; the time of the pause is in no step."""
+        """Begin the next step after a pause, or continue the open one; the time of the pause is in no step.
+
+        It is not shown as open, as this cell may not train: lines that are seen in it before its phases are in none.
+        """
         if not self.paused_ns or not self.is_training_thread():
             return
 
         t = monotonic_ns()
         if self.pause_ends_step:
             self.begin_step(t)
+            self.open_slots[_STEP_START] = 0
         else:
             self.part_start += t - self.paused_ns
 

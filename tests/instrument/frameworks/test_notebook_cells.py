@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
 from traceml.clock import monotonic_ns
+from traceml.database.flight.flight_header import open_phase
+from traceml.database.schema import LINE_OUTSIDE
 from traceml.instrument.frameworks.notebook_cells import NotebookCells
 
 Cell = Callable[[], object]
@@ -128,6 +130,17 @@ def test_no_step_and_no_evaluation_reaches_from_one_cell_into_another(
     spans += [(row["t_end_ns"] - row["ns"], row["t_end_ns"]) for row in traced.table("evals")]
     for span in spans:
         assert any(began_ns <= span[0] and span[1] <= ended_ns for began_ns, ended_ns in shell.cells)
+
+
+def test_a_cell_without_training_is_seen_in_no_step(traced: Traced, shell: Shell) -> None:
+    """Samples of its lines would be taken for code of the next step, which may be blamed for it."""
+    training, slots, seen = Training(), traced.flight.open_slots, []
+    shell.run(training.on_loader)
+    shell.run(lambda: seen.append(open_phase(slots, has_steps=True)[0]))
+    shell.run(training.on_loader)
+
+    assert seen == [LINE_OUTSIDE]
+    assert len(traced.finish()) == 20
 
 
 def test_blocks_of_two_cells(traced: Traced, shell: Shell) -> None:
