@@ -23,10 +23,12 @@ _OUTSIDE_ITS_ENTRY = re.compile(r"\n {1,3}(?:-|\d+\.) .*|(?<=\n\n) {1,3}\S.*|\n 
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
+
+
 def _anchors(page: Path) -> set[str]:
-    return {
-        re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(page.read_text())
-    }
+    return {_anchor(heading) for heading in _HEADING.findall(page.read_text())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -170,3 +172,30 @@ def test_every_benchmark_is_reported() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert scripts == set(BENCHMARKS)
     assert [name for name in BENCHMARKS if f"{name}.py" not in page] == []
+
+
+def _figures(text: str) -> list[str]:
+    """Return the figures with a unit, without those of addresses."""
+    return re.findall(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?) ?(?:%|x|us|ms|s|kB|MB|GB)(?!\w)", _LINK.sub("]", text))
+
+
+def _strangers(text: str, measured: str) -> list[str]:
+    """Return the figures of a text that no number of the other one rounds to."""
+    numbers = [float(each.replace(",", "")) for each in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", measured)]
+    figures = [each.replace(",", "") for each in _figures(text)]
+    return [each for each in figures if all(f"{n:.{len(each.partition('.')[2])}f}" != each for n in numbers)]
+
+
+def test_figures_beside_a_link_to_a_benchmark_are_its_own() -> None:
+    """Figures of a sentence that links to a section are in it; those of the README's tables are in the page."""
+    benchmarks = (ROOT / "docs/benchmarks.md").read_text()
+    sections = {_anchor(part.partition("\n")[0]): part for part in benchmarks.split("\n## ")}
+    wrong = []
+    for page in PAGES:
+        for sentence in re.split(r"(?<=[.:])\s|\n\n", page.read_text()):
+            for anchor in re.findall(r"benchmarks\.md#([\w-]+)\)", sentence):
+                wrong += [(page.name, anchor, each) for each in _strangers(sentence, sections[anchor])]
+
+    costs = (ROOT / "README.md").read_text().partition("\n## Cost and guarantees\n")[2].partition("Measured by")[0]
+    assert not wrong + _strangers(costs, benchmarks)
+    assert len(_figures(costs)) > 15
