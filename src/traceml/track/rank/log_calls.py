@@ -159,10 +159,11 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
         name: any text.
         values: numbers: an array, a tensor, a list.
         step: its step; by default as for `log_metric`.
-        bins: number of intervals of equal width.
+        bins: number of intervals of equal width, at most 65,536.
 
     Raises:
         ArgumentTypeError: the name is not a text, or the step not a whole number.
+        UsageError: there are no bins, or too many.
     """
     media.histogram(loggers.active, name, values, step, bins=bins)
 
