@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_packages import LEAVES, NARROW, PACKAGES, SUBPACKAGES
+from tests.track.contents import CONTENTS
+from tests.track.readers import READERS
 from traceml.cli import COMMANDS
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.kinds import Kind
@@ -71,6 +73,11 @@ def test_every_tracker_is_in_its_table() -> None:
     assert sorted(rows) == sorted(BUILT_IN[PluginType.BACKEND])
     options = {name: metadata.options for name, metadata in known_backends().items()}
     assert [(name, each) for name, cell in rows.items() for each in options[name] if f"`{each}`" not in cell] == []
+
+
+def test_every_tracker_is_read_back() -> None:
+    """The recipe for a tracker has readers, with which `tests/track/backends/test_round_trip.py` covers it."""
+    assert sorted(READERS) == sorted(CONTENTS) == sorted(BUILT_IN[PluginType.BACKEND])
 
 
 def test_pictures_of_the_readme_are_absolute() -> None:
