@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -360,6 +361,21 @@ def test_an_unfinished_run_ended_with_its_last_rank(registry):
     with StoreReader(run.path / STORE_NAME) as reader:
         (rank,) = reader.streams()
         assert reader.meta()["run"]["ended"] == rank.facts["ended"]
+
+
+def test_a_run_that_was_removed_does_not_come_back(registry, memory):
+    """Its aggregator was killed, and left a mark; its rank was too, and left a flight file."""
+    run, _ = join(registry, hello(0, 1))
+    run.close()
+    FlightFile.create(memory, {"run_dir": str(run.path), "job": "job", "recorder": "r"}).close(unlink=False)
+    shutil.rmtree(run.path)
+    later = Registry(registry.runs_dir)
+
+    later.resume_unfinished_runs()
+
+    assert later.recover_flights() == []
+    assert not run.path.exists()
+    assert list((registry.runs_dir / ".open").glob("*.json")) == []
 
 
 @pytest.mark.parametrize("left", ["", "[]", '{"job": 5, "run": "x"}', '{"job": "j", "run": "../x"}', '{"job": "j"}'])

@@ -239,6 +239,10 @@ class Registry:
             if left is None or left["job"] in self._by_key:
                 continue
 
+            if not (self.runs_dir / left["run"]).exists():  # it was removed: it does not come back
+                self._unmark(left["job"])
+                continue
+
             try:
                 self.begin(left["run"], left["job"], named=bool(left.get("named")), is_new=False)
             except RefusedError as error:  # another aggregator has it open, or the folder is damaged
