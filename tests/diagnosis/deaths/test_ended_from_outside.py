@@ -106,6 +106,14 @@ def test_a_launcher_that_is_killed_after_its_ranks_is_no_cause(end: RankExit) ->
     assert found is None or "launcher_pid" not in found.evidence
 
 
+@pytest.mark.parametrize(("state", "is_told"), [("running", False), ("lost", True)])
+def test_ranks_that_outlive_their_launcher_are_not_lost(state: str, is_told: bool) -> None:
+    """A script that handles SIGTERM goes on, at least until its checkpoint is saved."""
+    found = rank_lost(job(by=EndingSignal(0, AT_S, launcher_pid=77), state=state))
+
+    assert (found is not None) is is_told
+
+
 @pytest.mark.parametrize(
     ("number", "before_s", "words"),
     [

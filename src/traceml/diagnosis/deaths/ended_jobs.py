@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.end_wording import in_common, step_text, whereabouts
 from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -215,7 +216,8 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> Finding |
         return None
 
     returned = not ended_badly(facts.exits)
-    if returned and (by.waited_s > _LATE_S or (by.launcher_pid is not None and facts.exits)):
+    goes_on = facts.state == RunStatus.RUNNING  # scripts may handle or ignore the signal of a launcher that is gone
+    if returned and (by.waited_s > _LATE_S or (by.launcher_pid is not None and (facts.exits or goes_on))):
         return None
 
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
