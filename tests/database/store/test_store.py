@@ -7,6 +7,7 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import sqlite3
 import sys
@@ -19,7 +20,8 @@ import pytest
 from tests.database.store.store_writers import STREAMS, frame, row
 from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
-from traceml.database.store.store import StoreWriter
+from traceml.database.store.store import StoreWriter, merge_wal
+from traceml.database.store.store_file import last_written_s
 from traceml.errors import StoreBusyError, StoreError
 
 Start = Callable[..., "Popen[str]"]
@@ -313,6 +315,23 @@ def test_what_a_writer_that_was_killed_left_half_made_is_removed(tmp_path: Path)
     StoreWriter(tmp_path / "store.db").close()
 
     assert [path.name for path in tmp_path.iterdir()] == ["store.db"]
+
+
+def test_merging_the_log_of_a_killed_writer_leaves_the_time_of_its_last_write(tmp_path: Path) -> None:
+    """A run that nobody has ended has ended then, not when somebody merges the log: perhaps the next day."""
+    with StoreWriter(tmp_path / "live" / "store.db") as writer:
+        writer.put_meta("a", 1)
+        writer.commit()
+        shutil.copytree(tmp_path / "live", tmp_path / "left")
+
+    store, then_s = tmp_path / "left" / "store.db", 1_000_000.0
+    for path in store.parent.iterdir():
+        os.utime(path, (then_s, then_s))
+
+    merge_wal(store)
+
+    assert not store.with_name("store.db-wal").exists()
+    assert last_written_s(store) == then_s
 
 
 @pytest.mark.process

@@ -22,7 +22,7 @@ from traceml.database.store.frame_compression import encode
 from traceml.database.store.frame_editor import THINNED
 from traceml.database.store.maintenance import Maintenance
 from traceml.database.store.reader import StreamIdentity
-from traceml.database.store.store_file import open_for_writing, translate_errors
+from traceml.database.store.store_file import last_written_s, open_for_writing, translate_errors
 from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
 from traceml.errors import StoreBusyError, StoreError
 
@@ -328,8 +328,11 @@ def merge_wal(path: Path) -> None:
     if not path.with_name(f"{path.name}-wal").exists() and not _has_open_journal(path):
         return
 
-    with contextlib.suppress(StoreError):  # it has a writer again, or is read-only: it is complete anyway
+    written_s = last_written_s(path)
+    with contextlib.suppress(StoreError, OSError):  # it has a writer again, or is read-only: it is complete anyway
         StoreWriter(path).close()
+        if written_s is not None:
+            os.utime(path, (written_s, written_s))  # it tells when a run ended that nobody has ended
 
 
 def _has_open_journal(path: Path) -> bool:

@@ -9,7 +9,7 @@ import os
 import resource
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgpack
@@ -270,8 +270,12 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> None:
 
 def last_written_s(path: Path) -> float | None:
     """Return the time of the last write to a store, in epoch seconds; None if there is none."""
-    files = [path, path.with_name(f"{path.name}-wal")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=None)
+    written_s = []
+    for file in (path, path.with_name(f"{path.name}-wal")):
+        with suppress(OSError):  # the log goes when its writer closes it
+            written_s.append(file.stat().st_mtime)
+
+    return max(written_s, default=None)
 
 
 def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
