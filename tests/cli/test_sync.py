@@ -328,6 +328,21 @@ def test_rows_of_another_host_wait_until_the_user_knows(runs_dir: Path, capsys: 
     assert len(load_run(info.path).steps()) == 1
 
 
+def test_a_run_whose_aggregator_died_elsewhere_is_ended(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a container that was killed: this host cannot tell. The user can; nothing was written for a minute."""
+    for name, silent_s in (("a", 90.0), ("b", 5.0), ("c", 90_000.0)):
+        run = logged(runs_dir, name, host="node7", boot_id="0" * 36, pid=9, start_ticks=1)
+        os.utime(run.path / STORE_NAME, (time.time() - silent_s,) * 2)
+
+    assert {info.id: info.state for info in list_runs(runs_dir)} == {"a": "running", "b": "running", "c": "lost"}
+    assert cli.main(["sync"]) == 0
+    assert "c: stored what its ranks left" in capsys.readouterr().err
+
+    assert cli.main(["sync", "--ended"]) == 0
+    assert {info.id: info.state for info in list_runs(runs_dir)} == {"a": "finished", "b": "running", "c": "finished"}
+    assert cli.main(["runs", "rm", "--yes", "a", "c"]) == 0
+
+
 def test_rows_of_a_run_that_cannot_be_opened_are_not_nothing(
     runs_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -24,29 +25,32 @@ def here() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("facts", "state"),
+    ("facts", "silent_s", "state"),
     [
-        ({}, "running"),
-        ({"start_ticks": 1}, "lost"),
-        ({"pid": 2**22 + 1}, "lost"),
-        ({"boot_id": "another"}, "lost"),
-        ({"host": "another", "pid": 2**22 + 1}, "running"),
+        ({}, 90_000, "running"),
+        ({"start_ticks": 1}, 0, "lost"),
+        ({"pid": 2**22 + 1}, 0, "lost"),
+        ({"boot_id": "another"}, 0, "lost"),
+        ({"host": "another", "pid": 2**22 + 1}, 80_000, "running"),
+        ({"host": "another", "pid": 2**22 + 1}, 90_000, "lost"),
         # A container with the network, and so the name, of its host.
-        ({"pid_namespace": "pid:[7]", "pid": 2**22 + 1}, "running"),
+        ({"pid_namespace": "pid:[7]", "pid": 2**22 + 1}, 80_000, "running"),
+        ({"pid_namespace": "pid:[7]", "pid": 2**22 + 1}, 90_000, "lost"),
     ],
 )
-def test_a_run_is_lost_if_its_aggregator_is_certainly_gone(facts: dict[str, Any], state: str) -> None:
-    """A run that is told as lost may be removed: where nothing can be known, it runs."""
-    assert state_of({"state": "running"}, here() | facts) == state
-    assert state_of({"state": "finished"}, here() | facts) == "finished"
+def test_a_run_is_lost_if_its_aggregator_is_certainly_gone(facts: dict[str, Any], silent_s: float, state: str) -> None:
+    """A run that is told as lost may be removed: where nothing can be known, it runs, for a day without a write."""
+    written_s = time.time() - silent_s
+    assert state_of({"state": "running"}, here() | facts, written_s) == state
+    assert state_of({"state": "finished"}, here() | facts, written_s) == "finished"
 
 
 def test_a_store_of_an_earlier_checkout_has_no_namespace() -> None:
     """Its number is looked for here."""
     earlier = {name: fact for name, fact in here().items() if name != "pid_namespace"}
 
-    assert state_of({"state": "running"}, earlier) == "running"
-    assert state_of({"state": "running"}, earlier | {"start_ticks": 1}) == "lost"
+    assert state_of({"state": "running"}, earlier, None) == "running"
+    assert state_of({"state": "running"}, earlier | {"start_ticks": 1}, None) == "lost"
 
 
 @pytest.mark.parametrize("name", ["host", "boot_id", "pid_namespace", "pid"])

@@ -24,6 +24,7 @@ from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
+from traceml.database.store.store_file import last_written_s
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import PluginError, RunNotFoundError, TraceMLError, UsageError
 from traceml.formatting import plural, printable, shell_quoted
@@ -73,7 +74,8 @@ class SyncOptions(RunsDirOptions):
     wait: bool = False
     """Wait for runs that are still running, instead of leaving them to their aggregator."""
     ended: bool = False
-    """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
+    """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it, and end its runs whose
+    aggregators were there."""
     from_dir: Annotated[str | None, Metavar("DIR")] = None
     """Store here what ranks of this other folder of runs left in memory, where that folder cannot be written."""
 
@@ -159,7 +161,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
 
     foreign, unreadable = [], []
     for info in reversed(list_runs(runs_dir)):
-        if info.state == RunStatus.RUNNING and not options.wait:
+        if info.state == RunStatus.RUNNING and not options.wait and not _is_left(info.path, options):
             continue
 
         if info.state in UNREADABLE_STATES:
@@ -199,7 +201,7 @@ def _warn(text: str) -> None:
 def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[tuple[str, TrackerSection]]:
     """Deliver one run to all its trackers at once; return its name with the state of each."""
     merge_wal(run_dir / STORE_NAME)  # a killed writer may have left a transaction, which a reader may not undo
-    _finish(run_dir, wait=options.wait)
+    _finish(run_dir, options)
     with StoreReader(run_dir / STORE_NAME) as reader:
         processes = []
         for process in _processes(run_dir, reader, options, config):
@@ -219,11 +221,21 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
     return [(run_dir.name, _outcome(process, logged)) for process in processes]
 
 
-def _finish(run_dir: Path, *, wait: bool) -> None:
+def _is_left(run_dir: Path, options: SyncOptions) -> bool:
+    """Whether the user says that all jobs have ended, and nothing shows that this one has not."""
+    return options.ended and not _is_watched(run_dir, options)
+
+
+def _is_watched(run_dir: Path, options: SyncOptions) -> bool:
+    aggregator, written_s = _meta(run_dir).get("aggregator", {}), last_written_s(run_dir / STORE_NAME)
+    return is_watched(aggregator, written_s, _SILENT_S) if options.ended else is_watched(aggregator, written_s)
+
+
+def _finish(run_dir: Path, options: SyncOptions) -> None:
     """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
     until_s = time.monotonic() + _ENDING_S
-    while not _is_ended(run_dir) and not _finish_unwatched(run_dir):
-        if not wait and time.monotonic() > until_s:
+    while not _is_ended(run_dir) and not _finish_unwatched(run_dir, options):
+        if not options.wait and time.monotonic() > until_s:
             raise TraceMLError(
                 f"run {run_dir.name} is still running: its aggregator delivers what it logs (--wait waits for its end)"
             )
@@ -231,12 +243,12 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
         time.sleep(_POLL_S)
 
 
-def _finish_unwatched(run_dir: Path) -> bool:
+def _finish_unwatched(run_dir: Path, options: SyncOptions) -> bool:
     """Finish a run that has no aggregator; return whether it is over now."""
     with RecoveryLock.FINISH.held(run_dir.parent):
         if _is_ended(run_dir):
             return True
-        if is_watched(_meta(run_dir).get("aggregator", {})):
+        if _is_watched(run_dir, options):
             return False
 
         is_over = finish_run(run_dir)

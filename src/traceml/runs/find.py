@@ -96,6 +96,7 @@ class _StoredFacts:
     aggregator: dict[str, Any]
     verdict: Finding | None
     unreadable: str = ""
+    written_s: float | None = None
 
 
 def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: bool = True) -> Path:
@@ -162,7 +163,7 @@ def describe_run(path: Path) -> RunInfo:
         path=path,
         id=path.name,
         name=labels.name or str(run.get("name", path.name)),
-        state=stored.unreadable or state_of(run, stored.aggregator),
+        state=stored.unreadable or state_of(run, stored.aggregator, stored.written_s),
         started=started,
         duration_s=ended - started if started is not None and ended is not None else None,
         world_size=int(run.get("world_size", 1)),
@@ -278,7 +279,9 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
     if not is_whole:
         return replace(_reported(path), verdict=verdict, unreadable="damaged")
 
-    return _StoredFacts(run, aggregator, verdict)
+    from traceml.database.store.store_file import last_written_s  # loaded with the reader
+
+    return _StoredFacts(run, aggregator, verdict, written_s=last_written_s(path / STORE_NAME))
 
 
 def _has_valid_types(run: Any) -> bool:

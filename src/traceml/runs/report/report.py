@@ -71,7 +71,7 @@ def full_report(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -
     """Return the report on all steps of a summary."""
     summary.facts_builder.time = run_wall_time(summary, reader, run_dir)
     window = summary.all_aligned()
-    findings = summary.diagnose(window, state_of(summary.run, summary.aggregator))
+    findings = summary.diagnose(window, state_of(summary.run, summary.aggregator, summary.written_s))
     if any((hung_s := _hung_s(summary, reader, findings)).values()):
         summary.facts_builder.time = run_wall_time(summary, reader, run_dir, hung_s)
 
@@ -90,7 +90,7 @@ def run_wall_time(
     Args:
         hung_s: seconds without progress before an attempt was ended, by attempt.
     """
-    state = state_of(summary.run, summary.aggregator)
+    state = state_of(summary.run, summary.aggregator, summary.written_s)
     started_s, _, duration_s = run_times(summary, state, run_dir)
     if started_s is None or duration_s is None:
         return None
@@ -204,7 +204,7 @@ def make_report(
 
 def _run(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -> RunSection:
     run = summary.run
-    state = state_of(run, summary.aggregator)
+    state = state_of(run, summary.aggregator, summary.written_s)
     started, ended, duration_s = run_times(summary, state, run_dir)
     return RunSection(
         id=str(run.get("id", run_dir.name)),

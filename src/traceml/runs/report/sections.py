@@ -196,7 +196,7 @@ def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSecti
         is_hung: whether the job hung; then the stacks of ranks that made no progress are told, too.
     """
     latest = summary.kept.reached()
-    is_lost = state_of(summary.run, summary.aggregator) == RunStatus.LOST
+    is_lost = state_of(summary.run, summary.aggregator, summary.written_s) == RunStatus.LOST
     return [
         RankSection(
             rank=rank,

@@ -28,6 +28,7 @@ from traceml.database.schema import (
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
+from traceml.database.store.store_file import last_written_s
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.facts.ends import ATTEMPT, END, RankExit, ending_signal_of
@@ -70,6 +71,8 @@ class RunSummaryReader:
         """Metrics of all attempts."""
         self.run: dict[str, Any] = {}
         self.aggregator: dict[str, Any] = {}
+        self.written_s: float | None = None
+        """Time of the last write to the store, epoch seconds."""
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
         self.ranks: dict[int, StreamRecord] = {}
@@ -203,6 +206,7 @@ class RunSummaryReader:
     def _read_streams(self, reader: StoreReader) -> None:
         meta = reader.meta()
         self.run, self.aggregator = dict(meta.get("run", {})), dict(meta.get("aggregator", {}))
+        self.written_s = last_written_s(reader.path)
         records = reader.streams()
         attempt = max((record.attempt for record in records), default=0)
         if attempt != self.attempt:
