@@ -275,7 +275,9 @@ def test_a_running_job_is_not_removed(tmp_path, monkeypatch, capsys):
         writer.put_meta("aggregator", {"host": "another", "pid": 1})
 
     assert cli.main(["runs", "rm", "going", "--yes"]) == 3
-    assert "is still running" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is still running" in told
+    assert "`traceml sync --ended` ends it" in told
     assert run.exists()
 
 

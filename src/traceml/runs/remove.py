@@ -47,7 +47,10 @@ def check_removable(infos: Sequence[RunInfo]) -> None:
             raise TraceMLError(f"{info.path} may not be a run's folder: remove it by other means. Nothing was removed")
 
         if info.state == RunStatus.RUNNING:
-            raise TraceMLError(f"run {info.id} is still running: end its job before removing it. Nothing was removed")
+            raise TraceMLError(
+                f"run {info.id} is still running: end its job before removing it. If its host or container is gone, "
+                "`traceml sync --ended` ends it. Nothing was removed"
+            )
 
 
 def remove_ended(infos: Sequence[RunInfo]) -> None:
