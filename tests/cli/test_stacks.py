@@ -21,10 +21,12 @@ from tests.forked import client as forked
 from traceml import cli
 from traceml.aggregator.silent_ranks.stacks_reply import stacks_reply
 from traceml.aggregator.streams.stream import Incarnation, RankStream
+from traceml.cli.jobs import running_job
 from traceml.clock import boot_id
 from traceml.database.store.store import StoreWriter
 from traceml.inspection.kernel_state import process_info
 from traceml.run_folder import STORE_NAME
+from traceml.transport import auth
 
 pytestmark = pytest.mark.process
 
@@ -148,6 +150,24 @@ def test_an_aggregator_that_cannot_be_asked_is_reported(tmp_path: Path, capsys: 
 
     assert cli.main(["stacks", "--runs-dir", str(tmp_path), "going-on"]) == 3
     assert "run `traceml stacks` there" in capsys.readouterr().err
+
+
+def test_a_stopped_aggregator_is_told_from_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would not help: it has the run open."""
+    monkeypatch.setattr(running_job, "_CONNECT_S", 0.3)
+    running_run(tmp_path / "going-on")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        path = auth.publish("127.0.0.1", silent.getsockname()[1], "secret")
+        try:
+            assert cli.main(["stacks", "--runs-dir", str(tmp_path), "going-on"]) == 3
+        finally:
+            path.unlink()
+
+    told = capsys.readouterr().err
+    assert f"(pid {os.getpid()}) did not answer within 0.3 s: it was stopped" in told
+    assert "traceml report going-on" in told
 
 
 def test_equal_stacks_of_many_ranks_travel_once() -> None:

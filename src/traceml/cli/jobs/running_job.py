@@ -9,7 +9,7 @@ from typing import Any
 
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
-from traceml.errors import RunNotFoundError, TraceMLError
+from traceml.errors import AggregatorUnavailableError, RunNotFoundError, TraceMLError
 from traceml.run_folder import STORE_NAME, report_command
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live_run import LiveRun
@@ -172,4 +172,13 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     known = address_of(run_dir.parent, served.port)
     tls = config.tls or (known is not None and known.port == served.port and known.tls)
     hello = Hello(role="client", run=run_dir.name)
-    return connect(reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
+    try:
+        return connect(reachable(served.host), served.port, hello, served.token, timeout_s=_CONNECT_S, tls=tls)
+    except AggregatorUnavailableError as error:
+        if error.refused:
+            raise
+
+        raise TraceMLError(
+            f"the aggregator of run {run_dir.name} (pid {pid}) did not answer within {_CONNECT_S:g} s: it was stopped "
+            f"by a signal, or its host is overloaded. The last state of the run: {report_command(run_dir.name)}"
+        ) from error
