@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 
 from traceml.errors import StoreError, UsageError
 from traceml.run_folder import LABELS_NAME
-from traceml.runs.run_labels import RunLabels, add_tags, read_labels, remove_tags, write_labels
+from traceml.runs.run_labels import RunLabels, add_tags, change_labels, read_labels, remove_tags, write_labels
 
 
 def test_labels_are_read_back(tmp_path):
@@ -41,6 +43,28 @@ def test_tags_are_unique_words():
         remove_tags(labels, ["c"])
     remove_tags(labels, ["a"])
     assert labels.tags == ["b"]
+
+
+def test_of_changes_at_once_none_is_lost(tmp_path):
+    """As of a script that tags in a loop in the background, or of two people: each has read what the other wrote."""
+    (tmp_path / "run").mkdir()
+    both = Barrier(2)
+
+    def tag(name: str) -> None:
+        def change(labels: RunLabels) -> None:
+            try:
+                both.wait(0.3)  # until the other one has read, too
+            except BrokenBarrierError:
+                pass
+
+            add_tags(labels, [name])
+
+        change_labels(tmp_path / "run", change)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(tag, ["a", "b"]))
+
+    assert sorted(read_labels(tmp_path / "run").tags) == ["a", "b"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

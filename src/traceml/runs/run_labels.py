@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -52,7 +55,7 @@ def write_labels(run_dir: Path, labels: RunLabels) -> None:
 
 
 def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabels:
-    """Change the labels of a run and return them.
+    """Change the labels of a run and return them. Of changes at once none is lost.
 
     Args:
         change: changes the labels that it is given.
@@ -61,12 +64,31 @@ def change_labels(run_dir: Path, change: Callable[[RunLabels], None]) -> RunLabe
         UsageError: the change is refused.
         StoreError: the folder cannot be written.
     """
-    labels, before = read_labels(run_dir), read_labels(run_dir)
-    change(labels)
-    if labels != before:
-        write_labels(run_dir, labels)
+    with _locked(run_dir.parent):
+        labels, before = read_labels(run_dir), read_labels(run_dir)
+        change(labels)
+        if labels != before:
+            write_labels(run_dir, labels)
 
     return labels
+
+
+@contextlib.contextmanager
+def _locked(runs_dir: Path) -> Iterator[None]:
+    """Lock the folder of runs, if its filesystem can; the run's own folder is locked by its aggregator."""
+    try:
+        folder = os.open(runs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # it may be written, but not read
+        yield
+        return
+
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+
+        yield
+    finally:
+        os.close(folder)
 
 
 def add_tags(labels: RunLabels, tags: list[str]) -> None:
