@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +19,7 @@ from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
 from tests.ports import free_port
 from tests.recorder.conftest import environ
+from traceml import settings
 from traceml.database.store.reader import StoreReader
 from traceml.errors import AggregatorUnavailableError
 from traceml.recorder import local_aggregator
@@ -122,6 +123,31 @@ def test_a_script_that_changes_its_folder_is_stored_where_it_began(tmp_path: Pat
     # A busy machine starts an aggregator in more than the seconds that the end of so short a script waits for it.
     eventually(lambda: list((tmp_path / "traceml_runs").glob("*/store.db")), "the run")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_files_do_not_override_the_settings_of_the_job(
+    quiet_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting of the job that is turned off is off in its aggregator, too; what must stay on the machine stays."""
+    started: list[Mapping[str, str]] = []
+
+    def fail(*_: object, environ: Mapping[str, str], **__: object) -> NoReturn:
+        started.append(environ)
+        raise OSError("no process starts in this test")
+
+    monkeypatch.setattr(local_aggregator, "DetachedProcess", fail)
+    (tmp_path / "traceml.toml").write_text(
+        'keep_runs = 1\non_finding = ["true"]\ntls = true\notlp_endpoint = "http://collector:4318"\n'
+    )
+    own = {"keep_runs": None, "on_finding": [], "tls": False, "otlp_endpoint": None}
+    own |= {"local_only": True, "mask": ["re:secret-[a-z]{3,5}", "*.key"]}
+    with pytest.raises(AggregatorUnavailableError, match="no process starts"):
+        traceml.init(local=True, runs_dir=tmp_path / "runs", **own)
+
+    config = settings.load(started[0], tmp_path)
+    assert {name: getattr(config, name) for name in own} == own | {
+        "on_finding": (), "mask": ("re:secret-[a-z]{3,5}", "*.key"),
+    }  # fmt: skip
 
 
 def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:

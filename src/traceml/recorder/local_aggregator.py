@@ -40,10 +40,10 @@ _REFUSED_POLL_S = 0.5
 _ENDING_S = 4.0
 
 
-# Settings of the job that its aggregator goes by.
+# Settings of the job that its aggregator goes by, whatever the files say that it reads, too.
 _PASSED_ON = (
-    "debug", "delivery_nice", "retention", "on_finding_after", "profile_on_finding", "keep_runs", "fleet_dir",
-    "otlp_endpoint",
+    "debug", "delivery_nice", "fleet_dir", "keep_runs", "local_only", "mask", "on_finding", "on_finding_after",
+    "otlp_endpoint", "profile_on_finding", "retention", "tls",
 )  # fmt: skip
 
 
@@ -262,14 +262,8 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ = {key: value for key, value in os.environ.items() if not key.upper().startswith("TRACEML_")}
     if config.token:
         environ["TRACEML_TOKEN"] = config.token
-    if config.tls:
-        environ["TRACEML_TLS"] = "1"
     environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
-    environ["TRACEML_ON_FINDING"] = json.dumps(config.on_finding)
-    for name in _PASSED_ON:
-        value = getattr(config, name)
-        if value is not None:
-            environ[f"TRACEML_{name.upper()}"] = str(value.absolute() if isinstance(value, Path) else value)
+    environ |= {f"TRACEML_{name.upper()}": _as_variable(getattr(config, name)) for name in _PASSED_ON}
 
     log = runtime_folder() / f"local-{config.port}.log"
     with log.open("wb") as output:
@@ -277,6 +271,16 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
 
     _log.info("started an aggregator for this job (pid %d), which logs to %s", process.pid, log)
     return process, str(log)
+
+
+def _as_variable(value: object) -> str:
+    """Return a setting as text for the environment; "none" for None, as an empty variable counts as unset."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return json.dumps(value)
+
+    return str(value.absolute() if isinstance(value, Path) else value)
 
 
 def _last_line(log: Path) -> str:
