@@ -285,6 +285,11 @@ class Config:
         return Config(**{**vars(self), **values})
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The values that arguments have given, for `load` in another process."""
+        return {name: getattr(self, name) for name, source in self.sources.items() if source == "argument"}
+
+    @property
     def supervised(self) -> bool:
         """Whether `traceml run` or `launch` started this process and gave it its aggregator."""
         return self.sources.get("host") == "TRACEML_ADDRESS"

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ __all__ = [
     "SpawnedFrom",
     "export_to_children",
     "identify",
+    "inherit_settings",
     "is_of_traced_job",
     "settings_of_parent",
     "spawned_from",
@@ -35,6 +37,7 @@ __all__ = [
 _PARENT = "TRACEML_PARENT"
 _RAY_WORKER = "ray/_private/workers/default_worker.py"  # the program of each worker of Ray
 _spawned: SpawnedFrom | None = None
+_inherited: dict[str, Any] = {}
 
 
 class Identity(NamedTuple):
@@ -148,6 +151,11 @@ def stop_export() -> None:
     os.environ.pop(_PARENT, None)
 
 
+def inherit_settings(settings: Mapping[str, Any]) -> None:
+    """Note settings of the parent that are not in the environment, where a key would be seen by every program."""
+    _inherited.update(settings)
+
+
 def spawned_from() -> SpawnedFrom | None:
     """Return the parent of this process, if it records and has spawned this one through `multiprocessing`.
 
@@ -156,7 +164,8 @@ def spawned_from() -> SpawnedFrom | None:
     if multiprocessing_parent() is None or detect_rank().source == "torch.distributed":
         return None
 
-    return _exported_parent()
+    parent = _exported_parent()
+    return None if parent is None else parent._replace(settings=settings_of_parent())
 
 
 def is_of_traced_job() -> bool:
@@ -210,7 +219,7 @@ def identify(config: Config, before: Identity | None = None, joining: tuple[int,
 def settings_of_parent() -> dict[str, Any]:
     """Return settings for `load` with which the parent of this process records; empty if none does."""
     parent = _exported_parent()
-    return {} if parent is None else parent.settings
+    return _inherited | ({} if parent is None else parent.settings)
 
 
 def _recorder_of_parent(before: Identity | None) -> str:

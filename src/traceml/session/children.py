@@ -10,11 +10,12 @@ import functools
 import logging
 import multiprocessing.process
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from traceml.fail_open import fail_open
 from traceml.ids import detect_rank
+from traceml.recorder.identity import inherit_settings
 from traceml.session.task_workers import watch_pool_worker
 
 __all__ = ["ChildTarget", "at_training_setup", "watch_children"]
@@ -24,14 +25,19 @@ _log = logging.getLogger("traceml")
 
 
 class ChildTarget:
-    """Function of a child process that is traced if it trains."""
+    """Function of a child process that is traced if it trains.
 
-    def __init__(self, target: Callable[..., object], start: Callable[[], None]) -> None:
-        self._target, self._start = target, start
+    Args:
+        settings: settings that the parent's `init` was given.
+    """
+
+    def __init__(self, target: Callable[..., object], start: Callable[[], None], settings: Mapping[str, Any]) -> None:
+        self._target, self._start, self._settings = target, start, dict(settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Run the function, on the child's side."""
         with fail_open(_log, "session", "a child process trains without tracing"):
+            inherit_settings(self._settings)
             at_training_setup(self._start)
             watch_pool_worker(self._target, args)
 
@@ -51,14 +57,14 @@ def watch_children(start_child: Callable[[], None]) -> None:
 
     def start(process: Any) -> None:
         target: Any = getattr(process, "_target", None)
-        traced = _may_train(target)
-        if traced:
-            process._target = ChildTarget(target, start_child)
+        settings = _settings_of_training(target)
+        if settings is not None:
+            process._target = ChildTarget(target, start_child, settings)
 
         try:
             original(process)
         finally:
-            if traced and "_target" in vars(process):  # a process that has started drops it
+            if settings is not None and "_target" in vars(process):  # a process that has started drops it
                 process._target = target
 
     start._traceml_watches = True  # type: ignore[attr-defined]
@@ -66,18 +72,22 @@ def watch_children(start_child: Callable[[], None]) -> None:
     process_type.start = start
 
 
-def _may_train(target: Any) -> bool:
-    """Whether a child's training would be a rank: this process is not one of a launcher's, and records."""
+def _settings_of_training(target: Any) -> dict[str, Any] | None:
+    """Return the settings of a child whose training would be a rank; None if it is none.
+
+    It is one if this process records and is not one of a launcher's.
+    """
     from traceml.recorder.current_recorder import current_recorder
 
     with fail_open(_log, "session", "a child process trains without tracing", once=True):
         recorder = current_recorder()
         if target is None or recorder is None or not recorder.enabled or detect_rank().source != "single process":
-            return False
+            return None
 
-        return not str(getattr(target, "__module__", "")).startswith(_OTHERS)
+        is_other = str(getattr(target, "__module__", "")).startswith(_OTHERS)
+        return None if is_other else recorder.config.arguments
 
-    return False
+    return None
 
 
 def at_training_setup(start: Callable[[], None]) -> None:
