@@ -115,6 +115,22 @@ def test_steps_that_no_aggregator_ever_took_are_reported(caplog: pytest.LogCaptu
     assert my_flights() == []
 
 
+def test_a_refusal_is_told_at_the_start_and_at_the_end(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """Once each, though the connection is tried more often; nobody is told to start what answers."""
+    with caplog.at_level(logging.WARNING, "traceml"):
+        recorder = traceml.init(port=serving.port, token="wrong", on_missing="warn")
+        do_steps(5)
+        recording = recorder.live_recording
+        assert recording is not None
+        eventually(lambda: recording.sender.trouble)
+        traceml.shutdown()
+
+    first, last = [text for text in warnings_of(caplog) if "refused the connection" in text]
+    assert first.endswith("Training continues; the connection is retried in the background.")
+    assert last.startswith("5 steps of this rank are not stored, as no aggregator accepted them (")
+    assert last.endswith("in a file of settings).")
+
+
 @pytest.mark.process
 def test_who_starts_an_aggregator_is_not_told_to_start_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The one that was started here has said why it cannot serve, as in a folder that cannot be written."""

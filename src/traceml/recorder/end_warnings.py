@@ -42,10 +42,11 @@ def waiting_text(flight: FlightFile, sender: RowSender, *, supervised: bool, loc
         return None
 
     if not sender.connections and not flight.holds_user_rows:
-        remedy = "" if local else " Start one first with `traceml serve`, or call traceml.init(local=True)."
+        start = " Start one first with `traceml serve`, or call traceml.init(local=True)."
+        why, remedy = ("accepted them", "") if sender.was_answered else ("answered", "" if local else start)
         return (
             f"{plural(waiting, 'step')} of this rank {'is' if waiting == 1 else 'are'} not stored, as no aggregator "
-            f"answered ({sender.trouble}).{remedy}"
+            f"{why} ({sender.trouble.rstrip('.')}).{remedy}"
         )
 
     what = [plural(waiting, "step")] if waiting else []

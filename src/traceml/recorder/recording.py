@@ -121,7 +121,7 @@ class Recording:
                 raise
 
             _log.warning("%s. Training continues; the connection is retried in the background.", str(error).rstrip("."))
-            self.sender.warned_missing()
+            self.sender.note_warned(error)
             return
 
         if connection is not None:

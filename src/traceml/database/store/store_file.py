@@ -300,7 +300,8 @@ def _advice(path: Path, error: Exception, doing: str) -> str:
         return f"Files may have {bytes_text(limit)} here (ulimit -f): raise the limit; unwritten rows are kept."
 
     if "full" in text or "disk I/O" in text:
-        return f"Free some space on the disk of {path.parent}; unwritten rows are kept and written later."
+        kept = "unwritten rows are kept while their jobs run, and written later"
+        return f"Free some space on the disk of {path.parent}; {kept}."
 
     if any(word in text for word in ("malformed", "not a database", "decode")):
         return "The file is damaged: move it away, or put a copy of it in its place."

@@ -100,6 +100,8 @@ class RowSender:
         """Number of connections so far."""
         self.trouble = ""
         """Reason why the last try to connect failed; empty while connected."""
+        self.was_answered = False
+        """Whether the last try to connect was answered, if only by a refusal."""
         self.clock: ClockOffset | None = None
         """Offset of the aggregator's clock, as measured last."""
 
@@ -164,9 +166,9 @@ class RowSender:
         steps = f"the last {self._steps.capacity:,} steps and " if self._steps.capacity >= _FRAME_ROWS else ""
         return f"{steps}all logged values are kept"
 
-    def warned_missing(self) -> None:
-        """Note that the user was warned already that no aggregator answers."""
-        self._warned.add("missing")
+    def note_warned(self, error: AggregatorUnavailableError | AggregatorRefusedError) -> None:
+        """Note that the user was warned already that no aggregator answers, or that it refuses."""
+        self._warned.add("refused" if isinstance(error, AggregatorRefusedError) else "missing")
 
     def attach(self, connection: Connection) -> None:
         """Use a new connection, and continue at the rows that its welcome asks for."""
@@ -366,13 +368,14 @@ class RowSender:
             self.dialed.clear()
             self.attach(self._dial(_DIAL_TIMEOUT_S))
         except AggregatorRefusedError as error:
-            self._refused, self.trouble = True, str(error)
+            self._refused = self.was_answered = True
+            self.trouble = str(error)
             self._warn_once("refused", f"%s; {self._kept}, and the connection is retried every minute", error)
             self._retry_after(_REFUSED_PAUSE_S)
             return False
         except AggregatorUnavailableError as error:
             _log.debug("%s", error)
-            self.trouble = error.reason
+            self.trouble, self.was_answered = error.reason, error.refused
             if not self.connections and now - self._started_ns > _MISSING_WARNING_NS:
                 self._warn_once(
                     "missing",
