@@ -16,8 +16,9 @@ import traceml
 from tests.ports import free_port
 from traceml import cli
 from traceml.cli.checks import local_checks
+from traceml.errors import AggregatorForeignError
 from traceml.settings import declarations, load
-from traceml.transport import auth
+from traceml.transport import auth, client
 from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock
 
 
@@ -229,6 +230,21 @@ def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch, stranger)
     with FolderLock.acquire(tmp_path / "runs") as lock:
         lock.publish(AggregatorAddress(*stranger))
         assert str(stranger[1]) in local_checks._aggregator(config).text
+
+
+@pytest.mark.parametrize(("given", "state"), [({}, "note"), ({"port": 29765}, "broken")])
+def test_another_users_aggregator_is_a_note_unless_its_address_was_set(tmp_path, monkeypatch, given, state):
+    """Jobs of this user start their own beside it, on a machine of many."""
+
+    def refuse(host, port, *_, **__):
+        raise AggregatorForeignError(host, port, "no token is known for it")
+
+    monkeypatch.setattr(local_checks, "_is_free", lambda *_: False)
+    monkeypatch.setattr(client, "connect", refuse)
+    check = local_checks._aggregator(load({}, tmp_path, runs_dir=tmp_path / "runs", **given))
+
+    assert (check.state, "no token is known" in check.text) == (state, True)
+    assert ("--port 0" in check.hint) is (state == "note")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class ClientHandshake:
         if entry is None:
             raise self._reject(
                 "no token is known for it: it was started by another user, on another host or in another container. "
-                "Put its token into TRACEML_TOKEN",
+                "Put its token into TRACEML_TOKEN, or start your own with `traceml serve --port 0` or "
+                "traceml.init(local=True)",
                 AggregatorForeignError,
             )
 

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from traceml.database.store.filesystem import network_filesystem
-from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
+from traceml.errors import (
+    AggregatorForeignError,
+    AggregatorRefusedError,
+    AggregatorUnavailableError,
+    PluginError,
+    SettingsError,
+)
 from traceml.formatting import bytes_text, left_text, plural
 from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
 from traceml.privacy import secrets_only
@@ -267,9 +273,9 @@ def _aggregator(config: Config) -> Check:
     address = found or AggregatorAddress(config.host, config.port)
     where = f"{address.host}:{address.port}"
     other = auth.discover(config.port)
+    own = "for this folder, `traceml serve --port 0` or traceml.init(local=True) starts one next to it"
     if found is None and not config.address_given and other is not None:
-        hint = "for this folder, `traceml serve --port 0` or traceml.init(local=True) starts one next to it"
-        return Check("aggregator", "note", f"the one at {where} serves another runs folder, {other.runs_dir}", hint)
+        return Check("aggregator", "note", f"the one at {where} serves another runs folder, {other.runs_dir}", own)
 
     if found is None and _is_free(config.host, config.port):
         return Check("aggregator", "ok", f"{where} is free: no aggregator is running, `traceml serve` can start there")
@@ -287,6 +293,9 @@ def _aggregator(config: Config) -> Check:
             tls=config.tls or address.tls,
         ).close("doctor")
     except AggregatorRefusedError as error:
+        if isinstance(error, AggregatorForeignError) and not config.address_given:
+            return Check("aggregator", "note", str(error), own)
+
         return Check("aggregator", "broken", str(error), "choose another port with TRACEML_PORT, or set TRACEML_TOKEN")
     except AggregatorUnavailableError as error:
         hint = "choose another with TRACEML_PORT, or start `traceml serve` on that host"
