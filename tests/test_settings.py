@@ -99,6 +99,10 @@ def test_the_supervisor_wins_over_arguments() -> None:
         ("TRACEML_RUNS_DIR", "/tmp/x", "runs_dir", Path("/tmp/x")),
         ("TRACEML_ON_MISSING", "WARN", "on_missing", "warn"),
         ("TRACEML_CONNECT_TIMEOUT", "2.5", "connect_timeout", 2.5),
+        ("TRACEML_TOKEN", "secret\n", "token", "secret"),  # as a file that was mounted as a variable ends
+        ("TRACEML_HOST", " node1 ", "host", "node1"),
+        ("TRACEML_HOST", "[::1]", "host", "::1"),
+        ("TRACEML_HOST", "fe80::1", "host", "fe80::1"),
     ],
 )
 def test_environment_text_becomes_typed(variable: str, text: str, name: str, value: object) -> None:
@@ -137,6 +141,11 @@ def test_backend_tables(tmp_path: Path) -> None:
         ({"backend": [1]}, "a list of strings"),
         ({"tls": "maybe"}, "true or false"),
         ({"host": " "}, "a non-empty string"),
+        (
+            {"host": "node1:29765"},
+            "'node1:29765' is not allowed (from argument). Allowed: a host name or an IP address",
+        ),
+        ({"host": "http://node1"}, "the port is a setting of its own"),
         ({"enabled": "perhaps"}, "true or false"),
         *(
             (

@@ -62,7 +62,7 @@ def _convert(kind: Any, value: Any, limits: Limits) -> Any:
     if kind is Path:
         return Path(value).expanduser() if os.fspath(value) else BAD
 
-    return value if isinstance(value, str) and value.strip() else BAD
+    return value.strip() or BAD if isinstance(value, str) else BAD
 
 
 def _flag(value: Any) -> Any:

@@ -299,7 +299,17 @@ class SettingSources:
         if name == "run_id" and result:
             _refuse_unusable_id(result, source, written)
 
-        return result
+        return _bare_host(result, source, written) if name == "host" else result
+
+
+def _bare_host(text: str, source: str, written: str) -> str:
+    """Return a host without the brackets that an IPv6 address has in a URL; refuse what is more than a host."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if host.count(":") == 1 or "/" in host:  # an IPv6 address has more colons
+        allowed = "a host name or an IP address alone; the port is a setting of its own"
+        raise SettingsError(written, f"{text[:100]!r} is not allowed", source=source, allowed=allowed)
+
+    return host
 
 
 def _refuse_unusable_id(run_id: str, source: str, written: str) -> None:
