@@ -270,6 +270,7 @@ def test_a_late_init_is_reported(python: Python, tmp_path: Path) -> None:
     ended = python(f"{LOOP}\ntrain()\nimport traceml\ntraceml.init(run_name='late', local=True)")
 
     assert "init(run_name) was called too late" in ended.stderr
+    assert "or end this run by traceml.shutdown() first." in ended.stderr
     assert "TRACEML_RUN_NAME" in ended.stderr
     assert report(tmp_path)["run"]["name"] == "train"
 

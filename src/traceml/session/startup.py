@@ -169,12 +169,15 @@ def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Conf
     names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
     ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
     if arguments and ignored:
-        variables = ", ".join(f"TRACEML_{name.upper()}" for name in ignored)
+        ways = [f"set {', '.join(f'TRACEML_{name.upper()}' for name in ignored)}"]
+        if not running.supervised:  # else a later recording of this process is of the same run
+            ways.append("end this run by traceml.shutdown() first")
+
         _log.warning(
             "init(%s) was called too late: this process is recorded with other settings already. Call it before the "
-            "training is set up and anything is logged, or set %s.",
+            "training is set up and anything is logged, or %s.",
             ", ".join(ignored),
-            variables,
+            ", or ".join(ways),
         )
 
 
