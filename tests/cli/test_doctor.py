@@ -37,7 +37,7 @@ def test_everything_is_there(quick, capsys):
     assert cli.main(["doctor"]) == 0
 
     shown = capsys.readouterr().out
-    for name in ("python", "packages", "torch", "runs_dir", "flight files", "aggregator", "gpu", "terminal"):
+    for name in ("python", "packages", "torch", "runs_dir", "flight files", "tokens", "aggregator", "gpu", "terminal"):
         assert f" {name} " in shown
     for name in declarations():
         assert f"\n{name} " in shown
@@ -197,6 +197,15 @@ def test_runs_dir_on_a_network_filesystem(tmp_path, monkeypatch):
     assert check.state == "note"
     assert "on a network filesystem (nfs4)" in check.text
     assert "local disk" in check.hint
+
+
+def test_no_folder_for_tokens_is_broken(quick, capsys, monkeypatch, tmp_path):
+    """As in a container where nothing but the runs folder can be written: `init(local=True)` fails there."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(auth, "_candidates", lambda: [tmp_path / "file"])
+
+    assert cli.main(["doctor"]) == 3
+    assert f"broken tokens        {tmp_path / 'file'} cannot keep an aggregator's token: " in capsys.readouterr().out
 
 
 @pytest.fixture

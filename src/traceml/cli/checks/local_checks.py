@@ -86,6 +86,7 @@ def all_checks() -> Iterator[Check]:
     yield from _plugins(config)
     yield _runs_dir(config.runs_dir)
     yield _flight_folder(Path("/dev/shm"))  # noqa: S108 - only checked
+    yield _token_folder()
     yield _aggregator(config)
     yield _devices()
     yield _terminal()
@@ -261,6 +262,17 @@ def _flight_folder(folder: Path) -> Check:
         return Check("flight files", "note", text, "ranks keep fewer rows; in a container: docker run --shm-size=1g")
 
     return Check("flight files", "ok", text)
+
+
+def _token_folder() -> Check:
+    """Check that there is a folder for tokens, and for the log of an aggregator that a job starts."""
+    from traceml.transport import auth
+
+    try:
+        return Check("tokens", "ok", f"their files are in {auth.runtime_folder()}")
+    except OSError as error:
+        hint = "without one no job can start its own aggregator, except by `traceml run`"
+        return Check("tokens", "broken", str(error), hint)
 
 
 def _aggregator(config: Config) -> Check:
