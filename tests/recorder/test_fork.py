@@ -225,3 +225,28 @@ def test_data_loader_workers_are_no_ranks(serving: Serving, run_script: Run, met
         assert len(store.streams()) == 1
         assert store.stored("steps") == 8, done.stderr
         assert store.stored("user_phases") == 0
+
+
+def test_a_spawned_child_that_only_logs_loses_nothing(serving: Serving, run_script: Run) -> None:
+    """It connects late, as it might join a process group: the report counted its recorder's own rows as lost."""
+    done = run_script(
+        """
+        import multiprocessing, time, traceml
+        from traceml.recorder import recorder_thread
+        recorder_thread._TELEMETRY_NS = recorder_thread._FIRST_TELEMETRY_NS = 1
+
+        def work():
+            traceml.log_metric("value", 1.0)
+            time.sleep(2.5)  # the recorder's thread has woken several times
+
+        if __name__ == "__main__":
+            traceml.init()
+            child = multiprocessing.get_context("spawn").Process(target=work)
+            child.start()
+            child.join()
+        """
+    )
+
+    assert done.returncode == 0, done.stderr
+    with serving.store() as store:
+        assert (store.stored("metrics"), store.lost("telemetry")) == (1, 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import PACKED
+from traceml.database.schema import PACKED, TELEMETRY
 from traceml.fail_open import fail_open
 from traceml.ids import RankIdentity
 from traceml.inspection.git_head import git_head, repository_folders
@@ -68,8 +68,8 @@ class RecorderStatistics:
 
 _log = logging.getLogger("traceml")
 
-# A child that only logs has no steps nor samples.
-_CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
+# A child that only logs has no steps, and no samples but those of its own recorder, one in five seconds.
+_CHILD_CAPACITIES = {table.name: 2 for table in PACKED} | {TELEMETRY.name: 64}
 _MAX_PATHS = 64
 
 
