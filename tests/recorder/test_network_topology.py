@@ -17,6 +17,9 @@ SwitchName=leaf1 Nodes=gpu[001-032,040],login
 switchname=leaf2 nodes=gpu[33-39]-ib,gpu[041-064] LinkSpeed=100
 SwitchName=spine Switches=leaf[1-2]  # the top
 SwitchName=other Nodes=cpu[0-9]
+SwitchName=rows \\
+  Nodes=rack[0-3]_blade[0-15],\\
+rack[08-120]
 """
 
 
@@ -52,15 +55,23 @@ def test_slurm_tells_the_switches_from_the_top_down(environ, switches):
         ("gpu35-ib", ["leaf2", "spine"]),
         ("gpu064", ["leaf2", "spine"]),
         ("cpu7", ["other"]),
+        ("rack3_blade12", ["rows"]),
+        ("rack0_blade0", ["rows"]),
+        ("rack09", ["rows"]),
+        ("rack110", ["rows"]),
         ("gpu033", []),
         ("gpu1", []),
         ("gpu0001", []),
         ("cpu10", []),
+        ("rack4_blade1", []),
+        ("rack3_blade16", []),
+        ("rack3_blade", []),
+        ("rack9", []),
         ("elsewhere", []),
     ],
 )
 def test_a_file_is_read_as_slurm_reads_it(tmp_path: Path, host, switches):
-    """Ranges with and without leading zeros, several names, comments, entries in any case."""
+    """Ranges with and without leading zeros, several in a name, several names, comments, entries in any case."""
     (tmp_path / "topology.conf").write_text(_TREE)
 
     assert switches_above(host, slurm("wrong.node", "switch.node"), tmp_path / "topology.conf") == switches

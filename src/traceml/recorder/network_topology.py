@@ -11,8 +11,9 @@ __all__ = ["switches_above"]
 _MAX_LEVELS = 8
 _MAX_BYTES = 16 << 20
 _ENTRY = re.compile(r"(\w+)=(\S+)", re.ASCII)
-_NAMES = re.compile(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)?,?")
-_BRACKETS = re.compile(r"([^\[]*)\[([^\]]*)\](.*)", re.ASCII)
+_NAMES = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_CONTINUED = re.compile(r"\\[ \t]*\r?\n")
+_DIGITS = re.compile(r"[0-9]*")
 
 
 def switches_above(host: str, environ: Mapping[str, str], file: Path | None = None) -> list[str]:
@@ -52,7 +53,7 @@ def _text_of(file: Path) -> str:
 def _parents(text: str) -> list[tuple[str, str]]:
     """Return (expression of children, switch) of each line; names of entries have no case."""
     found = []
-    for line in text.splitlines():
+    for line in _CONTINUED.sub("", text).splitlines():
         entries = {name.lower(): value for name, value in _ENTRY.findall(line.partition("#")[0])}
         switch = entries.get("switchname") or entries.get("blockname")
         found += [(entries[kind], switch) for kind in ("nodes", "switches") if switch and kind in entries]
@@ -73,21 +74,27 @@ def _above(host: str, parents: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _has(expression: str, name: str) -> bool:
-    """Return whether a host list such as `gpu[001-032,040],cpu1` has a name."""
-    return any(_is_one(part.rstrip(","), name) for part in _NAMES.findall(expression) if part)
+    """Return whether a host list such as `gpu[001-032,040],rack[0-3]n[1-8],cpu1` has a name."""
+    return any(_is_one(part, name) for part in _NAMES.findall(expression))
 
 
 def _is_one(part: str, name: str) -> bool:
-    found = _BRACKETS.fullmatch(part)
-    if found is None:
+    before, bracket, rest = part.partition("[")
+    if not bracket:
         return part == name
 
-    before, ranges, after = found.groups()
-    middle = name[len(before) : len(name) - len(after)]
-    if not (name.startswith(before) and name.endswith(after) and middle.isascii() and middle.isdecimal()):
+    ranges, _, after = rest.partition("]")
+    digits = _DIGITS.match(name, len(before))
+    if digits is None or not name.startswith(before):
         return False
 
-    return any(_is_between(middle, *_ends(each)) for each in ranges.split(","))
+    # Digits may follow the bracket, too: each beginning of the number is tried.
+    ends = range(digits.start() + 1, digits.end() + 1)
+    return any(_is_among(name[len(before) : end], ranges) and _is_one(after, name[end:]) for end in ends)
+
+
+def _is_among(number: str, ranges: str) -> bool:
+    return any(_is_between(number, *_ends(each)) for each in ranges.split(","))
 
 
 def _ends(text: str) -> tuple[str, str]:
@@ -96,9 +103,8 @@ def _ends(text: str) -> tuple[str, str]:
 
 
 def _is_between(number: str, low: str, high: str) -> bool:
-    """Return whether a number is in a range; `001` has three digits, `1` has as many as it needs."""
+    """Return whether a number is in a range, whose numbers have at least as many digits as its first one."""
     if not (low.isdecimal() and high.isdecimal()):
         return False
 
-    width = len(low) if low.startswith("0") else len(str(int(number)))
-    return len(number) == width and int(low) <= int(number) <= int(high)
+    return number == f"{int(number):0{len(low)}}" and int(low) <= int(number) <= int(high)
