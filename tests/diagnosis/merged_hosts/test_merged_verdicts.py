@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.diagnosis.fabricated import Fault, Job, adds, rows_of, takes_turns
 from tests.diagnosis.merged_hosts.central_merger import CentralMerger
 from tests.diagnosis.merged_hosts.clusters import (
     LEVELS,
@@ -69,6 +69,27 @@ def test_ranks_that_wait_in_steps_without_device_times_are_not_late(part: str, k
 
     assert (found.kind, found.ranks, found.phase) == (kind, (1,), part)
     assert found.speedup_if_fixed == pytest.approx(all_measured.speedup_if_fixed, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        pytest.param(takes_turns("input_wait", 20, tuple(range(8))), Kind.INPUT_BOUND, id="ranks of a host"),
+        pytest.param(takes_turns("other", 20, tuple(range(32))), Kind.RESIDUAL_HEAVY, id="all ranks"),
+        pytest.param(adds("input_wait", 20, chance=0.05), Kind.INPUT_BOUND, id="all ranks by chance"),
+    ],
+)
+@pytest.mark.parametrize("per_host", [4, 8])
+def test_ranks_that_take_turns_are_found(fault: Fault, kind: Kind, per_host: int) -> None:
+    """On average they are alike, and none of them differs from its host's median."""
+    cluster = Cluster(ranks=32, per_host=per_host)
+    run = FaultyRun(cluster, rows_of(Job(ranks=32, steps=80), fault, seed=3), "turns", None, "")
+
+    flat, tree = flat_verdict(run), tree_verdict(run)
+
+    assert told(tree) == told(flat)
+    assert tree.kind is kind
+    assert tree.speedup_if_fixed == pytest.approx(flat.speedup_if_fixed, rel=0.1)
 
 
 def test_of_a_quiet_host_one_rank_is_sent():

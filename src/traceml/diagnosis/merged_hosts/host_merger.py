@@ -17,6 +17,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
 from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
+from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["STEPS_COMPARED", "HostMerger", "HostUpdate"]
 
@@ -28,6 +29,8 @@ MIN_DIFFERENCE = 0.02
 """A rank differs if the mean of its own work, or of a part, is this share of a step away from the host's median."""
 MIN_ERRORS = 2.5
 """And if it is this many standard errors away. Both are below the limits from which rules blame a rank."""
+FAR_LONGER = 6.0
+"""A step of a rank is far longer than on the host's median rank from so many times its usual variation on."""
 
 
 class HostUpdate(msgspec.Struct, frozen=True, eq=False):
@@ -190,11 +193,28 @@ def _typical(ranks: list[int], kept: int | None) -> int:
 
 
 def _differs(work: OwnWork) -> NDArray[np.bool_]:
-    """Return which ranks differ in their own work or in a part of it."""
+    """Return which ranks differ in their own work, in a part of it, or in single steps that are far longer."""
     values = np.stack([work.own, *work.parts.values()])
     means = values.mean(axis=2)
-    # The lower median is a real rank's: where half of the ranks are late, the other half are the ordinary ones.
-    medians = np.sort(means, axis=1)[:, [(means.shape[1] - 1) // 2]]
+    medians = _lower_median(means, axis=1)
     errors = np.median(values.std(axis=2), axis=1, keepdims=True) / values.shape[2] ** 0.5
     least = np.maximum(MIN_DIFFERENCE * work.step_ns, MIN_ERRORS * errors)
-    return np.asarray((np.abs(means - medians) > least).any(axis=0))
+    longer = _far_longer(work.own)
+    turns = (longer > 0) & (longer.sum() > MIN_DIFFERENCE * work.step_ns)
+    return np.asarray((np.abs(means - medians) > least).any(axis=0) | turns)
+
+
+def _far_longer(own: Floats) -> Floats:
+    """Return the mean excess of each rank in steps in which it takes far longer than the others.
+
+    Ranks that take turns are alike on average, and the others wait for each of them.
+    """
+    low, quarter = np.quantile(own, (0.05, 0.25), axis=1)  # short steps: also of ranks that are late in most
+    excess = own - _lower_median(own, axis=0)
+    return np.asarray(np.where(excess > FAR_LONGER * np.median(quarter - low), excess, 0).sum(axis=1) / STEPS_COMPARED)
+
+
+def _lower_median(values: Floats, axis: int) -> Floats:
+    """Return the lower median, a real rank's: where half of the ranks are late, the others are the ordinary ones."""
+    ordered = np.sort(values, axis=axis)
+    return np.asarray(ordered.take([(values.shape[axis] - 1) // 2], axis=axis))
