@@ -309,9 +309,6 @@ def _timing_without_pauses(
         return timing
 
     others = pauses.left_out_of(window, work)
-    if len(others) < MIN_STEPS:
-        return timing
-
     facts = pauses.left_out_of_lines(facts)
     found, slow_until = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
     if explaining and not any(_are_far_shorter(each, pauses) for each in found):

@@ -54,6 +54,21 @@ def test_the_sentence_says_in_how_many_steps_a_rank_is_late(every: int, ms: floa
         assert re.search(rf", nearly all in {says} of the steps \(\d+ ms each\)", found.summary)
 
 
+@pytest.mark.parametrize(("ranks", "steps"), [(4, 26), (4, 30), (8, 30), (16, 30), (8, 60)])
+def test_one_pause_of_another_rank_is_no_turn(ranks: int, steps: int) -> None:
+    """The rank that is late in each step is named alone, also in a run of which 20 steps are judged."""
+
+    def pause(own: dict[str, np.ndarray[Any, Any]], _: np.random.Generator) -> None:
+        own["forward"][3, 20] += 2000.0
+
+    window = window_of(Job(ranks=ranks, steps=steps), adds("forward", 10.0, (0,)), pause, seed=1)
+    found, *_ = diagnose(window, JobFacts(world_size=ranks))
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (0,))
+    assert "One step took 2" in found.summary
+    assert found.speedup_if_fixed < 2
+
+
 def test_the_noise_of_one_rank_hides_no_late_host() -> None:
     """Its backward was measured in 8 of 32 steps; the host's forward takes 17 of 120 ms more."""
     run = any_run(Cluster(ranks=128, per_host=8, hosts_per_switch=4), 10_214)
