@@ -34,6 +34,9 @@ def runs(tmp_path_factory):
         "slow": store_run(folder / "slow", Job(steps=200), adds("forward", 5, (1,)), seed=2),
         "short": store_run(folder / "short", Job(steps=12), seed=2),
         "wide": store_run(folder / "wide", Job(ranks=20, steps=200), seed=2),
+        "stage": store_run(
+            folder / "stage", Job(ranks=20, steps=200), adds("forward", 5, (*range(10, 15), 17)), seed=3
+        ),
     }
 
 
@@ -67,6 +70,16 @@ def test_a_faster_run_names_the_rank_that_was_mended(compared):
         "Rank 1's own work fell by 4.97 ms, most of it in forward; the others waited for it in A."
     )
     assert not any("own work" in sentence for sentence in compared_sentences(compared("slow", "slow")))
+
+
+def test_all_ranks_whose_work_has_changed_are_named(compared):
+    """As those of a stage or a switch: the others wait for all of them."""
+    slower, faster = compared_sentences(compared("wide", "stage")), compared_sentences(compared("stage", "wide"))
+
+    assert slower[1].startswith("The own work of ranks 10-14, 17 grew by 5.0")
+    assert slower[1].endswith(" ms, most of it in forward; the others wait for them.")
+    assert faster[1].startswith("The own work of ranks 10-14, 17 fell by 5.0")
+    assert faster[1].endswith("; the others waited for them in A.")
 
 
 def test_other_batches_are_compared_by_sample(compared):

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, ms_text, phase_label, phase_words, plural, value_text
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    ms_text,
+    phase_label,
+    phase_words,
+    plural,
+    ranks_text,
+    value_text,
+)
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import time_text, wrapped, wrapped_lines
 from traceml.renderers.text.viewport import Viewport, column_text
@@ -282,8 +291,16 @@ def _rank_sentence(comparison: Comparison) -> Iterator[str]:
 
     sign = 1 if comparison.outcome == "slower" else -1
     deltas = sorted(sign * row.delta_ms for row in ranks)
-    most = max(ranks, key=lambda row: sign * row.delta_ms)
-    if sign * most.delta_ms - deltas[(len(deltas) - 1) // 2] > _STANDS_OUT * step:
-        part = f"{ms_text(abs(most.delta_ms))}, most of it in {phase_words(most.phase or '')}"
-        change, others = ("grew", "wait for it") if sign > 0 else ("fell", "waited for it in A")
-        yield f"Rank {most.rank}'s own work {change} by {part}; the others {others}."
+    usual, largest = deltas[(len(deltas) - 1) // 2], deltas[-1]
+    if largest - usual <= _STANDS_OUT * step:
+        return
+
+    most = [row for row in ranks if sign * row.delta_ms - usual >= (largest - usual) / 2]
+    named = ranks_text(row.rank for row in most)
+    whose, them = (f"{capitalized(named)}'s own work", "it") if len(most) == 1 else (f"The own work of {named}", "them")
+    delta_ms = sum(sign * row.delta_ms for row in most) / len(most)
+    part = (
+        f"{ms_text(delta_ms)}, most of it in {phase_words(max(most, key=lambda row: sign * row.delta_ms).phase or '')}"
+    )
+    change, others = ("grew", f"wait for {them}") if sign > 0 else ("fell", f"waited for {them} in A")
+    yield f"{whose} {change} by {part}; the others {others}."
