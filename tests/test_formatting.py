@@ -23,6 +23,7 @@ from traceml.formatting import (
     name_at_rank,
     name_order,
     name_without_rank,
+    names_text,
     ns_text,
     ordinal_text,
     overhead_text,
@@ -166,6 +167,15 @@ def test_a_gain_is_no_promise_beyond_ten():
 def test_ranks_text(ranks, text):
     """Ranks are listed as ranges, at most four of them."""
     assert ranks_text(ranks) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, ""), (1, "gpu0"), (4, "gpu0, gpu1, gpu2, gpu3"), (1250, "gpu0, gpu1, gpu2, gpu3 and 1,246 more")],
+)
+def test_names_text(count: int, text: str) -> None:
+    """A job has up to thousands of hosts: the first are listed, the others counted."""
+    assert names_text([f"gpu{number}" for number in range(count)]) == text
 
 
 def test_phases():

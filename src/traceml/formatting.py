@@ -32,6 +32,7 @@ __all__ = [
     "name_at_rank",
     "name_order",
     "name_without_rank",
+    "names_text",
     "ns_text",
     "ordinal_text",
     "overhead_text",
@@ -315,6 +316,12 @@ def ranks_text(ranks: Iterable[int]) -> str:
     text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in listed)
     more = sum(last - first + 1 for first, last in rest)
     return f"ranks {text}" + (f" and {count_text(more)} more" if more else "")
+
+
+def names_text(names: Sequence[str], most: int = 4) -> str:
+    """Return `gpu1, gpu2`, of many names the first `most`: `gpu1, gpu2 and 6 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {count_text(more)} more" if more > 0 else "")
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

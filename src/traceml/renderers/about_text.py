@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, plural, printable, shell_joined
+from traceml.formatting import bytes_text, count_text, names_text, plural, printable, shell_joined
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
@@ -32,7 +32,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("interpreter", process.get("executable")),
         ("traceml", process.get("traceml") or view.report.traceml_version),
         ("packages", _packages(about)),
-        ("ranks", f"{count_text(view.report.run.world_size)} on {_hosts(view.report.run.hosts)}"),
+        ("ranks", f"{count_text(view.report.run.world_size)} on {names_text(view.report.run.hosts, _HOSTS)}"),
         ("machine", machine_text(about.system)),
         ("not read", _not_read(about)),
         ("model", _model(about.model)),
@@ -70,11 +70,6 @@ def _command(argv: Any, line: str) -> str:
     known = line if line.startswith(_MODULE) or not argv else shell_joined(map(str, argv))
     is_python = known.startswith(_MODULE) or known.partition(" ")[0].endswith(".py")
     return f"python {known}" if is_python else known
-
-
-def _hosts(hosts: Sequence[str]) -> str:
-    more = len(hosts) - _HOSTS
-    return ", ".join(hosts[:_HOSTS]) + (f" and {count_text(more)} more" if more > 0 else "")
 
 
 def _model(facts: Mapping[str, Any]) -> str:

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 
 import msgpack
 import pytest
+from msgspec import structs
 from playwright.sync_api import sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.renderers.reports import healthy
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
 from tests.runs.rows.test_metric_series import log
 from tests.system import chromium
@@ -17,7 +19,8 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.renderers.html.report_page import inline_html, report_page, verdict_card
+from traceml.renderers.html.report_page import inline_html, report_page, run_line, verdict_card
+from traceml.renderers.views import run_view
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
@@ -179,6 +182,15 @@ def test_a_thousand_ranks_stay_readable(tmp_path):
     assert len(page) < 400_000
     assert "968 more ranks in report.json" in page
     assert ">617</td>" in page
+
+
+def test_hosts_that_are_not_listed_are_counted() -> None:
+    """The line below the title has the first hosts."""
+    view = run_view(structs.replace(healthy(), run=structs.replace(healthy().run, hosts=[*"abcdefg"])))
+
+    line, *_ = run_line(view)
+
+    assert " · a, b, c, d and 3 more · " in line
 
 
 def test_a_rank_that_died_has_its_last_words(evil):

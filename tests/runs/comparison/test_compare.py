@@ -109,6 +109,25 @@ def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
     assert found["ranks"][3]["a_work_ms"] is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "remark"),
+    [
+        (range(2), range(2), None),
+        (range(1), range(1, 2), "hosts: gpu0 in A, gpu1 in B"),
+        (range(4), range(100), "hosts of one run only: none in A, gpu4, gpu5, gpu6, gpu7 and 92 more in B"),
+        (range(64), range(1, 65), "hosts of one run only: gpu0 in A, gpu64 in B"),
+    ],
+)
+def test_hosts_of_one_run_only_are_named(tmp_path, before: range, after: range, remark: str | None) -> None:
+    """Jobs have hundreds of hosts, most of them in common."""
+    first, second = (read_compared(store_run(tmp_path / name, Job(steps=60))) for name in "ab")
+    first.report.run.hosts, second.report.run.hosts = ([f"gpu{host}" for host in hosts] for hosts in (before, after))
+
+    said = [each for each in compare_sides(first, second).remarks if "hosts" in each]
+
+    assert said == ([] if remark is None else [remark])
+
+
 def test_other_models_are_no_comparison(tmp_path):
     """Another model is not comparable; another batch size is a remark. Of an unknown model nothing is said."""
     for name, parameters, batch in (("a", 10, 32), ("b", 20, 64)):

@@ -14,6 +14,7 @@ from traceml.formatting import (
     code_parts,
     count_text,
     ms_text,
+    names_text,
     plural,
     rate_text,
 )
@@ -96,7 +97,7 @@ def _fact(name: str, value: str) -> str:
 def run_line(view: RunView) -> Iterator[str]:
     """Yield one line about the run: id, ranks, hosts, state, date."""
     run = view.report.run
-    facts = [plural(run.world_size, "rank"), ", ".join(run.hosts[:4]), view.outcome]
+    facts = [plural(run.world_size, "rank"), names_text(run.hosts), view.outcome]
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
 

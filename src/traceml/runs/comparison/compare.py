@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import significant
-from traceml.formatting import ms_text, name_order, name_without_rank, part_words, percent_text, plural
+from traceml.formatting import ms_text, name_order, name_without_rank, names_text, part_words, percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
@@ -252,7 +252,7 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str, samples: tuple[flo
     pairs = (
         ("batch size", a.report.setup.batch_size, b.report.setup.batch_size),
         *((what, *(model.get(name) for model in models)) for what, name in of_models),
-        ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
+        _hosts(a, b),
     )
     remarks += [
         f"{what}: {_word(before)} in A, {_word(after)} in {letter}"
@@ -277,6 +277,13 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str, samples: tuple[flo
             remarks.append(f"{which} is long: {steps}, spread over the run, are compared")
 
     return remarks
+
+
+def _hosts(a: ComparedRun, b: ComparedRun) -> tuple[str, str | None, str | None]:
+    """Return the hosts of each run that the other one does not have, in words: jobs have hundreds in common."""
+    both = {*a.report.run.hosts}.intersection(b.report.run.hosts)
+    first, second = (names_text([host for host in side.report.run.hosts if host not in both]) for side in (a, b))
+    return "hosts of one run only" if both else "hosts", first or None, second or None
 
 
 def _outside_steps(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
