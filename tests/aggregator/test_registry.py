@@ -141,6 +141,19 @@ def test_ranks_that_train_again_meet_in_the_next_run(registry):
     assert join(registry, hello(0, pid=10, recorder="1"))[0] is first[0][0]
 
 
+def test_ranks_of_a_job_that_is_started_again_meet_in_one_run(registry):
+    """The aggregator of a host keeps the run before open for a minute: it does not see the ranks of other hosts end."""
+    before = [join(registry, hello(rank, 4, pid=10 + rank, recorder="1")) for rank in (0, 1)]
+    for run, stream in before:
+        leave(run, stream)
+
+    assert not before[0][0].ended
+    first, second = (join(registry, hello(rank, 4, pid=20 + rank, recorder="2"))[0] for rank in (0, 1))
+
+    assert first is second
+    assert first is not before[0][0]
+
+
 def test_second_recorder_of_a_process_takes_the_rank_over_in_a_new_run(registry):
     """init, shutdown, init in one process are two runs, as each has its own job key."""
     run, stream = join(registry, hello(0, 1, run="a"))

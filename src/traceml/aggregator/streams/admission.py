@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
+from traceml.aggregator.streams.stream import RankStream, StreamState
 from traceml.aggregator.streams.stream_table import StreamTable
 from traceml.inspection.kernel_state import process_info
 from traceml.transport.hello import Hello
@@ -62,13 +61,9 @@ class Admission:
         return hello.world_size == 1 and hello.recorder in self._table.starters
 
     def starts_next_run(self, hello: Hello) -> bool:
-        """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
+        """Whether a rank that has ended here begins again: that is the next run of its job."""
         current = self._table.of_rank(self._attempt_of(hello), hello.rank)
-        return (
-            current is not None
-            and current.ended
-            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.from_hello(hello)
-        )
+        return current is not None and current.ended
 
     def _attempt_of(self, hello: Hello) -> int:
         """Return the attempt that a rank's launcher counts; where others are further, the one under way or the next.
