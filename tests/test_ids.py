@@ -15,6 +15,7 @@ from traceml.ids import detect_rank, job_key, launcher_job, new_run_id, run_name
 
 HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
+STANDALONE = "9f1c2a4e-5b6d-4c7e-8f90-a1b2c3d4e5f6"  # torchrun's id of a job on one host
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
 PASSED_ON = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
 BATCH = {**PASSED_ON, "SLURM_TASK_PID": "4242"}  # of a batch script
@@ -26,6 +27,8 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
     [
         (TORCHRUN, "torchrun@node0:29500"),
         ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "exp"}, "torchrun-exp@node0:29500"),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": STANDALONE}, f"torchrun-{STANDALONE}"),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": STANDALONE, "MASTER_PORT": "41234"}, f"torchrun-{STANDALONE}"),
         ({**TORCHRUN, **SLURM}, "torchrun@node0:29500"),
         ({**TORCHRUN, "MASTER_ADDR": "127.0.0.1"}, f"torchrun@{socket.gethostname()}:29500"),
         ({**SLURM, **HAND}, "slurm-77.3"),

@@ -25,6 +25,7 @@ __all__ = [
     "safe_run_id",
 ]
 
+_UNIQUE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # a UUID, as of `torchrun --standalone`
 DEFAULT_PROJECT = "default"
 """Project of runs for which nobody names one."""
 RUN_ID_ALLOWED = "a string with a letter, a digit or one of _=+@ in it, other than 'latest'"
@@ -102,6 +103,9 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
     """
     torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
     if torchrun is not None and (port := environ.get("MASTER_PORT")):
+        if _UNIQUE.fullmatch(torchrun):  # each attempt may have a rendezvous address of its own
+            return f"torchrun-{torchrun}"
+
         # `none` is torchrun's default and the same for every job; the rendezvous address is not.
         master = f"{_master(environ.get('MASTER_ADDR', 'localhost'))}:{port}"
         return f"torchrun-{torchrun}@{master}" if torchrun != "none" else f"torchrun@{master}"
