@@ -53,7 +53,7 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.models_and_loaders import EvaluationModeSteps, LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import EvaluationModeSteps, LoaderFacts, UnchangedParameters
 from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -196,6 +196,9 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         ALONE, evaluation_mode=EvaluationModeSteps("Net", ["BatchNorm2d", "Dropout"], 100, 500), latest=(599,)
     ),
     "NO_ZERO_GRAD": lambda: found(ALONE, keeps_gradients="AdamW"),
+    "WEIGHTS_UNCHANGED": lambda: found(
+        ALONE, unchanged_weights={0: UnchangedParameters("AdamW", 12, 12, True)}, latest=(599,), state="finished"
+    ),
     "NUMERIC": lambda: found(
         Job(ranks=2), losses=losses_of([3.0, 2.0, 1.5, NAN, NAN, NAN], [3.0, 2.0, NAN, NAN, NAN, NAN]), latest=(79, 79)
     ),

@@ -111,6 +111,11 @@ class InfoKind(StrEnum):
         "nothing clears the gradients of an optimizer",
         "optimizer:text",
     )
+    UNCHANGED_WEIGHTS = (
+        "unchanged_weights",
+        "no optimizer has changed a parameter so far; an empty name: one has",
+        "optimizer:text parameters:int trainable:int stepped:int",
+    )
     PROFILER = "profiler", "torch's profiler records, or has ended", "on"
     OWN_UPDATE = "own_update", "a function that reads gradients outside the phases", "file function"
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"

@@ -98,6 +98,10 @@ class Kind(StrEnum):
     )
     EVAL_MODE = "EVAL_MODE", KindRule("The model is trained in eval()", cost_of="")
     NO_ZERO_GRAD = "NO_ZERO_GRAD", KindRule("The gradients are never cleared", Severity.WARNING)
+    WEIGHTS_UNCHANGED = (
+        "WEIGHTS_UNCHANGED",
+        KindRule("The training changes no weights", critical_first=True, cost_of=""),
+    )
     NUMERIC = "NUMERIC", KindRule(headlines.not_finite, Severity.CRITICAL, critical_first=True, cost_of=_STEPS)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(headlines.near_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(headlines.leak, critical_first=True)

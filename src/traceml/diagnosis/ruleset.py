@@ -35,6 +35,7 @@ from traceml.diagnosis.rules.correctness import (
     steps_skipped,
     trained_in_evaluation_mode,
     trainings_not_finite,
+    weights_unchanged,
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes, without_largest_batches
@@ -208,6 +209,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         never_synchronized(facts),
         trained_in_evaluation_mode(facts),
         never_cleared(facts),
+        weights_unchanged(facts),
         *outside_steps(window, facts, hung=ended is not None and ended.kind is Kind.HANG),
         stopped_ranks(window, facts),
         same_order(facts),

@@ -19,6 +19,7 @@ from traceml.instrument.backward import patch_backward, timed_backward
 from traceml.instrument.facts.evaluation_mode import EvaluationMode
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.facts.kept_gradients import KeptGradients
+from traceml.instrument.facts.unchanged_weights import UnchangedWeights
 from traceml.instrument.forward import (
     patch_checkpoint_sequential,
     patch_compile,
@@ -65,6 +66,7 @@ class TorchHooks:
         overhead: the measured cost of the hooks.
         evaluation_mode: models that are trained in `eval()`.
         kept_gradients: optimizers whose gradients are not cleared.
+        unchanged_weights: parameters that no optimizer changes.
         sizes: of what collectives carry; None where torch was built without them.
     """
 
@@ -97,6 +99,7 @@ class TorchHooks:
         )
         self.evaluation_mode = EvaluationMode(clock, self.discovery.is_trained_as_a_whole, facts.report)
         self.kept_gradients = KeptGradients(lambda: clock.rows, facts.report)
+        self.unchanged_weights = UnchangedWeights(clock, self.discovery.optimizers, facts.report)
 
     def patch_passes(self) -> None:
         """Time forward and backward passes, and what is done with gradients."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from traceml.diagnosis.rules.correctness import (
     repeated_by_workers,
     same_order,
     trained_in_evaluation_mode,
+    weights_unchanged,
 )
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
@@ -302,3 +305,58 @@ def test_steps_of_a_script_that_counts_on_are_those_of_the_run(told: int, since:
     assert found.summary.startswith(f"Net was in eval() in 300 of 600 training steps (50 %), from step {since:,} on")
     assert found.severity == severity
     assert "no collective in 60 steps" in alone.summary
+
+
+def unchanged(*stepped: int, trainable: int = 4, state: str = "finished", steps: int = 300, **known: Any) -> JobFacts:
+    """Return facts of ranks, each with an optimizer that has changed nothing."""
+    builder = JobFactsBuilder(len(stepped))
+    row = {"kind": "unchanged_weights", "optimizer": "SGD", "parameters": 4, "trainable": trainable}
+    for rank, each in enumerate(stepped):
+        builder.info(rank, row | {"stepped": each})
+
+    return msgspec.structs.replace(builder.build(), latest=(steps - 1,) * len(stepped), state=state, **known)
+
+
+@pytest.mark.parametrize(
+    ("facts_of_it", "severity", "why", "advice"),
+    [
+        (unchanged(1), "critical", "backward gave them no gradients", "fully_shard"),
+        (unchanged(1, 1, trainable=0), "critical", "all are frozen", "requires_grad_"),
+        (unchanged(0), "warning", "No optimizer was stepped in 300 steps", "Call the optimizer's step()"),
+        (unchanged(1, state="running", steps=500), "critical", "in 500 steps", "fully_shard"),
+    ],
+)
+def test_a_training_that_changes_no_weights_is_told(
+    facts_of_it: JobFacts, severity: str, why: str, advice: str
+) -> None:
+    found = weights_unchanged(facts_of_it)
+
+    assert (found.kind, found.severity) == ("WEIGHTS_UNCHANGED", severity)
+    assert "SGD has changed none of its 4 parameter tensors" in found.summary
+    assert why in found.summary
+    assert advice in found.next
+    assert found.evidence == {"optimizer": "SGD", "parameters": 4, "steps": facts_of_it.steps_made}
+
+
+@pytest.mark.parametrize(
+    "facts_of_it",
+    [
+        unchanged(0, 1),
+        unchanged(1, world_size=2),
+        unchanged(1, steps=49),
+        unchanged(1, state="running", steps=499),
+        unchanged(0, state="running", steps=5000),
+    ],
+)
+def test_weights_of_some_ranks_may_stay(facts_of_it: JobFacts) -> None:
+    """As those of a stage that is not trained; or the first update of a job that runs is still to come."""
+    assert weights_unchanged(facts_of_it) is None
+
+
+def test_weights_that_change_later_are_no_finding():
+    """The rank reports that, as of a training that was frozen at first."""
+    builder = JobFactsBuilder()
+    for name in ("SGD", ""):
+        builder.info(0, {"kind": "unchanged_weights", "optimizer": name, "parameters": 4, "trainable": 4, "stepped": 1})
+
+    assert weights_unchanged(msgspec.structs.replace(builder.build(), latest=(299,), state="finished")) is None

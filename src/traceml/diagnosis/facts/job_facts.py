@@ -26,7 +26,12 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, DividedLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.models_and_loaders import EvaluationModeSteps, LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import (
+    EvaluationModeSteps,
+    LoaderFacts,
+    ModelFacts,
+    UnchangedParameters,
+)
 from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.facts.worker_history import WorkerHistory, WorkerUse
 
@@ -86,6 +91,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     evaluation_mode: EvaluationModeSteps | None = None  # steps in which a model was trained in `eval()`
     keeps_gradients: str | None = None  # class of an optimizer whose gradients are never cleared
+    # rank -> optimizers of which no parameter has changed so far
+    unchanged_weights: Mapping[int, UnchangedParameters] = {}
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
     collects: bool = False  # whether it collects by its model what it trains on: rollouts of reinforcement learning
     plays: bool = False  # whether models are called between trainings, without a loader, with one sample each time

@@ -35,6 +35,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import (
     LoaderFacts,
     ModelFacts,
     TrainedModels,
+    UnchangedParameters,
     is_first_trained,
 )
 from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
@@ -55,7 +56,10 @@ _SHARED = (
     "world_size", "state", "time", "accelerator", "ended_by", "samples", "workers", "batches", "losses", "skipped",
     "pauses", "memory", "turnover", "health", "topology", "epochs",
 )  # fmt: skip
-_COPIED = ("hosts", "loaders", "lost_workers", "growing", "save_folders", "stops", "joined", "bound_cores")
+_COPIED = (
+    "hosts", "loaders", "lost_workers", "growing", "save_folders", "stops", "joined", "bound_cores",
+    "unchanged_weights",
+)  # fmt: skip
 
 
 class JobFactsBuilder:
@@ -89,6 +93,7 @@ class JobFactsBuilder:
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
         self.bound_cores: dict[int, frozenset[int]] = {}
+        self.unchanged_weights: dict[int, UnchangedParameters] = {}
         self._waits = CoreWaits()
         self.competing_processes = CompetingProcessHistory()
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
@@ -206,6 +211,15 @@ class JobFactsBuilder:
             found["layers"] = [str(each) for each in row["layers"]]
             self._facts["evaluation_mode"] = EvaluationModeSteps(**found)
 
+    def _take_unchanged_weights(self, rank: int, row: Mapping[str, Any]) -> None:
+        found: dict[str, Any] = {name: row.get(name) for name in UnchangedParameters.__struct_fields__}
+        if None in found.values():
+            return
+
+        self.unchanged_weights.pop(rank, None)
+        if found["optimizer"]:
+            self.unchanged_weights[rank] = UnchangedParameters(**found | {"stepped": bool(found["stepped"])})
+
     def _take_own_update(self, _rank: int, row: Mapping[str, Any]) -> None:
         place = str(row.get("file")), str(row.get("function"))
         self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
@@ -246,6 +260,7 @@ class JobFactsBuilder:
         InfoKind.ANOMALY_DETECTION: lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
         InfoKind.EVALUATION_MODE: _take_evaluation_mode,
         InfoKind.KEPT_GRADIENTS: lambda self, _, row: self._facts.update(keeps_gradients=row.get("optimizer")),
+        InfoKind.UNCHANGED_WEIGHTS: _take_unchanged_weights,
         InfoKind.PROFILER: _take_profiler,
         InfoKind.ROLLOUTS: lambda self, *_: self._facts.update(collects=True),
         InfoKind.RPC: lambda self, *_: self._facts.update(rpc=True),

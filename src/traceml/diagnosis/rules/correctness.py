@@ -14,7 +14,7 @@ from traceml.formatting import capitalized, count_text, percent_text, plural, ra
 
 __all__ = [
     "duplicate_data", "loss_not_finite", "never_cleared", "never_synchronized", "repeated_by_workers", "same_order",
-    "steps_skipped", "trained_in_evaluation_mode", "trainings_not_finite",
+    "steps_skipped", "trained_in_evaluation_mode", "trainings_not_finite", "weights_unchanged",
 ]  # fmt: skip
 
 MIN_LOST_STEPS = 3
@@ -277,6 +277,51 @@ def never_cleared(facts: JobFacts) -> Finding | None:
     )
 
 
+def weights_unchanged(facts: JobFacts) -> Finding | None:
+    """Return the finding about a training that changes no parameter of its optimizers.
+
+    Steps that GradScaler skips are `STEPS_SKIPPED`. While the job runs, gradients may be added for the first update.
+    """
+    by_rank, steps = facts.unchanged_weights, facts.steps_made
+    is_running = facts.state == RunStatus.RUNNING
+    if len(by_rank) < facts.world_size or steps < (MIN_LIVE_STEPS if is_running else MIN_STEPS):
+        return None
+
+    found = by_rank[min(by_rank)]
+    is_mixed = any(each.stepped != found.stepped for each in by_rank.values())
+    if is_mixed or len(facts.skipped.steps) or (is_running and not found.stepped):
+        return None
+
+    none_of_them = f"has changed none of its {plural(found.parameters, 'parameter tensor')}"
+    in_steps = f"in {count_text(steps)} steps"
+    if not found.stepped:
+        summary = f"No optimizer was stepped {in_steps}: {found.optimizer} {none_of_them}."
+        action = _STEP
+    elif any(each.trainable for each in by_rank.values()):
+        summary = f"{found.optimizer} {none_of_them} {in_steps}, as backward gave them no gradients."
+        action = _FOR_NO_GRADIENTS
+    else:
+        summary = f"{found.optimizer} {none_of_them} {in_steps}, as all are frozen (requires_grad is False)."
+        action = "Set requires_grad_(True) on what is to be trained, or give the optimizer the parameters that have it."
+
+    return Finding.of(
+        Kind.WEIGHTS_UNCHANGED,
+        severity=Severity.CRITICAL if found.stepped else Severity.WARNING,
+        summary=summary,
+        next=action,
+        evidence={"optimizer": found.optimizer, "parameters": found.parameters, "steps": steps},
+    )
+
+
+_STEP = (
+    "Call the optimizer's step() after backward, in each step or after the batches whose gradients are to be added. If "
+    "only gradients are wanted, nothing needs fixing."
+)
+_FOR_NO_GRADIENTS = (
+    "Make the optimizer from the parameters of the model that is trained, after that is made, and after fully_shard(), "
+    "which makes new ones. If it has these, look for what cuts the loss off from the model: detach(), item(), "
+    "torch.tensor(loss), torch.no_grad()."
+)
 LASTING_SHARE = 0.25
 """Share of the last quarter of the steps that is skipped, if skipping is not over. A scaler skips a few at first."""
 MIN_SKIPPED = 5

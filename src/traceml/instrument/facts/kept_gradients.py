@@ -11,7 +11,7 @@ import torch
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.instrument.facts.descriptions import param_groups
 
-__all__ = ["KeptGradients"]
+__all__ = ["KeptGradients", "may_read_tensors"]
 
 _STEPS = 8
 """So many steps begin with the gradients of those before: they are kept on purpose for fewer, if at all."""
@@ -41,7 +41,7 @@ class KeptGradients:
 
     def look(self) -> None:
         """Look at the gradients before a backward."""
-        if self._watched and not torch._C._len_torch_dispatch_stack() and not _is_captured():
+        if self._watched and may_read_tensors():
             self._watched = [each for each in self._watched if self._is_kept(each)]
 
     def _is_kept(self, watched: _WatchedGradient) -> bool:
@@ -72,6 +72,7 @@ def _is_readable(parameter: Any) -> bool:
     return type(grad) is torch.Tensor and grad.layout is torch.strided and grad.numel() > 0
 
 
-def _is_captured() -> bool:
-    """Return whether a CUDA graph is captured, in which nothing may be read."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+def may_read_tensors() -> bool:
+    """Return whether tensors have values: not while fake ones are traced, or a CUDA graph is captured."""
+    is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return not torch._C._len_torch_dispatch_stack() and not is_captured

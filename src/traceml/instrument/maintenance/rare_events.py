@@ -58,6 +58,7 @@ class RareEvents(StepListener):
         if self.torch_hooks is not None:
             self.torch_hooks.look_for_device()
             self.guard(_find_models, self.torch_hooks, alive)
+            self.guard(self.torch_hooks.unchanged_weights.begin)
 
         if self.clock.first_loader is None:
             self.guard(self._look_for_iterators, alive)
@@ -114,6 +115,7 @@ class RareEvents(StepListener):
             return
 
         self.guard(hooks.evaluation_mode.look)
+        self.guard(hooks.unchanged_weights.look)
         if hooks.sizes is not None and clock.sequence is not None:
             hooks.sizes.report(clock.sequence())
 
@@ -127,6 +129,7 @@ class RareEvents(StepListener):
         if self.torch_hooks is not None:
             self.guard(self.torch_hooks.losses.finish)
             self.guard(self.torch_hooks.evaluation_mode.look, is_last=True)
+            self.guard(self.torch_hooks.unchanged_weights.look, is_last=True)
 
         if self.clock.device is not None:
             self.guard(self.clock.device.drain)

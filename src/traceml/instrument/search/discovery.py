@@ -62,6 +62,10 @@ class ModuleDiscovery:
         """Number of modules that are or were timed."""
         return len(self._known)
 
+    def optimizers(self) -> list[Any]:
+        """Return the known optimizers that are alive, without wrappers."""
+        return list(self._optimizers)
+
     @uncounted
     def watch(self, patches: Patches) -> None:
         """Collect the modules that are constructed, copied or unpickled."""

@@ -10,7 +10,14 @@ import msgspec
 
 from traceml.database.info_kinds import InfoKind
 
-__all__ = ["EvaluationModeSteps", "LoaderFacts", "ModelFacts", "TrainedModels", "is_first_trained"]
+__all__ = [
+    "EvaluationModeSteps",
+    "LoaderFacts",
+    "ModelFacts",
+    "TrainedModels",
+    "UnchangedParameters",
+    "is_first_trained",
+]
 
 
 MIN_WORKER_SAMPLES = 60
@@ -88,6 +95,15 @@ class EvaluationModeSteps(msgspec.Struct, frozen=True):
     layers: Sequence[str]  # classes of its layers that work differently in training
     step: int  # first of the steps
     steps: int
+
+
+class UnchangedParameters(msgspec.Struct, frozen=True):
+    """Optimizers of a rank of which no parameter has changed so far."""
+
+    optimizer: str  # class of the first one
+    parameters: int  # number of tensors
+    trainable: int  # of these, tensors that require gradients
+    stepped: bool  # whether an optimizer was stepped
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
