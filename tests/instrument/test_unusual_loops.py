@@ -738,3 +738,33 @@ def test_an_optimizer_that_gets_more_parameters_is_described_again(traced: Trace
     assert [tensors for _, tensors in told] == [2, 4]
     assert told[1][0] in (9, 10)
     assert not [info for info in traced.info if info["kind"] == "training_begins"]
+
+
+@pytest.mark.parametrize("with_loader", [True, False])
+def test_gradients_of_many_batches_are_one_step(traced: Traced, with_loader: bool) -> None:
+    """From the first one on: as in gradient descent on all data, or for batches of a million tokens."""
+    model = net()
+    optimizer = sgd(model)
+    for number, (x,) in enumerate(data(500) if with_loader else [(X,)] * 500, 1):
+        model(x).sum().backward()
+        if number % 100 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    rows = traced.finish()
+    assert [row["micro"] for row in rows] == [100] * 5
+    assert not any(row["flags"] & StepFlag.INFERRED for row in rows)
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(63, 0), (64, 64), (600, 600)])
+def test_batches_are_steps_where_the_optimizer_never_steps(traced: Traced, batches: int, steps: int) -> None:
+    """Known after many of them, or at the end of the script."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(batches):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+
+    rows = traced.finish()
+    assert len(rows) == steps
+    assert all(row["flags"] & StepFlag.INFERRED for row in rows)

@@ -69,7 +69,8 @@ _COMM, _CHECKPOINT = int(Phase.COMM), int(Phase.CHECKPOINT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-_HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
+_HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer,
+_HELD_FOR_OPTIMIZER = 512  # or one that is alive never steps: until then, it may add up the gradients of many batches
 _HELD_NS = 1_000_000_000  # nor without one in this time, where none is alive at the first backward pass
 
 
@@ -671,7 +672,7 @@ class StepClock(DividedStep):
             if self.ended.may_be_step:
                 self.split_last()
                 self._close_ended()
-            elif self.has_no_optimizer and self.unmatched_batches:
+            elif self.unmatched_batches and (self.has_no_optimizer or len(self.unmatched_batches) >= _HELD_BATCHES):
                 self._append_batches(self.unmatched_batches[-1].end_ns)
             elif self.step_call:
                 end = self._end_of_last(t)
@@ -705,7 +706,8 @@ class StepClock(DividedStep):
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
         self._hold(self.unmatched_batches, t)
         held_ns = t - self.unmatched_batches[0].end_ns if self.has_no_optimizer else 0
-        if len(self.unmatched_batches) >= _HELD_BATCHES or held_ns > _HELD_NS:
+        most = _HELD_BATCHES if self.has_no_optimizer else _HELD_FOR_OPTIMIZER
+        if len(self.unmatched_batches) >= most or held_ns > _HELD_NS:
             self._append_batches(t)
 
     def _append_batches(self, t: int) -> None:
