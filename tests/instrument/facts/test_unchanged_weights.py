@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd
@@ -69,7 +71,16 @@ def test_frozen_parameters_are_told_as_such(traced: Traced) -> None:
 
 def test_an_optimizer_that_is_never_stepped_is_told(traced: Traced) -> None:
     model = net()
-    train(model, sgd(model), update=lambda: None)
+    train(model, sgd(model), 700, update=lambda: None)
+    traced.finish()
+
+    assert told(traced) == [("SGD", 4, 4, 0)]
+
+
+def test_one_that_is_kept_to_the_end_is_told_then(traced: Traced) -> None:
+    model = net()
+    optimizer = sgd(model)
+    train(model, optimizer, update=lambda: None)
     traced.finish()
 
     assert told(traced) == [("SGD", 4, 4, 0)]
@@ -167,6 +178,48 @@ def test_trainings_one_after_the_other_are_not_compared(traced: Traced) -> None:
 
     model = net()
     train(model, sgd(model), loss_of=cut_off)
+    traced.finish()
+
+    assert not told(traced)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("cls", "foreach"), [(torch.optim.SGD, True), (torch.optim.AdamW, True), (torch.optim.SGD, False)]
+)
+def test_shards_that_change_are_not_told(traced: Traced, mesh: Any, cls: Any, foreach: bool) -> None:
+    """Torch does not count what is written to several of them at once."""
+    model = parallelize_module(net(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    train(model, cls(model.parameters(), foreach=foreach))
+    traced.finish()
+
+    assert not told(traced)
+
+
+def test_shards_that_never_change_are_told(traced: Traced, mesh: Any) -> None:
+    model = parallelize_module(net(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    train(model, torch.optim.SGD(model.parameters(), foreach=True), loss_of=cut_off)
+    traced.finish()
+
+    assert told(traced) == [("SGD", 4, 4, 1)]
+
+
+def test_weights_of_another_type_of_tensor_are_not_told(traced: Traced) -> None:
+    """As quantized ones: what they hold is not known."""
+
+    class Other(torch.Tensor):
+        pass
+
+    weight = nn.Parameter(torch.ones(4, 1).as_subclass(Other))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    model = net()
+    train(model, optimizer)
     traced.finish()
 
     assert not told(traced)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["UnchangedWeights"]
 
 _STEPS = 32  # without a change, before they are reported
-_TENSORS, _VALUES = 16, 8  # so many values of so many parameters are compared: an update by `.data` is not counted
+_TENSORS, _VALUES = 16, 8  # so many parameters, and values of each, are compared
 
 
 class UnchangedWeights:
@@ -71,14 +71,18 @@ class UnchangedWeights:
             self._add(optimizer)
             return self._is_over
 
-        return start.versions != _versions(optimizer) or start.values != _values(optimizer)
+        is_same = start.states == len(optimizer.state) and start.versions == _versions(optimizer)
+        return not is_same or start.values != _values(optimizer)
 
     def _add(self, optimizer: Any) -> None:
         """Note the parameters of one optimizer; of others than torch's, some keep the weights elsewhere."""
-        if not type(optimizer).__module__.startswith("torch.optim.") or not _versions(optimizer):
+        types = {type(_local(each)) for each in _parameters(optimizer)}
+        if not type(optimizer).__module__.startswith("torch.optim.") or types != {torch.Tensor}:
             self._end()
-        else:
-            self._starts[optimizer] = _KnownParameters(self._clock.rows, _versions(optimizer), _values(optimizer))
+            return
+
+        states, versions, values = len(optimizer.state), _versions(optimizer), _values(optimizer)
+        self._starts[optimizer] = _KnownParameters(self._clock.rows, states, versions, values)
 
     def _end(self) -> None:
         self._is_over = True
@@ -91,6 +95,7 @@ class _KnownParameters(NamedTuple):
     """The parameters of an optimizer, as they were."""
 
     rows: int  # steps until then
+    states: int  # parameters of which the optimizer had a state: it has one of each that had a gradient, or none
     versions: list[tuple[int, int]]
     values: list[list[float]]
 
@@ -108,13 +113,18 @@ def _parameters(optimizer: Any) -> Iterator[Any]:
     return (each for group in param_groups(optimizer) for each in group["params"] if each.numel())
 
 
+def _local(parameter: Any) -> Any:
+    """Return a parameter as a plain tensor, of a `DTensor` the shard of this rank; else another one."""
+    tensor = parameter.detach()
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def _versions(optimizer: Any) -> list[tuple[int, int]]:
     """Return which tensors the parameters are, and how often each was written to."""
     return [(id(each), each._version) for each in _parameters(optimizer)]
 
 
 def _values(optimizer: Any) -> list[list[float]]:
-    """Return some values of plain tensors: those of shards are read by ranks together."""
-    types = (torch.Tensor, torch.nn.Parameter)
-    plain = (each for each in _parameters(optimizer) if type(each) in types and not each.is_meta)
-    return [each.detach().flatten()[:_VALUES].tolist() for each in islice(plain, _TENSORS)]
+    """Return some values: writes by `.data`, and those of several shards at once, are not counted."""
+    locals_ = (_local(each) for each in islice(_parameters(optimizer), _TENSORS))
+    return [each.flatten()[:_VALUES].tolist() for each in locals_ if not each.is_meta]
