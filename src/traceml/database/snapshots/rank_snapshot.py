@@ -19,6 +19,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self
 
 from traceml.database.info_kinds import InfoKind
+from traceml.formatting import line_text
 from traceml.inspection.kernel_state import ProcessInfo, WaitState, is_job_suspended
 
 __all__ = [
@@ -91,6 +92,11 @@ class FrameSnapshot(_Record):
     line: int = 0
     function: str = ""
     is_user: bool = False
+
+    @property
+    def place(self) -> str:
+        """The line in words: `train.py:23 update_metric`."""
+        return line_text(self.file, self.line, self.function)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from traceml.diagnosis.hangs.rank_state import (
     is_in_join,
     is_spawned,
 )
-from traceml.formatting import line_text, ranks_text
+from traceml.formatting import ranks_text
 
 __all__ = ["hang_advice"]
 
@@ -178,7 +178,7 @@ def _for_thread(snapshot: RankSnapshot) -> str:
     if thread is None or thread.line is None or thread.exception or not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
 
-    place = line_text(thread.line.file, thread.line.line, thread.line.function)
+    place = thread.line.place
     if doing(snapshot).endswith(FOR_JOIN):
         return (
             f"If join() is of thread {thread.name!r}, find out what keeps it at {place}, and tell it to end before. "

@@ -15,7 +15,6 @@ from traceml.formatting import (
     count_text,
     duration_text,
     exception_line,
-    line_text,
     phase_words,
     plural,
     ranks_text,
@@ -84,7 +83,7 @@ def _failed_thread_text(found: DetectedHang) -> str:
     if thread is None:
         return ""
 
-    at = f" at {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
+    at = f" at {thread.line.place}" if thread.line else ""
     whose = f"Its thread {thread.name!r}" if len(found.snapshots) == 1 else f"Thread {thread.name!r} of rank {rank}"
     return f" {whose} had ended with {exception_line(thread.exception)}{at}."
 
@@ -101,7 +100,7 @@ def _handled_text(found: DetectedHang) -> str:
         return ""
 
     who, raised = "It" if len(found.snapshots) == 1 else f"Rank {snapshot.rank}", snapshot.raised_line
-    at = f", raised at {line_text(raised.file, raised.line, raised.function)}" if raised else ""
+    at = f", raised at {raised.place}" if raised else ""
     does = "had failed with" if snapshot.phase == "exit" else "is handling"
     return f" {who} {does} {exception_line(snapshot.handled)}{at}."
 
@@ -240,7 +239,7 @@ def _place(found: DetectedHang, rank: int) -> str:
     worker = blocked_worker(snapshot)
     if worker is not None:
         line = user_line(worker)
-        at = f"in {line_text(line.file, line.line, line.function)}" if line else ""
+        at = f"in {line.place}" if line else ""
         where = ", ".join(filter(None, [at, doing(worker)])) or "in unknown code"
         return (
             f"waiting for batch {worker.waits_for_batch} of its data loader, whose worker {worker.index} "
@@ -254,7 +253,7 @@ def _place(found: DetectedHang, rank: int) -> str:
 
 
 def _thread_place(thread: ThreadSnapshot) -> str:
-    at = f" in {line_text(thread.line.file, thread.line.line, thread.line.function)}" if thread.line else ""
+    at = f" in {thread.line.place}" if thread.line else ""
     return f"thread {thread.name!r}{at}" if thread.name else f"thread{at}"
 
 
@@ -270,7 +269,7 @@ def _threads_text(snapshot: RankSnapshot) -> str:
 def _own_place(snapshot: RankSnapshot) -> str:
     """Return `in evaluation, in train.py:6 stuck, sleeping` of a rank: what is known of phase, line and state."""
     line, what = user_line(snapshot), doing(snapshot)
-    at = f"in {line_text(line.file, line.line, line.function)}" if line is not None else ""
+    at = f"in {line.place}" if line is not None else ""
     if line is not None and what.startswith("in C code"):
         at, what = "", what.replace("in C code", f"in C code called at {at.removeprefix('in ')}", 1)
 
@@ -282,7 +281,7 @@ def _seen_text(found: DetectedHang, ranks: Sequence[int]) -> str:
     """Return `, last seen at train.py:6 stuck` of a rank that could not report where it is."""
     snapshot = found.snapshots.get(ranks[0]) if len(ranks) == 1 else None
     seen = snapshot.seen_line if snapshot is not None and user_line(snapshot) is None else None
-    return f", last seen at {line_text(seen.file, seen.line, seen.function)}" if seen is not None else ""
+    return f", last seen at {seen.place}" if seen is not None else ""
 
 
 def _phase_text(snapshot: RankSnapshot) -> str:
@@ -311,7 +310,7 @@ def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") ->
     """Return `all_reduce #15 (train.py:28 main)` of ranks that wait in one operation, with their different lines."""
     wait, snapshot = found.blame.waits[ranks[0]], found.snapshots[ranks[0]]
     known = filter(None, (user_line(found.snapshots[rank]) for rank in ranks))
-    lines = list(dict.fromkeys(line_text(line.file, line.line, line.function) for line in known))
+    lines = list(dict.fromkeys(line.place for line in known))
     at = f" ({', '.join(lines[:_LISTED])}{', …' if len(lines) > _LISTED else ''})" if lines else ""
     what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
     phase = _phase_text(snapshot) if wait.operation and snapshot.phase not in ("comm", "outside") else ""

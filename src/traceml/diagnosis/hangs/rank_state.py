@@ -14,7 +14,7 @@ from traceml.database.snapshots.rank_snapshot import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.formatting import line_text, ranks_text
+from traceml.formatting import ranks_text
 from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
@@ -265,7 +265,7 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if isinstance(snapshot, RankSnapshot) and snapshot.is_waiting_for_gil:
         holder = gil_holder(snapshot)
         line = holder.line if holder is not None else None
-        whose = f"its thread in {line_text(line.file, line.line, line.function)}" if line else "another thread"
+        whose = f"its thread in {line.place}" if line else "another thread"
         return f"waiting for the GIL, which {whose} holds in C code"
 
     is_polling = isinstance(snapshot, RankSnapshot) and snapshot.is_polling and state == "R"

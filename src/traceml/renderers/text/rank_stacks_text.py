@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
-from traceml.formatting import count_text, duration_text, line_text, phase_label, plural, printable, ranks_text
+from traceml.formatting import count_text, duration_text, phase_label, plural, printable, ranks_text
 
 __all__ = ["MissingRank", "StacksRank", "stacks_text"]
 
@@ -71,7 +71,7 @@ def _group_text(group: Sequence[StacksRank]) -> str:
     lines = [f"{ranks}{of_one}: {', '.join(_facts(group))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
-    lines += [f"  thread{each.name and f' {each.name!r}'}: {_line(each.line)}" for each in first.threads if each.line]
+    lines += [f"  thread{each.name and f' {each.name!r}'}: {each.line.place}" for each in first.threads if each.line]
     for worker in first.workers:
         lines += _worker(worker) if worker.waits_for_batch is not None else []
 
@@ -124,11 +124,7 @@ def _operation_name(group: GroupSnapshot) -> str:
 
 
 def _frames(frames: Sequence[FrameSnapshot], indent: str) -> list[str]:
-    return [f"{indent}{'>' if each.is_user else ' '} {_line(each)}" for each in frames]
-
-
-def _line(frame: FrameSnapshot) -> str:
-    return line_text(frame.file, frame.line, frame.function)
+    return [f"{indent}{'>' if each.is_user else ' '} {each.place}" for each in frames]
 
 
 def _worker(worker: WorkerSnapshot) -> list[str]:
