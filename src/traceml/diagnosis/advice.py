@@ -221,7 +221,7 @@ def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | N
         return None
 
     # Beside processes that take all cores it waits for these as well, and may not be seen to sleep.
-    busy = busy_share([each for each in facts.lines if (each.file, each.line) == (line.file, line.line)], part)
+    busy = busy_share([each for each in facts.lines if line.is_line_of(each)], part)
     if not facts.waits_in(part, line) and (busy is None or busy >= _COPIES):
         return None
 

@@ -158,6 +158,14 @@ class BlamedLine(msgspec.Struct, frozen=True):
         """The end of that clause for a second line: ` and 22 % in train.py:31 log`."""
         return f" and {self.share_text} in {self.place}"
 
+    def is_function_of(self, seen: SampledLine) -> bool:
+        """Return whether a sample is in its function."""
+        return (seen.file, seen.function) == (self.file, self.function)
+
+    def is_line_of(self, seen: SampledLine) -> bool:
+        """Return whether a sample is in its main line."""
+        return (seen.file, seen.line) == (self.file, self.line)
+
     def of_batches(self, workers: int, whose: str = "the") -> str:
         """Return a clause on loader workers: `; of the time in which the workers make batches, 94 % is in …`."""
         who = f"{whose} worker makes" if workers == 1 else f"{whose} workers make"
@@ -325,7 +333,7 @@ def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 
 def is_of_loop(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     """Return whether backward runs in a function of the user too, as in a training loop or the call of a trainer."""
-    return any(each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in lines)
+    return any(each.part == "backward" and line.is_function_of(each) for each in lines)
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
@@ -358,7 +366,7 @@ def is_waiting(
     if asleep < _ASLEEP * share:
         return False
 
-    busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
+    busy = busy_share([each for each in lines if line.is_function_of(each)], part)
     # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps,
     # or is seen in a function that does nothing else.
     only_waits = awaits_others(lines, part, line)
@@ -485,7 +493,7 @@ def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     optimizer that the hooks do not know, or that was seen too seldom; so do all other phases of steps in that line,
     where the script's own code is called for forward, as Lightning's `training_step`.
     """
-    seen = [each for each in lines if (each.file, each.line) == (line.file, line.line)]
+    seen = [each for each in lines if line.is_line_of(each)]
     itself = sum(each.samples for each in seen if each.library is None)
     if itself > _OWN_SHARE * sum(each.samples for each in seen):
         return False
@@ -502,7 +510,7 @@ def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
 
 def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine, fewest: int = _FEW_SAMPLES) -> bool:
     seen = [each for each in lines if each.part == phase]
-    same = sum(each.samples for each in seen if (each.file, each.line) == (line.file, line.line))
+    same = sum(each.samples for each in seen if line.is_line_of(each))
     total = sum(each.samples for each in seen)
     return total >= fewest and same >= NAMED_SHARE * total
 

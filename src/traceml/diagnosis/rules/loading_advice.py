@@ -184,7 +184,7 @@ def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLin
     if line is not None and awaits_others(facts.lines, part, line):
         return None
 
-    of_line = [each for each in facts.lines if line and (each.file, each.function) == (line.file, line.function)]
+    of_line = [each for each in facts.lines if line and line.is_function_of(each)]
     computes, cores = fetch_cpu(facts, of_line, part), facts.cores_per_rank
     made = Pipeline(
         fetch_ns=wait_ns,

@@ -227,4 +227,4 @@ def _line_of_few(
     if line is None or (samples < MIN_SLOW_SAMPLES and line.share < NEARLY_ALL):
         return None
 
-    return line if all((each.file, each.function) == (line.file, line.function) for each in of_slow) else None
+    return line if all(map(line.is_function_of, of_slow)) else None
