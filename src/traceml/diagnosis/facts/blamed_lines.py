@@ -41,7 +41,7 @@ __all__ = [
     "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
     "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_without_hidden",
     "lines_of_ranks_alone", "main_library", "main_line_share", "of_longest_startup", "outside_line", "own_line",
-    "own_line_share", "runs_forward", "threads_line", "workers_line",
+    "own_line_share", "runs_forward", "threads_line", "unless_trainer", "workers_line",
 ]  # fmt: skip
 
 LEADING_RATIO = 2.0
@@ -468,7 +468,11 @@ def own_line(
     lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int] = ()
 ) -> BlamedLine | None:
     """Return `blamed_line` of the same arguments, where it is more than the call of a trainer."""
-    line = blamed_line(lines, part, phase_share, ranks)
+    return unless_trainer(lines, blamed_line(lines, part, phase_share, ranks))
+
+
+def unless_trainer(lines: Sequence[SampledLine], line: BlamedLine | None) -> BlamedLine | None:
+    """Return a line; None for the call of a trainer, whose own code takes the time."""
     return None if line is None or calls_trainer(lines, line) else line
 
 

@@ -14,9 +14,9 @@ from traceml.diagnosis.facts.blamed_lines import (
     TORCH,
     BlamedLine,
     calls_code,
-    calls_trainer,
     of_longest_startup,
     outside_line,
+    unless_trainer,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -91,8 +91,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
     # Else the training that it belongs to continues, or follows.
     is_typical = not is_running or time.repeated_evaluation(evaluation_s) >= _REPEATED_SHARE
     if is_typical and evaluation_s >= least * time.wall_s > 0:
-        line = outside_line(lines, "outside")
-        line = None if line is None or calls_trainer(lines, line) else line
+        line = unless_trainer(lines, outside_line(lines, "outside"))
         plays = facts.plays and not alone and not time.evaluates_only_first
         found.append(_play(time, line) if plays else _evaluation(time, evaluation_s, line, alone, facts))
 

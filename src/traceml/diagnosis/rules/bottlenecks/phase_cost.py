@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
-    calls_trainer,
     leading_lines,
     line_without_hidden,
     own_line,
+    unless_trainer,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -120,8 +120,7 @@ class PhaseCost(msgspec.Struct, frozen=True):
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
-        line = self.sampled_line(facts)
-        return None if line is None or calls_trainer(facts.lines, line) else line
+        return unless_trainer(facts.lines, self.sampled_line(facts))
 
     def line_beside(self, hidden_ns: float, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, where none of what another finding has is."""

@@ -9,10 +9,10 @@ import numpy as np
 
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
-    calls_trainer,
     changed_line,
     leading_lines,
     own_line,
+    unless_trainer,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -206,8 +206,7 @@ def _line(steps: SlowSteps, facts: JobFacts, part: str, ranks: tuple[int, ...]) 
     if line is None and steps.phase_ns(part, slow) >= NEARLY_ALL * steps.phase_ns(part):
         line = own_line([*seen, *before], part, of_run)  # whenever the samples were taken, they are of slow steps
 
-    line = line or _line_of_few(seen, before, part, of_run)
-    return None if line is None or calls_trainer(seen, line) else line, share
+    return unless_trainer(seen, line or _line_of_few(seen, before, part, of_run)), share
 
 
 def _line_of_few(
