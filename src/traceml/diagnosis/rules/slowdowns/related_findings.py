@@ -67,8 +67,8 @@ def with_steps_from_history(late: Finding, judged: NDArray[np.int64], bins: Step
 
     slow = SlowSteps(alone, change)
     mean, lost = slow.mean_and_lost_ns()
-    is_clear, evidence = lost >= MIN_COST_RATIO * late.cost_share * mean and slow.is_of_mean(), slow.evidence()
-    return _timed(late, evidence) if is_clear and _are_slow(judged, evidence).any() else late
+    is_clear = lost >= MIN_COST_RATIO * late.cost_share * mean and slow.is_of_mean()
+    return _timed(late, slow.evidence()) if is_clear and slow.contains(judged).any() else late
 
 
 def with_part_of_run(
@@ -95,17 +95,17 @@ def with_part_of_run(
         return cost
 
     slow = SlowSteps(alone, change)
-    evidence = slow.evidence()
-    of_all = alone.single_ns[_are_slow(alone.single_steps, evidence)].sum() / alone.single_ns.sum()
+    of_all = alone.single_ns[slow.contains(alone.single_steps)].sum() / alone.single_ns.sum()
     # Rare long steps, as of every tenth batch, are not in the medians of bins.
     held = min(slow.phase_ns(part, slow.slow) / slow.phase_ns(part), float(of_all))
     if held < HELD_SHARE or int(bins.steps[slow.slow].sum()) > MAX_PART * bins.steps.sum():
         return cost
 
-    inside = _are_slow(judged, evidence)
+    inside = slow.contains(judged)
     if not inside.any() or inside.all():
         return cost
 
+    evidence = slow.evidence()
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     when = {
         "stays": f"from step {since} on",
@@ -123,11 +123,6 @@ def with_part_of_run(
         next=for_first_batches(cost.evidence.get("dataset", "the data set"), facts) if is_first else cost.next,
         evidence={**cost.evidence, **evidence},
     )
-
-
-def _are_slow(steps: NDArray[np.int64], evidence: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """Return which steps are in the slow part that the evidence of a finding names."""
-    return np.asarray((steps >= evidence["since_step"]) & (steps < evidence.get("until_step", np.inf)))
 
 
 def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:

@@ -99,10 +99,7 @@ class SlowSteps(NamedTuple):
         mean = bins.mean_ns or float(np.average(bins.step_ns, weights=bins.steps))
         lost = ((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum()
         if len(bins.single_steps) and change.shape != "growth":  # bins at its edges have other steps, too
-            named = self.evidence()
-            since, until = named["since_step"], named.get("until_step", NO_END)
-            are_slow = (bins.single_steps >= since) & (bins.single_steps < until)
-            lost = (change.after_ns - change.before_ns) * are_slow.mean()
+            lost = (change.after_ns - change.before_ns) * self.contains(bins.single_steps).mean()
 
         return mean, float(lost)
 
@@ -156,6 +153,11 @@ class SlowSteps(NamedTuple):
         alone = self.bins.of_ranks(ranks, phase)
         own = level_change(alone.step_ns)
         return self if own is None or own.shape != self.change.shape else SlowSteps(alone, own)
+
+    def contains(self, steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which steps, by their numbers, are in the slow part that the evidence names."""
+        named = self.evidence()
+        return np.asarray((steps >= named["since_step"]) & (steps < named.get("until_step", NO_END)))
 
     def evidence(self) -> dict[str, Any]:
         """Return the shape and the steps in the whole run, as a finding has them."""
