@@ -20,6 +20,7 @@ from traceml.diagnosis.steps.representatives import Representatives
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
+    fitted_user_times,
     leave_out_waiting,
     put_device_times,
     spread_device_times,
@@ -293,9 +294,7 @@ class KeptSteps:
             for name, (stored, spent) in self._user.items()
         }
         if device and user:
-            # The user's phases were cut to the time in which the device was idle: each by the same share.
-            kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
-            user = {name: values * kept for name, values in user.items()}
+            user = fitted_user_times(user, times["user"])
 
         return AlignedSteps(
             ranks=ranks,

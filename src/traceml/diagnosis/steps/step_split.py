@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from traceml.database.schema import DEVICE_PHASES, PHASE_LABELS
 
 __all__ = [
-    "DEVICE_LABELS", "PHASES", "Floats", "leave_out_waiting", "mean_own", "named_times", "own_backward",
-    "put_device_times", "split_backward", "spread_device_times", "step_times_on_device",
+    "DEVICE_LABELS", "PHASES", "Floats", "fitted_user_times", "leave_out_waiting", "mean_own", "named_times",
+    "own_backward", "put_device_times", "split_backward", "spread_device_times", "step_times_on_device",
 ]  # fmt: skip
 
 Floats = NDArray[np.floating[Any]]
@@ -200,6 +200,16 @@ def named_times(times: Mapping[str, Floats], user: Mapping[str, Floats]) -> dict
         named[name] = named[name] + values if name in named else values
 
     return named
+
+
+def fitted_user_times(user: Mapping[str, Floats], whole: Floats) -> dict[str, Floats]:
+    """Return times of the user's phases by name, each cut by the same share where their sum exceeds the whole.
+
+    Args:
+        whole: `times["user"]` of devices, that is cut to the time in which the device was idle.
+    """
+    kept = np.minimum(whole / np.maximum(sum(user.values()), 1.0), 1.0)
+    return {name: values * kept for name, values in user.items()}
 
 
 def own_backward(backward: Floats, own_mean: Floats, steps: Floats | int = 1) -> Floats:

@@ -18,6 +18,7 @@ from traceml.diagnosis.steps.kept_steps import MAX_USER_PHASES
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     Floats,
+    fitted_user_times,
     named_times,
     put_device_times,
     split_backward,
@@ -138,8 +139,7 @@ def step_totals(sums: Mapping[int, StepSums], names: Mapping[int, Mapping[int, s
     times["other"] = np.maximum(total - sum(times.values()), 0)
     by_name = _user_times(user, [names.get(rank, {}) for rank in ranks])
     if has_device and by_name:
-        kept = np.minimum(times["user"] / np.maximum(sum(by_name.values()), 1.0), 1.0)
-        by_name = {name: values * kept for name, values in by_name.items()}
+        by_name = fitted_user_times(by_name, times["user"])
 
     return StepTotals(
         ranks=np.array(ranks, np.int64),
