@@ -20,6 +20,7 @@ from traceml.database.store.records import (
     StreamIdentity,
     StreamRecord,
     assembled,
+    rows_of,
 )
 from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.database.store.thinning import STATE_KEY
@@ -233,13 +234,9 @@ class StoreReader(FrameReader):
         Args:
             streams: those that are wanted; by default all.
         """
-        by_table = {
-            table.name: self.table_sums(table.name, streams) for table in STEP_TABLES if table.name in self._ids
-        }
-        return {
-            stream: StepSums.of({name: sums[stream] for name, sums in by_table.items() if stream in sums})
-            for stream in sorted({stream for sums in by_table.values() for stream in sums})
-        }
+        return StepSums.by_stream(
+            {table.name: self.table_sums(table.name, streams) for table in STEP_TABLES if table.name in self._ids}
+        )
 
     def table_sums(self, table: str, streams: Collection[int] | None = None) -> dict[int, TableSums]:
         """Return the exact sums of a table by stream: its summaries, and the rows after them.
@@ -289,9 +286,7 @@ class StoreReader(FrameReader):
         if not frames or dtype is None:
             return
 
-        rows = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
-        streams = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
-        for stream, new in sum_rows(table, rows, streams).items():
+        for stream, new in sum_rows(table, *rows_of(frames, dtype)).items():
             sums[stream] = sums[stream].join(new) if stream in sums else new
 
         frames.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from traceml.errors import StoreError
 
 __all__ = [
     "FRAME_COLUMNS", "FRAME_OVERHEAD_BYTES", "FRAME_ROWS", "Frame", "NextRows", "RunEvent", "StreamIdentity",
-    "StreamRecord", "assembled", "decoded_frame", "dtype_of", "in_ranges", "step_offset",
+    "StreamRecord", "assembled", "decoded_frame", "dtype_of", "in_ranges", "rows_of", "step_offset",
 ]  # fmt: skip
 
 FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
@@ -212,11 +213,17 @@ def in_ranges(steps: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np
     return inside
 
 
+def rows_of(frames: Sequence[Frame], dtype: np.dtype[Any]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """Return the rows of frames, and the stream of each."""
+    rows = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
+    return rows, np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+
+
 def assembled(frames: list[Frame], dtype: np.dtype[Any], last: int | None) -> NDArray[np.void]:
     """Join frames into one array, the stream id as first column; sorted by stream where `last` is given."""
-    source = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
+    source, streams = rows_of(frames, dtype)
     joined = np.empty(len(source), np.dtype([("stream", "<i8"), *dtype.descr]))
-    joined["stream"] = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+    joined["stream"] = streams
     for name in dtype.names or ():
         joined[name] = source[name]
 

@@ -230,6 +230,14 @@ class StepSums(msgspec.Struct, frozen=True, eq=False):
         """Return the sums of one stream, by table; a table without sums has no rows."""
         return cls(*(sums.get(table.name) or TableSums.empty(table) for table in STEP_TABLES))
 
+    @classmethod
+    def by_stream(cls, tables: Mapping[str, Mapping[int, TableSums]]) -> dict[int, StepSums]:
+        """Return the sums of each stream, ascending, from those of each table by stream."""
+        return {
+            stream: cls.of({name: sums[stream] for name, sums in tables.items() if stream in sums})
+            for stream in sorted({stream for sums in tables.values() for stream in sums})
+        }
+
     @property
     def count(self) -> int:
         """Number of step rows."""

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from traceml.database.schema import DEVICE_STEPS, NAMES, STEPS, TABLES, USER_PHASES, Table
 from traceml.database.store.reader import StoreReader
+from traceml.database.store.records import rows_of
 from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 
@@ -37,13 +38,12 @@ class HostSums(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         names = _Names(reader, ranks)
         whole = [names.unified(stream, sums) for stream, sums in reader.step_sums().items() if stream in ranks]
         begin = min((int(each.steps.bins["first_step"].min()) for each in whole if each.count), default=0)
-        first: dict[int, dict[str, TableSums]] = {}
-        for table in (STEPS, DEVICE_STEPS, USER_PHASES):
-            if table.name in reader.tables:
-                for stream, sums in _first_sums(reader, table, ranks, begin).items():
-                    first.setdefault(stream, {})[table.name] = sums
-
-        set_up = [names.unified(stream, StepSums.of(sums)) for stream, sums in first.items()]
+        first = {
+            table.name: _first_sums(reader, table, ranks, begin)
+            for table in (STEPS, DEVICE_STEPS, USER_PHASES)
+            if table.name in reader.tables
+        }
+        set_up = [names.unified(stream, sums) for stream, sums in StepSums.by_stream(first).items()]
         nothing = StepSums.of({})
         return cls(
             ranks=tuple(sorted(ranks.values())),
@@ -109,10 +109,9 @@ def _first_sums(reader: StoreReader, table: Table, streams: Mapping[int, int], b
     if not frames:
         return {}
 
-    rows = np.frombuffer(b"".join(frame.data for frame in frames), table.dtype)
-    stream = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+    rows, of_row = rows_of(frames, table.dtype)
     first = rows["step"] < end
-    return sum_rows(table.name, rows[first], stream[first])
+    return sum_rows(table.name, rows[first], of_row[first])
 
 
 def _packed(sums: StepSums) -> dict[str, str]:

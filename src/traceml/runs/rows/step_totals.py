@@ -205,11 +205,7 @@ class SetUpSums:
             table: sum_rows(table, join_rows(rows), np.concatenate(self._ranks[table]))
             for table, rows in self._rows.items()
         }
-        of_rank = {
-            rank: StepSums.of({table: sums[rank] for table, sums in summed.items() if rank in sums})
-            for rank in summed[STEPS.name]
-        }
-        return step_totals(of_rank, names)
+        return step_totals(StepSums.by_stream(summed), names)
 
 
 class _Cells:
