@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import msgspec
 from msgspec.structs import replace
 
 from traceml.formatting import count_text, line_text, ranks_text
+
+if TYPE_CHECKING:  # it needs numpy
+    from traceml.database.store.records import StreamRecord
 
 __all__ = [
     "ATTEMPT", "END", "STORE_TIME_LIMITS", "EndingSignal", "LostWorker", "RankExit", "ReadData", "UnevenData",
@@ -204,6 +207,11 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
             del known["last_step"]  # it counts appended rows: there were none
 
         return cls(rank=rank, state=state, host=host, **known)
+
+    @classmethod
+    def of_stream(cls, stream: StreamRecord) -> RankExit:
+        """Return how the process of a stored stream has ended, as far as is known."""
+        return cls.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
 
     def with_last_step(self, latest: Sequence[int]) -> RankExit:
         """Return it with the last step of its rank, where it has none."""

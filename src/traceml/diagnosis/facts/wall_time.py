@@ -203,7 +203,7 @@ def _useful_time(
 
 def _failed_ns(stream: StreamRecord, bins: NDArray[np.void]) -> int:
     """Return the time of the step in which a process failed, perhaps after a hang, if its end has written that row."""
-    ended = _end_of(stream)
+    ended = RankExit.of_stream(stream)
     if not _has_written(ended, bins) or not ended_badly([ended]) or ended.open_phase in _NOT_PRODUCTIVE:
         return 0
 
@@ -304,13 +304,9 @@ def _has_rows(sums: StepSums | None) -> bool:
     return sums is not None and (sums.count > 0 or sums.evals.rows > 0)
 
 
-def _end_of(stream: StreamRecord) -> RankExit:
-    return RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}))
-
-
 def _open_step(stream: StreamRecord) -> tuple[float, float] | None:
     """Return the begin and the end of the step in which a process ended, by its host's wall clock, or None."""
-    ended = _end_of(stream)
+    ended = RankExit.of_stream(stream)
     if not ended.in_step or ended.at_s is None or ended.open_s is None:
         return None
 
@@ -321,7 +317,7 @@ def _process(sums: StepSums | None, clocks: RunClocks, stream: StreamRecord, hun
     process = _summed(sums, clocks, stream) if sums is not None and _has_rows(sums) else ProcessSums(stream.attempt)
     if (opened := _open_step(stream)) is not None:
         begin_ns, end_ns = (clocks.from_wall_clock(stream.id, int(at_s * _S)) for at_s in opened)
-        has_row = sums is not None and _has_written(_end_of(stream), sums.steps.bins)
+        has_row = sums is not None and _has_written(RankExit.of_stream(stream), sums.steps.bins)
         process.end_in_step(begin_ns, end_ns, int(hung_s * _S), has_row=has_row)
 
     return process

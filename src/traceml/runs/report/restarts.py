@@ -71,7 +71,7 @@ def attempts_of(reader: StoreReader) -> dict[int, list[StreamRecord]]:
 def _newest_exits(streams: Sequence[StreamRecord]) -> list[RankExit]:
     """Return how each rank of an attempt has ended, by its newest process."""
     newest = {stream.rank: stream for stream in streams}.values()
-    return [RankExit.from_facts(each.rank, each.state, each.facts.get("exit", {}), each.host) for each in newest]
+    return [RankExit.of_stream(each) for each in newest]
 
 
 class _Ended(NamedTuple):

@@ -211,10 +211,7 @@ def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSecti
 
 
 def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints, *, is_hung: bool) -> ExitSection:
-    ended = summary.facts_builder.exits.get(stream.rank)
-    if ended is None:
-        ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
-
+    ended = summary.facts_builder.exits.get(stream.rank) or RankExit.of_stream(stream)
     last_step = ended.last_step
     if stream.rank < len(latest) and latest[stream.rank] >= 0:
         # The rank's last report does not count the step that was still open.

@@ -238,7 +238,7 @@ class RunSummaryReader:
 
         self.facts_builder.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
-            self._intake.end(RankExit.from_facts(rank, record.state, record.facts.get("exit", {}), record.host))
+            self._intake.end(RankExit.of_stream(record))
 
     def _rank_of(self, stream: int) -> int:
         return self.streams[stream].rank
