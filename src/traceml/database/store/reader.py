@@ -116,6 +116,11 @@ class StoreReader(FrameReader):
 
         return assembled(frames, dtype, last)
 
+    def last_row(self, table: str, stream: int) -> np.void | None:
+        """Return the last row of a stream; None without any."""
+        rows = self.rows(table, [stream], last=1)
+        return rows[-1] if len(rows) else None
+
     def spread_frames(self, table: str, streams: Collection[int], most: int, rows: int) -> Iterator[Frame]:
         """Yield rows of frames that are spread evenly over each stream.
 

@@ -99,12 +99,10 @@ def _attempts(
 
 
 def _last_step_ns(reader: StoreReader, streams: Sequence[StreamRecord], clocks: RunClocks) -> int | None:
-    found = []
-    for stream in streams[:_MAX_RANKS]:
-        rows = reader.rows(STEPS.name, [stream.id], last=1)
-        found += [clocks.from_monotonic(stream.id, int(rows["t_end_ns"][-1]))] if len(rows) else []
-
-    return max(found, default=None)
+    last = ((stream.id, reader.last_row(STEPS.name, stream.id)) for stream in streams[:_MAX_RANKS])
+    return max(
+        (clocks.from_monotonic(each, int(row["t_end_ns"])) for each, row in last if row is not None), default=None
+    )
 
 
 def _blocks(
@@ -116,11 +114,11 @@ def _blocks(
 
     last = max(attempts)
     stream = min(attempts[last], key=lambda each: (each.rank, -each.id))
-    newest = reader.rows(STEPS.name, [stream.id], last=1)
-    if not len(newest):
+    newest = reader.last_row(STEPS.name, stream.id)
+    if newest is None:
         return
 
-    most = int(newest["step"][-1])
+    most = int(newest["step"])
     ends = [(int(first), min(int(first) + series.width - 1, most)) for first in series.steps]
     rows = reader.rows(STEPS.name, [stream.id], steps=[(step, step) for bounds in ends for step in bounds])
     times = {int(row["step"]): (int(row["t_end_ns"]) - int(row["total_ns"]), int(row["t_end_ns"])) for row in rows}

@@ -136,9 +136,9 @@ def _lost_s(reader: StoreReader, streams: Sequence[StreamRecord], following: Seq
 
 def _last_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
     """Return the monotonic end of a stream's last step, or its connection where it has none."""
-    rows = reader.rows(STEPS.name, [stream.id], last=1)
-    if len(rows):
-        return int(rows["t_end_ns"][-1])
+    row = reader.last_row(STEPS.name, stream.id)
+    if row is not None:
+        return int(row["t_end_ns"])
 
     clock = stream.facts.get("clock")
     return int(clock[0]) if clock else None
@@ -146,8 +146,8 @@ def _last_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
 
 def _last_step(reader: StoreReader, stream: StreamRecord) -> int | None:
     """Return the last step of a rank that has arrived, of one whose end nobody saw."""
-    rows = reader.rows(STEPS.name, [stream.id], last=1)
-    return int(rows["step"][-1]) if len(rows) else None
+    row = reader.last_row(STEPS.name, stream.id)
+    return None if row is None else int(row["step"])
 
 
 def _first_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
