@@ -151,7 +151,7 @@ class AimBackend(BatchBackend):
         try:
             image = Image(str(path))
         except Exception:  # noqa: BLE001 - of many classes: another format, a truncated file, too many pixels
-            self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
+            super().log_image(name, path, step)
             return
 
         data = image.storage["data"].load()

@@ -203,7 +203,7 @@ class WandbBackend(BatchBackend):
 
             image = wandb.Image(str(path))
         except Exception:  # noqa: BLE001 - of many classes; what is wrong with the library fails below as well
-            self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
+            super().log_image(name, path, step)
         else:
             self._log({safe_path(name, _REFUSED, _LONGEST_NAME): image}, step)  # it is part of a file's name
 
