@@ -18,7 +18,6 @@ __all__ = [
     "cut_text",
     "duration_text",
     "error_text",
-    "escaped_bytes",
     "exception_line",
     "factor_text",
     "gain_text",
@@ -363,13 +362,13 @@ def _escape(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape").decode()
 
 
-def escaped_bytes(error: UnicodeError) -> tuple[str, int]:
+def _escaped_bytes(error: UnicodeError) -> tuple[str, int]:
     """Return the escapes of what cannot be encoded, and where the encoder continues."""
     assert isinstance(error, UnicodeEncodeError)
     return _UNPRINTABLE.sub(_escape, error.object[error.start : error.end]), error.end
 
 
-codecs.register_error(ESCAPED, escaped_bytes)
+codecs.register_error(ESCAPED, _escaped_bytes)
 
 
 def shell_quoted(text: str) -> str:

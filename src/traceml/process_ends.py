@@ -17,7 +17,6 @@ __all__ = [
     "BY_OTHERS",
     "CRASHES",
     "PR_SET_PDEATHSIG",
-    "SLURM_WARNINGS",
     "EndedBySignal",
     "StopRequest",
     "die_with_parent",
@@ -40,7 +39,7 @@ CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEG
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
 BY_OTHERS = frozenset((signal.SIGTERM, signal.SIGHUP))
 """Signals by which others end a job; by Ctrl-C and Ctrl-\\, a user ends it by hand."""
-SLURM_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_SLURM_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which users have Slurm warn a job before its end (`--signal`)."""
 PR_SET_PDEATHSIG = 1
 """Option of `prctl`: the signal that the kernel sends us when the thread that started us ends."""
@@ -70,7 +69,7 @@ def ignore_slurm_warnings() -> None:
     All processes that descend from this one ignore them too, until a script handles them.
     """
     if in_slurm_job():
-        for number in SLURM_WARNINGS:
+        for number in _SLURM_WARNINGS:
             signal.signal(number, signal.SIG_IGN)
 
 

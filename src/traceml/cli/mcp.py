@@ -16,7 +16,7 @@ from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.errors import TraceMLError
 from traceml.version import __version__
 
-__all__ = ["build_server", "main"]
+__all__ = ["main"]
 
 _INSTRUCTIONS = (
     "Find out why a PyTorch training is slow, hangs, or got slower. Start with findings (of the latest run), then "
@@ -47,12 +47,12 @@ def main(argv: list[str]) -> int:
     options = parse(McpOptions, argv, prog="traceml mcp")
     config = options.config
     os.environ.setdefault("MCP_LOG_LEVEL", "WARNING")
-    server = build_server(RunTools(config.runs_dir, [Path(folder) for folder in options.traces]))
+    server = _build_server(RunTools(config.runs_dir, [Path(folder) for folder in options.traces]))
     server.run("stdio")
     return 0
 
 
-def build_server(tools: RunTools) -> Any:
+def _build_server(tools: RunTools) -> Any:
     """Return a server of the `mcp` package with the tools.
 
     Raises:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from traceml.supervise.joined_run import JoinedRun
     from traceml.supervise.listen_address import ListenAddress
 
-__all__ = ["main", "make_parser", "run_job"]
+__all__ = ["main", "make_parser"]
 
 # By its path: `python -m` would import the user's `types.py` or `contextlib.py`, where the working directory has one.
 _ENTRY = Path(__file__).parents[1] / "session" / "entry.py"
@@ -125,10 +125,10 @@ def main(argv: list[str]) -> int:
         _warn_of_other_tasks()
 
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
-        return run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
+        return _run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
 
 
-def run_job(
+def _run_job(
     job: LocalJob,
     *,
     live: str = "auto",

@@ -13,7 +13,6 @@ __all__ = [
     "OomWatch",
     "cgroup_folders",
     "cgroup_paths",
-    "count_kills",
     "oom_counter",
 ]
 
@@ -75,7 +74,7 @@ class OomWatch:
     ) -> None:
         self._host, self._root = host, root
         self._path = oom_counter(cgroup_paths(pid=pid) if groups is None else groups, root, host)
-        self._before = count_kills(self._path)
+        self._before = _count_kills(self._path)
 
     def follow(self, groups: dict[str, str]) -> None:
         """Count in another cgroup once the process has moved to it, as `systemd-run` or a script itself does.
@@ -88,11 +87,11 @@ class OomWatch:
 
         path = oom_counter(groups, self._root, self._host)
         if path not in (self._path, self._host):
-            self._path, self._before = path, count_kills(path)
+            self._path, self._before = path, _count_kills(path)
 
     def kills(self) -> int | None:
         """Return the kills so far; None if they are not counted."""
-        now = count_kills(self._path)
+        now = _count_kills(self._path)
         return None if self._before is None or now is None else now - self._before
 
     def killed(self) -> OomPlace | None:
@@ -107,10 +106,10 @@ def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) ->
     """Return the file that counts the kills of the innermost visible group; the host's where there is none."""
     folders = cgroup_folders("memory", groups, root) if groups else []
     paths = (Path(folder) / name for folder in folders for name in _FILES)
-    return next((path for path in paths if count_kills(path) is not None), host)
+    return next((path for path in paths if _count_kills(path) is not None), host)
 
 
-def count_kills(path: Path) -> int | None:
+def _count_kills(path: Path) -> int | None:
     """Return the kills in a counter's file; None if it has none."""
     lines = read_text(str(path)).splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(_FIELD)), None)

@@ -62,11 +62,11 @@ from traceml.instrument.values.last_step import is_overdue, usual_comm, usual_en
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
 
-__all__ = ["FUSED", "StepClock"]
+__all__ = ["StepClock"]
 
 _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.INPUT_WAIT)
 _COMM, _CHECKPOINT = int(Phase.COMM), int(Phase.CHECKPOINT)
-FUSED = 1  # id that represents all optimizers inside backward; no object has it
+_FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer,
@@ -372,21 +372,23 @@ class StepClock(DividedStep):
                 self._close_ended()
             else:
                 self._merge(ident)
-        elif known and not self.explicit and ident != FUSED:
+        elif known and not self.explicit and ident != _FUSED:
             if self.needs_no_loader:
                 self.cut_on_step = True
                 self.usual_loader = NOT_READY
                 self.commit(t)
             else:
                 self.repeated = self.batch is not None
-        elif not known and not self.explicit and ident != FUSED and self.may_begin_a_phase():
+        elif not known and not self.explicit and ident != _FUSED and self.may_begin_a_phase():
             self._cut(t)
             self._merge(ident)
             self.closing_trigger = NOT_READY
 
     def _are_steppers_gone(self) -> bool:
         """Whether no optimizer of this step is alive, as where the script makes one for each step."""
-        return not any(ident == FUSED or ident in self.optimizers for ident in (self.step_call, *self.later_step_calls))
+        return not any(
+            ident == _FUSED or ident in self.optimizers for ident in (self.step_call, *self.later_step_calls)
+        )
 
     def after_step(self, t: int, ident: int) -> None:
         """Handle the end of an optimizer step call: the step may close from here on."""
@@ -471,7 +473,7 @@ class StepClock(DividedStep):
 
     def _may_step_again(self, ident: int) -> bool:
         """Whether another optimizer may follow in this step."""
-        return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1 or self.has_new_optimizer)
+        return ident != _FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1 or self.has_new_optimizer)
 
     def _train_from(self, loader: Any) -> None:
         self.training_loader = loader
@@ -499,9 +501,9 @@ class StepClock(DividedStep):
 
         if self.fused:
             self.fused = False
-            self.step_without_call(t, FUSED)
+            self.step_without_call(t, _FUSED)
         elif self.inferred:
-            self.step_without_call(t, FUSED, _INFERRED)
+            self.step_without_call(t, _FUSED, _INFERRED)
         elif not self.optimizers_seen and self.first_loader is None and self.open and not self.explicit:
             self._hold_batch(t)
 

@@ -23,7 +23,7 @@ from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_detector import StopDetector
 from traceml.samplers.base import SamplerScheduler
 
-__all__ = ["DIALING_S", "FILES_TIMEOUT_S", "RecorderThread", "WakeSignal"]
+__all__ = ["DIALING_S", "RecorderThread", "WakeSignal"]
 
 _log = logging.getLogger("traceml")
 
@@ -34,7 +34,7 @@ _FIRST_TELEMETRY_NS = 10**9
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 DIALING_S = 30.0  # more than the start of an aggregator has
-FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
+_FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
 class WakeSignal:
@@ -162,7 +162,7 @@ class RecorderThread:
         self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, keep_trying=self._keep_trying)
         self._wake.set()
         is_busy = self._files is not None and self._files.pending
-        limit_s = timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0)
+        limit_s = timeout_s + 0.5 + (_FILES_TIMEOUT_S if is_busy else 0.0)
         self._thread.join(limit_s)
         if keep_trying and not self._sender.dialed.is_set():  # an aggregator starts slowly, as on a busy host
             self._sender.dialed.wait(DIALING_S)
@@ -274,7 +274,7 @@ class RecorderThread:
             files.poll()
             return bool(files.copying) or self._sender.connected or self._keep_trying
 
-        if files.wait(advance, timeout_s=FILES_TIMEOUT_S, stuck_s=self._grace_s) == "stuck":
+        if files.wait(advance, timeout_s=_FILES_TIMEOUT_S, stuck_s=self._grace_s) == "stuck":
             _log.warning("%d logged files have not arrived; they stay next to the journal", files.pending)
             self._keep_trying = False  # it was tried for that long just now
 

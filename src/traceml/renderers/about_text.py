@@ -9,7 +9,7 @@ from traceml.formatting import bytes_text, count_text, names_text, plural, print
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
-__all__ = ["about_facts", "machine_text", "nothing_logged"]
+__all__ = ["about_facts", "nothing_logged"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
@@ -33,7 +33,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("traceml", process.get("traceml") or view.report.traceml_version),
         ("packages", _packages(about)),
         ("ranks", f"{count_text(view.report.run.world_size)} on {names_text(view.report.run.hosts, _HOSTS)}"),
-        ("machine", machine_text(about.system)),
+        ("machine", _machine_text(about.system)),
         ("not read", _not_read(about)),
         ("model", _model(about.model)),
         ("data loader", _loader(about.loader)),
@@ -53,7 +53,7 @@ def nothing_logged(about: About, names: str, otherwise: str) -> str:
     return f"{names} {stay}" if about.relayed else otherwise
 
 
-def machine_text(system: Mapping[str, Any]) -> str:
+def _machine_text(system: Mapping[str, Any]) -> str:
     """Return processor, cores, memory, devices and system of a host."""
     memory = system.get("memory_bytes")
     return _joined(

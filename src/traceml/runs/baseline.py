@@ -13,7 +13,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
 from traceml.runs.report.report_types import read_report
 
-__all__ = ["LAST_HEALTHY", "find_baseline", "find_compared", "is_healthy"]
+__all__ = ["LAST_HEALTHY", "find_baseline", "find_compared"]
 
 LAST_HEALTHY = "last-healthy"
 
@@ -71,7 +71,7 @@ def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
         for info in _others(compared, runs_dir)
         if info.project in projects and info.world_size in sizes and (info.started or 0.0) <= before
     ]
-    healthy = next((info for info in earlier if is_healthy(info)), None)
+    healthy = next((info for info in earlier if _is_healthy(info)), None)
     if healthy is not None:
         return healthy.path.resolve()
 
@@ -81,7 +81,7 @@ def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
     )
 
 
-def is_healthy(info: RunInfo) -> bool:
+def _is_healthy(info: RunInfo) -> bool:
     """Return whether a run has finished and nothing was wrong with it."""
     is_known = info.verdict != Kind.INSUFFICIENT_DATA
     return info.state == RunStatus.FINISHED and info.severity == Severity.INFO and is_known

@@ -29,7 +29,7 @@ from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingServer
 from traceml.transport import auth
 
-__all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "check_page_installed", "page_address", "page_beside"]
+__all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "check_page_installed", "page_beside"]
 
 DEFAULT_PORT = 29766
 # Below the training, but not at 19: where the training uses every core, a click would then take seconds.
@@ -78,7 +78,7 @@ class PageProcess(RestartingServer):
         Args:
             run_id: the run to show; None: the list of runs.
         """
-        return page_address(self.port, self.token, run_id)
+        return _page_address(self.port, self.token, run_id)
 
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the page's server on our socket."""
@@ -125,7 +125,7 @@ def page_beside(run_dir: Path) -> Iterator[Callable[[], None]]:
     """
     other = auth.discover(DEFAULT_PORT, kind=auth.PAGE)
     if other is not None and Path(other.runs_dir) == run_dir.parent.absolute():
-        _print_address(page_address(DEFAULT_PORT, other.token, run_dir.name))
+        _print_address(_page_address(DEFAULT_PORT, other.token, run_dir.name))
         yield lambda: None
         return
 
@@ -138,7 +138,7 @@ def _print_address(address: str) -> None:
     print_notice(f"traceml: the page is at {address}")
 
 
-def page_address(port: int, token: str, run_id: str | None = None) -> str:
+def _page_address(port: int, token: str, run_id: str | None = None) -> str:
     """Return the address of a page on this host, with its token."""
     path = "" if run_id is None else f"run/{quote(run_id, safe='')}"
     return f"http://127.0.0.1:{port}/{path}?token={token}"
@@ -165,5 +165,5 @@ def _listen(port: int, *, any_port: bool) -> socket.socket:
 
 
 def _way_out(other: auth.PublishedServer | None) -> str:
-    use = "Choose" if other is None else f"Use that one, {page_address(other.port, other.token)}, or choose"
+    use = "Choose" if other is None else f"Use that one, {_page_address(other.port, other.token)}, or choose"
     return f"{use} another port: --web PORT."

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from traceml.settings import Config
 
 __all__ = [
-    "DELIVERY_OPTIONS",
     "DELIVERY_SETTINGS",
     "Aggregation",
     "DeliveryFilter",
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 # Options of `[tool.traceml.backends.<name>]` for delivery; all others are the backend's own.
-DELIVERY_OPTIONS = frozenset(
+_DELIVERY_OPTIONS = frozenset(
     {"routes", "include", "exclude", "sample", "aggregate", "fallback", "timeout_s", "api_key_file", "env"}
 )
 # Settings of an experiment that apply to delivery; its announcement has them.
@@ -51,7 +50,7 @@ def delivery_settings(config: Config) -> dict[str, Any]:
 
 def backend_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options for the backend itself."""
-    return {key: value for key, value in options.items() if key not in DELIVERY_OPTIONS}
+    return {key: value for key, value in options.items() if key not in _DELIVERY_OPTIONS}
 
 
 def check_delivery_options(options: Mapping[str, Any]) -> None:

@@ -30,7 +30,6 @@ from traceml.transport.tls import ServerIdentity, TlsLayer
 
 __all__ = [
     "BACKLOG", "BatchSelector", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics",
-    "raise_descriptor_limit",
 ]  # fmt: skip
 
 # With asyncio's 100, a tenth of 10,000 ranks that connect at once would wait a second for a SYN retransmission.
@@ -306,7 +305,7 @@ class Server:
         self.refusals = RefusalLog()
         self.handler_errors = 0
         self._accepted = self._refused = 0
-        self._limit = raise_descriptor_limit()
+        self._limit = _raise_descriptor_limit()
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -410,7 +409,7 @@ class BatchSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type
         return super().select(0)
 
 
-def raise_descriptor_limit() -> int:
+def _raise_descriptor_limit() -> int:
     """Raise the descriptor limit of this process to its hard limit, one per connection; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LINES, LOSSES
 
-__all__ = ["BLOCK_STEPS", "LINE_KEYS", "LINE_SUMS", "STATE_KEY", "kept", "kept_rows", "sample_blocks", "thinned_rows"]
+__all__ = ["BLOCK_STEPS", "LINE_KEYS", "LINE_SUMS", "STATE_KEY", "kept", "sample_blocks", "thinned_rows"]
 
 STATE_KEY = "thinning"
 """Fact of a run that has the level to which its old rows are thinned."""
@@ -35,7 +35,7 @@ def kept(numbers: NDArray[np.int64], level: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
+def _kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
     """Return which rows of a table with steps, or else with times, stay at a level."""
     if "t_ns" in (rows.dtype.names or ()):
         return kept(rows["t_ns"] // _SECOND_NS, level)
@@ -50,10 +50,10 @@ def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.v
     next one always stay: the verdict says since when losses are not finite.
     """
     if table == LOSSES.name:
-        return rows[kept_rows(rows, level) | _last_change(rows["loss"])]
+        return rows[_kept_rows(rows, level) | _last_change(rows["loss"])]
 
     if table != LINES.name:
-        return rows[kept_rows(rows, level)]
+        return rows[_kept_rows(rows, level)]
 
     keys = np.stack([rows[name] for name in LINE_KEYS], axis=1)
     _, last, line = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)

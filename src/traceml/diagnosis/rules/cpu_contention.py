@@ -14,7 +14,7 @@ from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
-__all__ = ["OTHERS_CORES", "cpu_contention", "is_oversubscribed_by_others"]
+__all__ = ["cpu_contention", "is_oversubscribed_by_others"]
 
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""

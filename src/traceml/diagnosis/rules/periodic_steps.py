@@ -25,7 +25,7 @@ from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
 
 __all__ = [
-    "MIN_LONG_STEPS", "MIN_LONG_STEPS_OVERSUBSCRIBED", "MIN_PART_SHARE", "REGULAR_SHARE", "at_distance",
+    "MIN_LONG_STEPS_OVERSUBSCRIBED", "MIN_PART_SHARE", "at_distance",
     "evidence_of_period", "periodic_steps",
 ]  # fmt: skip
 

@@ -23,9 +23,9 @@ from traceml.renderers.monitoring_readings import Reading
 if TYPE_CHECKING:
     from traceml.display.monitoring.active_runs import ActiveRuns
 
-__all__ = ["METRICS_PATH", "metric_families", "metrics_app", "serve_metrics"]
+__all__ = ["metrics_app", "serve_metrics"]
 
-METRICS_PATH = "/metrics"
+_METRICS_PATH = "/metrics"
 _REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing must not hold a thread
 # Each has a thread, also before its token is known. Prometheus uses one; above this many the oldest is cut.
 _MAX_CONNECTIONS = 64
@@ -67,7 +67,7 @@ def metrics_app(runs: ActiveRuns, token: str | None) -> _App:
     return app
 
 
-def metric_families(found: Iterable[Reading]) -> list[Metric]:
+def _metric_families(found: Iterable[Reading]) -> list[Metric]:
     """Return values as Prometheus metrics, each with its help and all its series."""
     families: dict[Instrument, Metric] = {}
     for each in found:
@@ -95,8 +95,8 @@ def _refusal(environ: dict[str, Any], token: str | None) -> tuple[str, list[tupl
         # A page of another site can make a browser ask here, under a name that its owner resolves to loopback.
         return "403 Forbidden", [], "Ask by the name localhost."
 
-    if environ["PATH_INFO"] != METRICS_PATH:
-        return "404 Not Found", [], f"The metrics are at {METRICS_PATH}."
+    if environ["PATH_INFO"] != _METRICS_PATH:
+        return "404 Not Found", [], f"The metrics are at {_METRICS_PATH}."
 
     return None
 
@@ -120,7 +120,7 @@ class _RunsCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield each metric with its values."""
-        yield from metric_families(self._runs.snapshot().readings())
+        yield from _metric_families(self._runs.snapshot().readings())
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-__all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value", "notice"]
+__all__ = ["TokenMiddleware", "cookie_name", "cookie_value", "notice"]
 
-TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
+_TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
 # Engine.io answers a request with it as a script, which any page may load; our own never asks for that.
 _JSONP_PARAMETER = "j"
 _COOKIE_AGE_S = 30 * 24 * 3600
@@ -75,14 +75,14 @@ class TokenMiddleware:
         given = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         if self._has_cookie(scope) and _same_origin(scope) and _JSONP_PARAMETER not in given:
             self._on_authenticated(scope.get("client"))
-            await self._forward(scope, receive, send, strip=TOKEN_PARAMETER in given)
+            await self._forward(scope, receive, send, strip=_TOKEN_PARAMETER in given)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-        elif _same(given.get(TOKEN_PARAMETER, ""), self._token):
+        elif _same(given.get(_TOKEN_PARAMETER, ""), self._token):
             self._on_authenticated(scope.get("client"))
             await _redirect(send, _without_token(scope), self._set_cookie())
         else:
-            await _refuse(send, wrong=TOKEN_PARAMETER in given)
+            await _refuse(send, wrong=_TOKEN_PARAMETER in given)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, *, strip: bool) -> None:
         if strip and scope["type"] == "http" and scope["method"] == "GET":
@@ -127,7 +127,7 @@ def _same_origin(scope: Scope) -> bool:
 
 def _without_token(scope: Scope) -> str:
     query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
-    rest = urlencode([(key, value) for key, value in query if key != TOKEN_PARAMETER])
+    rest = urlencode([(key, value) for key, value in query if key != _TOKEN_PARAMETER])
     path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/").replace(
         "\\", "%5C"
     )

@@ -21,7 +21,6 @@ __all__ = [
     "model_facts",
     "optimizer_facts",
     "param_groups",
-    "trainer_above",
 ]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
@@ -64,7 +63,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "samplers": _sampler_classes(own),
         "is_iterable": is_iterable,
         "is_undivided": is_iterable and _is_undivided(own, dataset),
-        "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
+        "trainer": _trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
 
 
@@ -133,7 +132,7 @@ def batch_size_facts(batch: Any) -> dict[str, int]:
     return {"tensors": tensors, "bytes": size}
 
 
-def trainer_above(frame: Any) -> str | None:
+def _trainer_above(frame: Any) -> str | None:
     """Return the framework whose trainer runs and makes loaders from its own arguments; None without one.
 
     A subclass of a script that makes them itself takes the arguments of DataLoader.

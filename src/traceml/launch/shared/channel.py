@@ -37,10 +37,10 @@ from traceml.launch.shared.channel_frames import (
 from traceml.launch.shared.channel_streams import STREAM_WINDOW_BYTES, IncomingStream, OutgoingStream
 from traceml.launch.shared.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, StreamOpened, decode
 
-__all__ = ["PING_S", "Channel"]
+__all__ = ["Channel"]
 
 # A peer that was silent for this long is pinged.
-PING_S = 3.0
+_PING_S = 3.0
 
 _LONGEST_TICK_S = 2.0
 _READ_BYTES = 1024 * 1024
@@ -361,7 +361,7 @@ class Channel:
 
             raise ChannelClosedError(f"nothing was received from the other side for {left_text(self._quiet_s)}")
 
-        if self._quiet_s - self._asked_s >= PING_S:
+        if self._quiet_s - self._asked_s >= _PING_S:
             self._asked_s = self._quiet_s
             self.send(Ping())
 

@@ -18,7 +18,7 @@ from traceml.errors import ProtocolError, TraceMLError
 from traceml.launch.shared.launch_messages import Message
 
 __all__ = [
-    "CHUNK_BYTES", "GREETING", "MAX_MESSAGE_BYTES", "ChannelClosedError", "ChannelDecoder", "FrameKind", "credit_frame",
+    "CHUNK_BYTES", "GREETING", "ChannelClosedError", "ChannelDecoder", "FrameKind", "credit_frame",
     "credit_of", "frame_head", "map_of", "message_frame",
 ]  # fmt: skip
 
@@ -26,7 +26,7 @@ __all__ = [
 GREETING = b"\n\x00traceml-agent/1\x00\n"
 # At most this much is sent before a new message.
 CHUNK_BYTES = 256 * 1024
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _HEAD = struct.Struct(">IBI")
 _CREDIT = struct.Struct(">Q")
@@ -73,8 +73,8 @@ def message_frame(message: Message) -> bytes:
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"cannot encode a {message.t!r} message: {error}") from error
 
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a {message.t!r} message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}: use a stream")
+    if len(body) > _MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a {message.t!r} message of {len(body)} bytes exceeds {_MAX_MESSAGE_BYTES}: use a stream")
 
     return frame_head(len(body), FrameKind.MESSAGE) + bytes(body)
 
@@ -176,7 +176,7 @@ class ChannelDecoder:
         self._left, kind, self._stream = _HEAD.unpack(self._head)
         self._head.clear()
         self._body.clear()
-        if kind not in _KINDS or self._left > (CHUNK_BYTES if kind == FrameKind.DATA else MAX_MESSAGE_BYTES):
+        if kind not in _KINDS or self._left > (CHUNK_BYTES if kind == FrameKind.DATA else _MAX_MESSAGE_BYTES):
             raise ChannelClosedError(f"invalid frame: kind {kind}, {self._left} bytes")
 
         self._kind = FrameKind(kind)

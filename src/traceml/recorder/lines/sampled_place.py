@@ -11,7 +11,7 @@ from traceml.inspection.thread_frames import awaiting_frames, running_line
 from traceml.inspection.user_files import display_path, is_package_file
 from traceml.recorder.user_code import UserCode
 
-__all__ = ["SampledPlace", "awaited_place", "function_name", "line_name", "makes_batch", "sampled_place"]
+__all__ = ["SampledPlace", "awaited_place", "function_name", "makes_batch", "sampled_place"]
 
 _EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _IMPORT_SYSTEM = "<frozen importlib"
@@ -32,12 +32,12 @@ class SampledPlace(NamedTuple):
     @property
     def user_name(self) -> str:
         """The line as rows of `schema.LINES` name it; empty without one."""
-        return "" if self.code is None else line_name(self.code, self.line)
+        return "" if self.code is None else _line_name(self.code, self.line)
 
     @property
     def library_name(self) -> str:
         """The library function, in the same way."""
-        return "" if self.library is None else line_name(self.library, self.library.co_firstlineno)
+        return "" if self.library is None else _line_name(self.library, self.library.co_firstlineno)
 
 
 def sampled_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace:
@@ -74,7 +74,7 @@ def awaited_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace | 
     return None if found.code is None else found._replace(library=stack[0].f_code)
 
 
-def line_name(code: CodeType, line: int) -> str:
+def _line_name(code: CodeType, line: int) -> str:
     """Return `FILE:LINE FUNCTION`."""
     return f"{display_path(code.co_filename)}:{line} {function_name(code)}"
 

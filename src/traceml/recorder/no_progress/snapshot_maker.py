@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "frame_flags", "other_threads"]
+__all__ = ["SnapshotMaker", "other_threads"]
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class SnapshotMaker:
         number = thread_number(self._thread()) or os.getpid()
         seen, info = wait_state(number), process_info(number)
         lock = _of_library(lambda: awaited_lock(frame, self._user.contains), "")
-        compiles, debugged = frame_flags(frames)
+        compiles, debugged = _frame_flags(frames)
         live, data = self._live(), self._data()
         handled, raised_line = handled_exception(self._thread())
         snapshot = RankSnapshot(
@@ -215,7 +215,7 @@ def _of_library(read: Callable[[], T], default: T) -> T:
     return default
 
 
-def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
+def _frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
     """Return whether torch.compile is in a stack, and whether a debugger is."""
     compiles = any(
         "torch/_dynamo/convert_frame" in each.file or ("torch/_inductor/" in each.file and "compile" in each.function)

@@ -30,7 +30,7 @@ from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
 
-__all__ = ["chart_grid", "finding_html", "inline_html", "report_page", "run_line", "sample_line", "verdict_card"]
+__all__ = ["finding_html", "inline_html", "report_page", "run_line", "verdict_card"]
 
 # A notebook's own dark theme, which need not be the system's: JupyterLab, VS Code, Colab.
 _DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=dark]")
@@ -46,7 +46,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         verdict_card(view.report.verdict),
         *_tiles(view),
         *_section("Also found", (verdict_card(finding, first=False) for finding in view.others)),
-        *_section("Charts", chart_grid(figures(view, series))),
+        *_section("Charts", _chart_grid(figures(view, series))),
         *_section("Phases", phase_table(view)),
         *_section("Ranks", rank_table(view)),
         *_section("Lines of code", line_list(view)),
@@ -122,15 +122,15 @@ def _tiles(view: RunView) -> Iterator[str]:
     )
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
-    yield f'</div><p class="more">{sample_line(view)}Overhead of tracing: {escaped(view.overhead)}.</p>'
+    yield f'</div><p class="more">{_sample_line(view)}Overhead of tracing: {escaped(view.overhead)}.</p>'
 
 
-def sample_line(view: RunView) -> str:
+def _sample_line(view: RunView) -> str:
     """Return sentences on what verdict, step times and rates rest on; empty if they rest on all of the run."""
     return "".join(f"{escaped(text)}. " for text in view.basis)
 
 
-def chart_grid(shown: list[Figure]) -> Iterator[str]:
+def _chart_grid(shown: list[Figure]) -> Iterator[str]:
     """Yield charts side by side, as many as fit."""
     if not shown:
         return
@@ -157,8 +157,8 @@ def inline_html(report: Report, series: RunSeries) -> str:
         [
             *run_line(view),
             verdict_card(view.report.verdict, with_evidence=False),
-            f'<p class="sub">{line}</p>' if (line := sample_line(view)) else "",
-            *chart_grid(figures(view, series)),
+            f'<p class="sub">{line}</p>' if (line := _sample_line(view)) else "",
+            *_chart_grid(figures(view, series)),
         ]
     )
     return _fragment(body)

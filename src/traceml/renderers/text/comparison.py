@@ -31,7 +31,6 @@ __all__ = [
     "interval_text",
     "judged_time_words",
     "significance_text",
-    "step_change_text",
     "step_changes",
     "step_time_rows",
 ]
@@ -72,7 +71,7 @@ def delta_text(ms: float) -> str:
     return f"{sign}{ms_text(abs(ms))}"
 
 
-def step_change_text(row: StatisticChange) -> str:
+def _step_change_text(row: StatisticChange) -> str:
     """Return the change of a statistic in the unit of its interval."""
     return step_changes([row])[0][0]
 
@@ -121,18 +120,18 @@ def compared_headline(comparison: Comparison) -> str:
     unit = comparison.unit
     sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
     if comparison.obstacles and mean.p is not None:
-        return f"The machine may be the difference: a {unit} takes {sizes} ({step_change_text(mean)})"
+        return f"The machine may be the difference: a {unit} takes {sizes} ({_step_change_text(mean)})"
 
     if comparison.obstacles and mean.change is not None:
-        return f"A and B are not comparable; a {unit} takes {sizes} ({step_change_text(mean)})"
+        return f"A and B are not comparable; a {unit} takes {sizes} ({_step_change_text(mean)})"
 
     if outcome == "unknown":
         return "Too few steps to tell whether the two differ"
 
     if outcome == "same":
-        return f"No significant difference in {judged_time_words(comparison)}: {sizes} ({step_change_text(mean)})"
+        return f"No significant difference in {judged_time_words(comparison)}: {sizes} ({_step_change_text(mean)})"
 
-    return f"B is {outcome}: a {unit} takes {sizes} ({step_change_text(mean)})"
+    return f"B is {outcome}: a {unit} takes {sizes} ({_step_change_text(mean)})"
 
 
 def judged_time_words(comparison: Comparison) -> str:

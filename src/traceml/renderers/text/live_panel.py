@@ -23,7 +23,6 @@ from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.wording import tracker_text
 
 __all__ = [
-    "MAX_RANK_ROWS",
     "MIN_HEIGHT",
     "MIN_WIDTH",
     "live_lines",
@@ -34,7 +33,7 @@ __all__ = [
     "verdict_line",
 ]
 
-MAX_RANK_ROWS = 16
+_MAX_RANK_ROWS = 16
 MIN_WIDTH = 60
 _NEXT_ROWS = 2
 _FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
@@ -47,7 +46,7 @@ _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
 
 def panel_height(ranks: int, rows: int) -> int:
     """Return the height of the panel for a number of ranks, at most `rows`."""
-    wanted = min(ranks, MAX_RANK_ROWS) + (1 if ranks > MAX_RANK_ROWS else 0)
+    wanted = min(ranks, _MAX_RANK_ROWS) + (1 if ranks > _MAX_RANK_ROWS else 0)
     return max(min(_FRAME_ROWS + _TIME_ROWS + wanted, rows), MIN_HEIGHT)
 
 

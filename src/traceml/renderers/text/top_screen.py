@@ -16,7 +16,7 @@ from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, Ta
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RunView
 
-__all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines", "tabs_line"]
+__all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines"]
 
 MIN_HEIGHT = 8
 _FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, position in the table
@@ -60,13 +60,13 @@ def table_lines(view: RunView, tabs: Sequence[Tab], table: TableView, first: int
     if view.notes:
         position.append("  ").append(note_text(view))
 
-    lines = [rule_line(view, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
+    lines = [rule_line(view, viewport), speed_line(view, viewport), _tabs_line(tabs, table.name), heads, *body]
     return [viewport.cut(line) for line in (*lines, verdict_line(view), position)]
 
 
 def help_lines(view: RunView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
     """Return the help on the keys, exactly `viewport.height` lines."""
-    lines = [rule_line(view, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
+    lines = [rule_line(view, viewport), speed_line(view, viewport), _tabs_line(tabs, ""), Text()]
     keys_of_tables = (" ".join(tab.key for tab in tabs), "the table with this letter")
     for keys, does in (keys_of_tables, *KEYS):
         lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
@@ -75,7 +75,7 @@ def help_lines(view: RunView, tabs: Sequence[Tab], viewport: Viewport) -> list[T
     return [viewport.cut(line) for line in lines[: viewport.height]]
 
 
-def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
+def _tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
     """Return the names of the tables with their keys; the shown one is in brackets, so also visible without colors."""
     line = Text()
     for tab in tabs:

@@ -29,15 +29,15 @@ from traceml.traces.query.labels import metadata_names
 from traceml.traces.query.measures import Measure
 from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, ExactTimes, StringTable
 
-__all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
+__all__ = ["SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
 # Arguments with the number of bytes read or written; the first that an event has is used.
 SIZES = ("size", "bytes", "nbytes", "ret")
 # dftracer's fread and fwrite have one of these, the size of an element, and the number of elements that were moved.
 _NUMBERS = ("count", "nmemb")
 _SIZED = (*SIZES, *_NUMBERS)
-FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
-KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
+_FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
+_KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
 
 
 class EventRole:
@@ -46,9 +46,9 @@ class EventRole:
     POINT, SPAN, BEGIN, END, ASYNC_BEGIN, ASYNC_END = range(6)
 
 
-ROLES = np.zeros(256, np.uint8)
-ROLES[[ord(phase) for phase in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
-ROLES[[ord(phase) for phase in "SF"]] = EventRole.ASYNC_BEGIN, EventRole.ASYNC_END  # of older tracers
+_ROLES = np.zeros(256, np.uint8)
+_ROLES[[ord(phase) for phase in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
+_ROLES[[ord(phase) for phase in "SF"]] = EventRole.ASYNC_BEGIN, EventRole.ASYNC_END  # of older tracers
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class Analysis:
         return values[::-1]
 
     def _feed_rows(self, batch: EventBatch) -> None:
-        roles = ROLES[batch.ph]
+        roles = _ROLES[batch.ph]
         passed = self.filter.rows(batch) if self.filter else None
         rows = self._rows(batch)
         chosen = passed
@@ -253,7 +253,7 @@ class Analysis:
             self._squares.add(group, duration, len(self.groups[-1]))
 
         columns = (start, duration, *columns[2:])
-        near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # false for NO_TIME too
+        near = (start > -_FAR_NS) & (start < _FAR_NS) & (duration < _FAR_NS)  # false for NO_TIME too
         if not near.all():
             for number, time_ns in zip(group[~near].tolist(), duration[~near].tolist(), strict=True):
                 self.exact_stat(number).self_ns += time_ns
@@ -267,7 +267,7 @@ class Analysis:
         if not edges.any():
             return
 
-        mark = rows.kind | (self.filter.outcomes(batch) << np.uint8(KIND_BITS)) if self.filter else rows.kind
+        mark = rows.kind | (self.filter.outcomes(batch) << np.uint8(_KIND_BITS)) if self.filter else rows.kind
         asynchronous = self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
         lane = np.where(roles >= EventRole.ASYNC_BEGIN, asynchronous, rows.lane).astype(np.int32)
         is_end = ((roles == EventRole.END) | (roles == EventRole.ASYNC_END)).astype(np.uint8)
@@ -291,9 +291,9 @@ class Analysis:
 
     def _take_pairs(self, rows: RowColumns) -> None:
         *columns, mark = rows
-        pairs = (*columns, mark & np.uint8((1 << KIND_BITS) - 1))
+        pairs = (*columns, mark & np.uint8((1 << _KIND_BITS) - 1))
         if self.filter:
-            pairs = _chosen(self.filter.passes(mark >> np.uint8(KIND_BITS), columns[1]), pairs)
+            pairs = _chosen(self.filter.passes(mark >> np.uint8(_KIND_BITS), columns[1]), pairs)
 
         self.events += 2 * len(pairs[0])
         self.take_spans(*pairs)

@@ -18,9 +18,9 @@ from traceml.traces.query.expressions import MEASURES, AllOf, Condition, Express
 from traceml.traces.query.fields import ArgField, EventField, FieldContext, Ids, field_of
 from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch
 
-__all__ = ["MAX_CASES", "EventFilter", "compare"]
+__all__ = ["EventFilter", "compare"]
 
-MAX_CASES = 5  # bits of a begin's mark
+_MAX_CASES = 5  # bits of a begin's mark
 
 Mask = NDArray[np.bool_]
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -124,9 +124,9 @@ def _duration_cases(conditions: Sequence[Condition]) -> list[tuple[bool, ...]]:
     middles = [(low + high) / 2 for low, high in pairwise(limits)]
     tried = [*limits, *middles, *((limits[0] - 1, limits[-1] + 1) if limits else (Fraction(0),))]
     cases = list(dict.fromkeys(tuple(each.accepts(value) for each in conditions) for value in tried))
-    if len(cases) > MAX_CASES:
+    if len(cases) > _MAX_CASES:
         raise UsageError(
-            f"where: at most {MAX_CASES} ranges of dur are possible, not {len(cases)}: compare it less often"
+            f"where: at most {_MAX_CASES} ranges of dur are possible, not {len(cases)}: compare it less often"
         )
 
     return cases

@@ -13,7 +13,7 @@ from typing import Any
 from traceml.errors import UsageError
 
 __all__ = [
-    "ARGS", "FIELDS", "MEASURES", "AllOf", "AnyOf", "Condition", "Expression", "Negation", "all_fields", "check_field",
+    "ARGS", "FIELDS", "MEASURES", "AllOf", "AnyOf", "Condition", "Expression", "Negation", "check_field",
     "comparisons", "parse_by", "unquoted",
 ]  # fmt: skip
 
@@ -116,7 +116,7 @@ def parse_by(text: str) -> tuple[str, ...]:
     """
     fields = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not fields:
-        raise UsageError(f"by: no field in {text!r}. Fields: {all_fields()}")
+        raise UsageError(f"by: no field in {text!r}. Fields: {_all_fields()}")
 
     for field in fields:
         check_field(field, "by")
@@ -138,9 +138,9 @@ def check_field(field: str, where: str, *, measures: bool = False) -> None:
 
     close = get_close_matches(field, known, n=1)
     meant = f" Did you mean {close[0]}?" if close else ""
-    raise UsageError(f"{where}: there is no field {field!r}.{meant} Fields: {all_fields(measures=measures)}")
+    raise UsageError(f"{where}: there is no field {field!r}.{meant} Fields: {_all_fields(measures=measures)}")
 
 
-def all_fields(*, measures: bool = False) -> str:
+def _all_fields(*, measures: bool = False) -> str:
     """Return the names of all fields, as errors list them."""
     return ", ".join((*FIELDS, *(MEASURES if measures else ()), "args.<key>"))

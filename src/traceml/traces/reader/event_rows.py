@@ -11,17 +11,15 @@ from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, NO_TIME, TEXT
 
 __all__ = [
     "AGGREGATED",
-    "ASYNC_PHASES",
     "ArgValue",
     "EventRow",
     "NotAnEventError",
-    "as_text",
     "cleaned",
     "encodable",
 ]
 
 AGGREGATED = "A"  # dftracer's phase code of a row with the number and the sum of many calls
-ASYNC_PHASES = frozenset("bensftNODSTpF")  # phase codes of events that belong together by `id`
+_ASYNC_PHASES = frozenset("bensftNODSTpF")  # phase codes of events that belong together by `id`
 _INTEGER_PHASES = {1: "X", 3: AGGREGATED, 4: "M"}  # dftracer writes numbers
 MICROSECONDS = 3  # decimals of a time in microseconds that make it nanoseconds
 _LIMIT_NS = 2**63
@@ -79,14 +77,14 @@ class RowBuilder:
         args = event.get("args")
         values = [_arg(args.get(key) if isinstance(args, dict) else None, self._strings) for key in self._keys]
         intern = self._strings.intern
-        name, cat, pid, tid = (intern(as_text(event.get(key))) for key in ("name", "cat", "pid", "tid"))
+        name, cat, pid, tid = (intern(_as_text(event.get(key))) for key in ("name", "cat", "pid", "tid"))
         phase = event["ph"]
-        number = intern(as_text(_id_of(event))) if phase in ASYNC_PHASES else -1
+        number = intern(_as_text(_id_of(event))) if phase in _ASYNC_PHASES else -1
         fractional = isinstance(ts, Decimal) or isinstance(dur, Decimal)
         return ord(phase), name, cat, pid, tid, number, ts_ns, dur_ns, fractional, values, None if fits else exact
 
 
-def as_text(value: Any) -> str | int | None:
+def _as_text(value: Any) -> str | int | None:
     """Return a name, process or thread as a value to group by."""
     if value is None or type(value) is int or isinstance(value, str):
         return value
@@ -113,7 +111,7 @@ def _id_of(event: dict[str, Any]) -> Any:
     more = event.get("id2")
     if known is None and isinstance(more, dict):
         local = more.get("local")  # known to its process only
-        return more.get("global") if local is None else f"{as_text(event.get('pid'))}/{as_text(local)}"
+        return more.get("global") if local is None else f"{_as_text(event.get('pid'))}/{_as_text(local)}"
 
     return known
 

@@ -11,9 +11,9 @@ from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_star
 from traceml.traces.reader.python_scanner import PythonScanner, Text
 from traceml.traces.reader.scan_result import ScanResult
 
-__all__ = ["MAX_DAMAGE", "FileReader", "ScanAhead"]
+__all__ = ["FileReader", "ScanAhead"]
 
-MAX_DAMAGE = 1000  # entries per file: further damage is added up in the last one
+_MAX_DAMAGE = 1000  # entries per file: further damage is added up in the last one
 _SAME_BYTES = 8  # distance up to which two ranges of damage are reported as one
 
 
@@ -172,7 +172,7 @@ class FileReader:
                 and 0 <= each.offset - _end(last) <= _SAME_BYTES
             ):
                 known[-1] = FileDamage(last.offset, last.what, _end(each) - last.offset)
-            elif last is not None and (not each.what or len(known) >= MAX_DAMAGE):
+            elif last is not None and (not each.what or len(known) >= _MAX_DAMAGE):
                 what = last.what if not each.what else "this and further damage"
                 known[-1] = FileDamage(last.offset, what, last.lost_bytes + each.lost_bytes)
             else:

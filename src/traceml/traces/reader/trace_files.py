@@ -21,7 +21,6 @@ __all__ = [
     "first_text",
     "identity",
     "is_zstd",
-    "looks_like_a_trace",
     "may_be_json",
 ]
 
@@ -75,7 +74,7 @@ def identity(path: Path) -> Identity:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # mtime can be set
 
 
-def looks_like_a_trace(path: Path) -> bool:
+def _looks_like_a_trace(path: Path) -> bool:
     """Return whether a file in a folder is a trace, by its name and first bytes."""
     if path.name.endswith(_SUFFIXES):
         return True
@@ -119,7 +118,7 @@ def is_systrace(path: Path) -> bool:
 
 def _under(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in _walk(path) if looks_like_a_trace(file))
+        files = sorted(file for file in _walk(path) if _looks_like_a_trace(file))
         looked = "a folder in which no file is a trace (.pfw, .pfw.gz, Chrome JSON, torch.profiler's JSON)"
     elif path.is_fifo():
         raise TraceNotFoundError(f"{path}: a pipe. A trace is read at several places at once: write it to a file first")

@@ -16,9 +16,9 @@ from pathlib import Path
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.tracker_state import AuditState, TrackerState
 
-__all__ = ["AUDIT_NAME", "AuditLog"]
+__all__ = ["AuditLog"]
 
-AUDIT_NAME = "audit.jsonl"
+_AUDIT_NAME = "audit.jsonl"
 _EVERY_S = 60.0
 _NAMES_PER_LINE = 1000
 
@@ -33,7 +33,7 @@ class AuditLog:
     """
 
     def __init__(self, run_dir: Path, state: TrackerState) -> None:
-        self._path = run_dir / TRACKERS_FOLDER / AUDIT_NAME
+        self._path = run_dir / TRACKERS_FOLDER / _AUDIT_NAME
         self._state = state
         self._seen: set[str] = set()
         self._new: list[str] = []

@@ -57,12 +57,12 @@ from traceml.track.delivery.training_values import TRAINING_TABLES, TrainingValu
 from traceml.track.plugins.metric import Metric
 from traceml.track.tracker_state import DerivedState
 
-__all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
+__all__ = ["INPUT_TABLES", "DerivedMetrics"]
 
 INPUT_TABLES = (
     STEPS.name, DEVICE_STEPS.name, EVALS.name, EPOCHS.name, HOST.name, PROCESS.name, GPU.name, *TRAINING_TABLES,
 )  # fmt: skip
-KIND_DERIVED = 100
+_KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
 # Device times arrive a few steps after their step; after this many steps they are lost.
 _MAX_HELD_STEPS = 1024
@@ -235,7 +235,7 @@ class DerivedMetrics:
 
         lead["t"] = at_ns
         for name, value in values.items():
-            yield Metric(name, value, step, timestamp, 0, KIND_DERIVED)
+            yield Metric(name, value, step, timestamp, 0, _KIND_DERIVED)
 
     def _add_time(self, table: str, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         """Add rows to the sums of the lowest rank's process."""
@@ -338,7 +338,7 @@ class DerivedMetrics:
 
             grown = window["last"][at + 1] - window["before"][at + 1]
             value = grown / passed_s if column.is_counter else window["sums"][at] / window["n"]
-            yield Metric(f"{prefix}/{column.name}", value * column.scale, step, t_ns / _S, int(rank), KIND_DERIVED)
+            yield Metric(f"{prefix}/{column.name}", value * column.scale, step, t_ns / _S, int(rank), _KIND_DERIVED)
 
 
 def _shares(cpu: dict[str, float], device: dict[str, float], grouped: bool) -> dict[str, float]:

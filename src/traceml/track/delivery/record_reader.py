@@ -17,7 +17,7 @@ from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["LoggedRecord", "MetricRows", "RecordBatch", "RecordReader", "logged_rows", "metrics_of", "position"]
+__all__ = ["LoggedRecord", "MetricRows", "RecordBatch", "RecordReader", "logged_rows", "position"]
 
 _S = 1_000_000_000
 _ROW = struct.Struct("<qqqdqq")
@@ -154,7 +154,7 @@ class RecordReader:
         stop = min(done + room, frame.n)
         if frame.table == METRICS.name:
             found: dict[int, list[Metric]] = {}
-            for experiment, row in metrics_of(frame, self.stream(frame.stream).rank, self._names, done, stop):
+            for experiment, row in _metrics_of(frame, self.stream(frame.stream).rank, self._names, done, stop):
                 found.setdefault(experiment, []).append(row)
 
             batch.parts += [MetricRows(frame.stream, experiment, rows) for experiment, rows in found.items()]
@@ -195,7 +195,7 @@ def logged_rows(reader: StoreReader) -> int:
     return sum(reader.stored(table) for table in (METRICS.name, LOGGED.name) if table in reader.tables)
 
 
-def metrics_of(
+def _metrics_of(
     frame: Frame, rank: int, names: Mapping[tuple[int, int], str], start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, Metric]]:
     """Yield (number of the experiment, value) for rows of a frame of `metrics`."""
