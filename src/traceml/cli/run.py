@@ -95,18 +95,18 @@ def main(argv: list[str]) -> int:
     parser.set_defaults(**_torchrun_defaults(os.environ))
     options = parser.parse_args(argv)
     target, *arguments = script_words(options, example="traceml run train.py")
+    script = [*(["-m"] if options.module else []), target, *arguments]
     check_report(options.report)
     config = settings.load(**given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
     if not config.enabled:
         launcher = ["-m", "torch.distributed.run", *_torchrun_words(options)] if _uses_torchrun(options) else []
-        script = [*(["-m"] if options.module else []), target, *arguments]
         os.execv(sys.executable, [sys.executable, *launcher, *script])  # noqa: S606 - the user's own script
 
     if _uses_torchrun(options) and find_spec("torch") is None:
         raise TraceMLError(f"torchrun's options need PyTorch, which is not installed: {install_command('torch')}")
 
     job = LocalJob(
-        command=_command(options, target, arguments),
+        command=_command(options, script),
         uses_torchrun=_uses_torchrun(options),
         run_id=choose_run_id(config, config.run_name or default_name(target, is_module=options.module)),
         runs_dir=config.runs_dir.absolute(),
@@ -315,8 +315,7 @@ def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
     return arguments + [name for name in _TORCHRUN_FLAGS if getattr(options, name.strip("-").replace("-", "_"))]
 
 
-def _command(options: argparse.Namespace, target: str, arguments: Sequence[str]) -> list[str]:
-    script = [*(["-m"] if options.module else []), target, *arguments]
+def _command(options: argparse.Namespace, script: Sequence[str]) -> list[str]:
     if not _uses_torchrun(options):
         return [sys.executable, str(_ENTRY), *script]
 
