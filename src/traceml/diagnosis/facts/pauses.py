@@ -116,6 +116,10 @@ class PauseHistory:
         ids = Counter(rows[column][rows[column] >= 0].tolist())
         return self.text(rank, ids.most_common(1)[0][0]) if ids else ""
 
+    def place(self, rank: int, rows: Rows) -> tuple[str | None, int | None, str | None]:
+        """Return file, line and function that most of the rows have; None for each if unknown."""
+        return parsed_place(self.most_frequent(rank, rows, "line_id"))
+
     def saves(self, ranks: Sequence[int] | NDArray[np.int64]) -> Saves | None:
         """Return facts of the checkpoints of some ranks; None if none is known."""
         rank, rows = self.longest(ranks, Pause.SAVE)
@@ -124,7 +128,7 @@ class PauseHistory:
 
         sized = rows[rows["size_bytes"] > 0]
         total, seconds = float(sized["size_bytes"].sum()), max(float(sized["ns"].sum()), 1.0) / 1e9
-        place = parsed_place(self.most_frequent(rank, rows, "line_id"))
+        place = self.place(rank, rows)
         times = len(np.unique(sized["step"]))
         size, speed = (total / times, total / seconds) if times else (None, None)
         later = True if 2 * np.count_nonzero(rows["detail"]) > len(rows) else None

@@ -116,7 +116,7 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     rows = np.concatenate(list(by_rank.values()))
     lead = int(work.ranks[int(totals.argmax())])
     single = by_rank[lead][by_rank[lead]["count"] == 1]  # ids of places are those of their rank
-    place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id"))
+    place = facts.pauses.place(lead, single)
     library = facts.pauses.most_frequent(lead, single, "text_id")
     most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
     of_imports = most > MAX_IN_STEP and any(importing_line(facts.lines, part, ranks) for part in work.parts)

@@ -16,7 +16,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup_of_share
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import duration_text, gain_text, parsed_place, percent_text, place_words, plural
+from traceml.formatting import duration_text, gain_text, percent_text, place_words, plural
 
 __all__ = ["compiled_in", "recompiles"]
 
@@ -102,7 +102,7 @@ def compiled_in(steps: NDArray[np.int64], total_ns: float, work: OwnWork, facts:
     if not len(rows) or seconds * 1e9 < _MOSTLY * total_ns:
         return None
 
-    place = parsed_place(facts.pauses.most_frequent(rank, rows, "line_id"))
+    place = facts.pauses.place(rank, rows)
     guard = facts.pauses.most_frequent(rank, rows, "text_id")
     why = f" ({guard})" if guard else ""
     where = f": there torch.compile compiled {_place_of(place) or 'the model'}, for {duration_text(seconds)}{why}"
@@ -120,7 +120,7 @@ def _finding(work: OwnWork, facts: JobFacts, rank: int, rows: Rows, share: float
     told = again if len(again) else rows  # where torch allows a single version, none is compiled again
     guards, functions = told[told["text_id"] >= 0], len(np.unique(rows["line_id"]))
     guard = facts.pauses.text(rank, int(guards["text_id"][-1])) if len(guards) else ""  # the newest that was not met
-    file, line, function = called = parsed_place(facts.pauses.most_frequent(rank, told, "line_id"))
+    file, line, function = called = facts.pauses.place(rank, told)
     gave_up = bool((rows["detail"] == Compiled.LIMIT).any())  # calls run uncompiled from then on
     gain, seconds = speedup_of_share(share), _seconds(rows)
     place = _place_of(called)
