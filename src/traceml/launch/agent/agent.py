@@ -298,20 +298,23 @@ class Agent:
         if self._group is not None:
             self._group.release()
 
+    def _group_of(self, job: str) -> WorkerGroup | None:
+        return self._group if self._group is not None and self._group.job == job else None
+
     def _on_ask(self, message: AskWorkers) -> None:
-        if self._group is not None and self._group.job == message.job:
-            self._group.ask(self._delay_s, self._is_slurm_ending)
+        if (group := self._group_of(message.job)) is not None:
+            group.ask(self._delay_s, self._is_slurm_ending)
 
     def _on_stop(self, message: StopWorkers) -> None:
-        if self._group is not None and self._group.job == message.job:
-            self._group.stop(message.grace_s, message.exit_s)
+        if (group := self._group_of(message.job)) is not None:
+            group.stop(message.grace_s, message.exit_s)
         else:
             self._drop_leftovers()
             self._channel.send(Idle(job=message.job))
 
     def _on_collect_stacks(self, message: CollectStacks) -> None:
-        if self._group is not None and self._group.job == message.job:
-            self._group.request_stacks()
+        if (group := self._group_of(message.job)) is not None:
+            group.request_stacks()
         else:
             self._channel.send(Stacks(job=message.job, ranks={}))
 
