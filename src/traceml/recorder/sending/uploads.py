@@ -287,10 +287,7 @@ class FileUploader:
 
     def _drop(self, upload: FileUpload, why: str) -> None:
         self.refuse(upload, why)
-        if upload.note is not None:
-            upload.note.unlink(missing_ok=True)
-
-        self._count_down()
+        self._settle(upload)
 
     def _copy(self, upload: FileUpload) -> tuple[Path, dict[str, Any]]:
         """Copy a file into the spool, under the name of its contents."""
@@ -353,12 +350,12 @@ class FileUploader:
 
     def _finish(self, upload: FileUpload, facts: dict[str, Any]) -> None:
         self._append(_row(upload.kind, upload) | facts)
+        self._settle(upload)
+
+    def _settle(self, upload: FileUpload) -> None:
         if upload.note is not None:
             upload.note.unlink(missing_ok=True)
 
-        self._count_down()
-
-    def _count_down(self) -> None:
         with self._room:
             self.pending -= 1
 
