@@ -24,7 +24,7 @@ class Theme:
         parts: by part of the run's time.
         lines: for other series: ranks, hosts, percentiles.
         heat: from zero to the maximum.
-        worse, better: of a comparison.
+        worse: what went wrong, as a hang.
         page: background of a page.
     """
 
@@ -38,7 +38,6 @@ class Theme:
     lines: tuple[str, ...]
     heat: tuple[str, ...]
     worse: str
-    better: str
     page: str
 
     def of_phases(self, names: Iterable[str]) -> dict[str, str]:
@@ -75,7 +74,6 @@ LIGHT = Theme(
     lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
     heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
     worse="#c62828",
-    better="#1b7f3b",
     page="#f5f7f9",
 )
 DARK = Theme(
@@ -93,7 +91,6 @@ DARK = Theme(
     lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),
     heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),
     worse="#ff7a70",
-    better="#5cc98a",
     page="#0d131b",
 )
 
