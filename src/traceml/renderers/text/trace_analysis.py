@@ -106,13 +106,12 @@ def _groups(
         yield Text("No span passes the conditions." if result.get("where") else "No spans: nothing has a duration.")
         return
 
-    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
+    labels = _labels(groups, result["by"])
     total = sum(group["sum_us"] for group in result["groups"])
     shares = [percent_text(group["sum_us"] / total if total else None) for group in groups]
     numbers = [_measured(title, key, groups) for title, key in columns] or _numbers(groups, viewport)
     yield from _table(labels, [*numbers, ("of sum", 6, shares)], viewport)
-    if len(result["groups"]) > top:
-        yield Text(f"and {plural(len(result['groups']) - top, 'more group')}: --top N shows more", style="dim")
+    yield from _not_shown(result["groups"], top)
 
 
 def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
@@ -123,12 +122,20 @@ def _aggregated(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iter
     what = f"Aggregated by dftracer: {count_text(calls['count'])} calls in {plural(calls['rows'], 'row')}"
     yield Text(f"{what}, not included in other figures", style="dim")
     groups = calls["groups"][:top]
-    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
+    labels = _labels(groups, result["by"])
     counts = ("count", 11, [count_text(group["count"]) for group in groups])
     times = [(title, 9, [_time(group[key]) for group in groups]) for title, key in _AGGREGATED_TIMES]
     yield from _table(labels, [counts, *times], viewport)
-    if len(calls["groups"]) > top:
-        yield Text(f"and {plural(len(calls['groups']) - top, 'more group')}: --top N shows more", style="dim")
+    yield from _not_shown(calls["groups"], top)
+
+
+def _labels(groups: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[_Column]:
+    return [(field, 0, [_label(group[field]) for group in groups]) for field in by]
+
+
+def _not_shown(groups: Sequence[object], top: int) -> Iterator[Text]:
+    if len(groups) > top:
+        yield Text(f"and {plural(len(groups) - top, 'more group')}: --top N shows more", style="dim")
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Column]:
