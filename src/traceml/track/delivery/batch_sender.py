@@ -189,12 +189,17 @@ class BatchSender:
         if not rows:
             return
 
-        refused = self._session.metrics(experiment, rows)
-        for _, error in refused:
+        refused = self._upload(experiment, rows)
+        for error in refused:
             self._refused(error)
 
-        self._audit.record("metrics", {row.name for row in rows}, len(rows))
         self._state.delivered += len(rows) - len(refused)
+
+    def _upload(self, experiment: PlannedExperiment, rows: list[Metric]) -> list[Exception]:
+        """Send values to the tracker; return why it refuses some of them."""
+        refused = self._session.metrics(experiment, rows)
+        self._audit.record("metrics", {row.name for row in rows}, len(rows))
+        return [error for _, error in refused]
 
     def _send_windows(self, experiment: PlannedExperiment) -> None:
         """Send the aggregates of an experiment's open windows."""
@@ -212,9 +217,7 @@ class BatchSender:
         filters = self._rules.of(experiment).filters
         passing = [row for row in rows if filters.takes(row.name, row.rank)]
         if passing:
-            refused = self._session.metrics(experiment, passing)
-            self._audit.record("metrics", {row.name for row in passing}, len(passing))
-            self._state.derived += len(passing) - len(refused)
+            self._state.derived += len(passing) - len(self._upload(experiment, passing))
 
     def _send_live_verdicts(self) -> None:
         main = self._main()
