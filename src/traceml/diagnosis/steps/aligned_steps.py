@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats, mean_own, named_times, split_backward
 
-__all__ = ["AlignedSteps", "Ints", "block_begins"]
+__all__ = ["AlignedSteps", "Ints", "block_begins", "spread_ranges"]
 
 Ints = NDArray[np.int64]
 
@@ -21,6 +21,15 @@ Ints = NDArray[np.int64]
 def block_begins(steps: Ints) -> NDArray[np.bool_]:
     """Return which steps, in order, have no predecessor among them: the first of each block of consecutive ones."""
     return np.asarray(np.diff(steps, prepend=-2) != 1)
+
+
+def spread_ranges(values: Floats, most: int, length: int) -> Floats:
+    """Return values of single steps; of more than `most`, ranges of `length` that are spread evenly over them."""
+    if len(values) <= most:
+        return values
+
+    starts = np.linspace(0, len(values) - length, most // length).astype(int)
+    return np.concatenate([values[start : start + length] for start in starts])
 
 
 class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):

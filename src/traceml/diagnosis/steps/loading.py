@@ -21,6 +21,7 @@ from traceml.diagnosis.facts.sampled_shares import (
     used_cores,
     workers_at_work,
 )
+from traceml.diagnosis.steps.aligned_steps import spread_ranges
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
@@ -308,10 +309,7 @@ def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[flo
 
 def _by_mean(waits: Floats) -> tuple[float, ...]:
     """Return how long batches take by their mean, in order; of many, those in parts of the window."""
-    if len(waits) > _MAX_BATCHES:
-        firsts = np.linspace(0, len(waits) - _BLOCK, _MAX_BATCHES // _BLOCK).astype(int)
-        waits = np.concatenate([waits[first : first + _BLOCK] for first in firsts])
-
+    waits = spread_ranges(waits, _MAX_BATCHES, _BLOCK)
     return tuple((waits / max(float(waits.mean()), 1.0)).tolist())
 
 

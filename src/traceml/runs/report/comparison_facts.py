@@ -14,7 +14,7 @@ from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.facts.trainings.models_and_loaders import is_first_trained
 from traceml.diagnosis.findings import significant
-from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, spread_ranges
 from traceml.ids import DEFAULT_PROJECT
 from traceml.runs.about import About, package_versions
 from traceml.runs.report.report_types import Report, SetupSection, SourceSection, StepTimes
@@ -53,12 +53,7 @@ def job_times(window: AlignedSteps) -> NDArray[Any]:
 def step_times_section(window: AlignedSteps) -> StepTimes:
     """Return times of single steps; of more than 1,024, ranges of 64 that are spread evenly."""
     times = job_times(window)
-    if len(times) > _STEPS:
-        starts = np.linspace(0, len(times) - _RANGE, _STEPS // _RANGE).astype(int)
-        chosen = np.concatenate([times[start : start + _RANGE] for start in starts])
-    else:
-        chosen = times
-
+    chosen = spread_ranges(times, _STEPS, _RANGE)
     return StepTimes(ms=[float(f"{value:.6g}") for value in chosen.tolist()], of_steps=len(times))
 
 
