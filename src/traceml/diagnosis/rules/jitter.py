@@ -13,7 +13,15 @@ from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
-from traceml.diagnosis.steps.own_work import COMPUTE, LINE_SHARE, UNNAMED, UNNAMED_CODE, OwnWork, median_over_ranks
+from traceml.diagnosis.steps.own_work import (
+    COMPUTE,
+    LINE_SHARE,
+    UNNAMED,
+    UNNAMED_CODE,
+    OwnWork,
+    median_over_ranks,
+    usual_excess,
+)
 from traceml.diagnosis.steps.speedup import RARE, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
@@ -275,9 +283,7 @@ def _jitter(
 
 def significant_excess(excess: Floats) -> NDArray[np.bool_]:
     """Return which times beyond the usual are not only noise beside the others."""
-    ascending = np.sort(excess)
-    half_at = ascending[np.searchsorted(np.cumsum(ascending), ascending.sum() / 2)]
-    return np.asarray(excess >= LIGHT_SHARE * half_at)
+    return np.asarray(excess >= LIGHT_SHARE * usual_excess(excess))
 
 
 def _how_long(long: Floats, steps: int) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from traceml.diagnosis.steps.step_split import PHASES, Floats
 __all__ = [
     "COMPUTE", "ITERATOR_SHARE", "LINE_SHARE", "UNNAMED", "UNNAMED_CODE", "LateRanks", "OwnWork", "Rows", "by_pace",
     "excess_over_others", "have_half", "is_grouped", "iterator_wait", "median_over_ranks", "own_work_of",
+    "usual_excess",
 ]  # fmt: skip
 
 COMPUTE = ("forward", "backward", "optimizer")
@@ -183,6 +184,16 @@ def excess_over_others(values: Floats, late: Rows, others: Rows) -> Floats:
     Not the median: with skewed noise, the median of several ranks is below the mean of each of them.
     """
     return np.asarray(values[late].mean(axis=0) - values[others].mean(axis=0))
+
+
+def usual_excess(excess: Floats) -> float:
+    """Return the usual excess of steps: half of all of it is in steps with so much or more.
+
+    Neither the steps without any nor a few very long ones decide it.
+    """
+    positive = np.sort(np.maximum(excess, 0))
+    sums = np.cumsum(positive, dtype=np.float64)
+    return float(positive[np.searchsorted(sums, sums[-1] / 2)])
 
 
 def iterator_wait(work: OwnWork, lines: Sequence[SampledLine], step_ns: float) -> float:

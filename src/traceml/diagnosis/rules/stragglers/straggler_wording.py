@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.rules.stragglers.excess_tests import SIMILAR_SLOWDOWN_SHARE
-from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others
+from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others, usual_excess
 from traceml.diagnosis.steps.step_split import PHASES, Floats
 from traceml.formatting import (
     capitalized,
@@ -227,12 +227,5 @@ def share_late(excess: Floats) -> float:
 
 
 def _is_late(excess: Floats) -> NDArray[np.bool_]:
-    """Return which steps have at least half of the usual excess.
-
-    Half of all excess is in steps with the usual one or more: neither the steps without any nor a few very long ones
-    decide it.
-    """
-    positive = np.sort(np.maximum(excess, 0))
-    sums = np.cumsum(positive, dtype=np.float64)
-    usual = float(positive[np.searchsorted(sums, sums[-1] / 2)])
-    return np.asarray(excess >= 0.5 * max(usual, 1.0))
+    """Return which steps have at least half of the usual excess."""
+    return np.asarray(excess >= 0.5 * max(usual_excess(excess), 1.0))
