@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from traceml.database.row_arrays import join_rows
+from traceml.database.row_arrays import join_rows, rows_by
 from traceml.database.schema import STEPS
 
 
@@ -33,3 +33,9 @@ def test_joined_rows_are_a_copy_that_can_be_written_to() -> None:
 def test_parts_of_different_columns_have_the_columns_of_numpy() -> None:
     narrow, wide = np.ones(1, [("a", "<i4")]), np.full(1, 2, [("a", "<i8")])
     assert join_rows([narrow, wide])["a"].tolist() == [1, 2]
+
+
+def test_rows_are_divided_by_the_numbers_of_a_column() -> None:
+    divided = [(step, len(own)) for step, own in rows_by(rows(5, 2, 5), "step")]
+    assert divided == [(2, 1), (5, 2)]
+    assert not list(rows_by(rows(), "step"))

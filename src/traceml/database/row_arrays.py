@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["join_rows"]
+__all__ = ["join_rows", "rows_by"]
 
 
 def join_rows(parts: Iterable[NDArray[np.void]]) -> NDArray[np.void]:
@@ -25,3 +25,9 @@ def join_rows(parts: Iterable[NDArray[np.void]]) -> NDArray[np.void]:
         return np.concatenate(arrays)
 
     return np.frombuffer(bytearray().join(array.tobytes() for array in arrays), dtype)
+
+
+def rows_by(rows: NDArray[np.void], column: str) -> Iterator[tuple[int, NDArray[np.void]]]:
+    """Yield each number in a column, ascending, with the rows that have it."""
+    for number in np.unique(rows[column]).tolist():
+        yield number, rows[rows[column] == number]

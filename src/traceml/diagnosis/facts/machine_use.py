@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.row_arrays import join_rows
+from traceml.database.row_arrays import join_rows, rows_by
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 
 __all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse", "SharedDevice", "ThinnedRows"]
@@ -155,8 +155,7 @@ class MachineSamples(msgspec.Struct):
         for rank, rows in self._rows(GPU, self._spans()):
             known = self._while_training(rank, rows)
             known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
-            for index in np.unique(known["index"]).tolist():
-                own = known[known["index"] == index]
+            for index, own in rows_by(known, "index"):
                 if len(own) >= _MIN_SHARED_SAMPLES:
                     others, busy = (float(own[name].mean()) / 100 for name in ("others_pct", "utilization_pct"))
                     yield rank, SharedDevice(index, others, busy)
@@ -180,8 +179,7 @@ class MachineSamples(msgspec.Struct):
     def _computing_devices(self) -> Iterator[tuple[tuple[int, int], NDArray[np.void]]]:
         """Yield the samples in which a device computed, where there are enough, by rank and number of the device."""
         for (table, rank), kept in self._kept.items():
-            for index in np.unique(kept.rows["index"]).tolist() if table == GPU.name else ():
-                rows = kept.rows[kept.rows["index"] == index]
+            for index, rows in rows_by(kept.rows, "index") if table == GPU.name else ():
                 busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
                 if len(busy) >= MIN_SAMPLES:
                     yield (rank, index), busy

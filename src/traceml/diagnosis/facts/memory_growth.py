@@ -18,7 +18,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.database.row_arrays import join_rows
+from traceml.database.row_arrays import join_rows, rows_by
 
 __all__ = ["DeviceMemory", "EndMemory", "GrowthEstimate", "HostMemory", "MemoryCurve", "MemoryHistory", "MemoryKind"]
 
@@ -420,8 +420,7 @@ class MemoryHistory:
 
     def device_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.TORCH_MEMORY`, in order."""
-        for device in np.unique(rows["device"]).tolist():
-            own = rows[rows["device"] == device]
+        for device, own in rows_by(rows, "device"):
             self.curve(rank, MemoryKind.DEVICE, device).add(own["step"], own["t_ns"], own["allocated_bytes"])
             newest = {field: int(own[name][-1]) for field, name in _OF_DEVICE.items()}
             self._devices[rank, device] = DeviceMemory(rank, device, **newest)
@@ -433,8 +432,7 @@ class MemoryHistory:
     def worker_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LOADER_WORKERS`, in order; the device of a curve is the loader's number."""
         known = rows[rows["private_bytes"] >= 0]
-        for loader in np.unique(known["loader"]).tolist():
-            own = known[known["loader"] == loader]
+        for loader, own in rows_by(known, "loader"):
             self.curve(rank, MemoryKind.WORKERS, loader).add(own["step"], own["t_ns"], own["private_bytes"])
             self._tails[rank, MemoryKind.WORKERS].add(own["t_ns"], own["private_bytes"], own["step"] >= 0)
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.row_arrays import join_rows
+from traceml.database.row_arrays import join_rows, rows_by
 from traceml.diagnosis.facts.core_waits import TimeSums, added_up
 from traceml.diagnosis.facts.machine_use import ThinnedRows
 from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS
@@ -72,8 +72,8 @@ class WorkerHistory(msgspec.Struct):
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank, in order."""
-        for loader in np.unique(rows["loader"]).tolist():
-            self._add(rank, loader, rows[rows["loader"] == loader])
+        for loader, own in rows_by(rows, "loader"):
+            self._add(rank, loader, own)
 
     def _add(self, rank: int, loader: int, rows: NDArray[np.void]) -> None:
         known = self._watched.get((rank, loader))

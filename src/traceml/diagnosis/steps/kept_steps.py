@@ -12,6 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import rows_by
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
@@ -134,12 +135,11 @@ class KeptSteps:
         """
         self._grow(rank_index + 1)
         rows = rows[self._has(rows["step"])]
-        for name_id in np.unique(rows["name_id"]).tolist():
+        for name_id, of_name in rows_by(rows, "name_id"):
             name = names.get(name_id, f"phase {name_id}")
             if name not in self._user and len(self._user) >= MAX_USER_PHASES:
                 continue
 
-            of_name = rows[rows["name_id"] == name_id]
             steps, values = self._user[name] = self._user.get(name) or self._ring(numbers=np.int32)
             at = self._cells(rank_index, of_name["step"])
             steps[at] = of_name["step"]

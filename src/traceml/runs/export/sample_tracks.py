@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import rows_by
 from traceml.database.schema import GPU, HOST, METRICS, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.run_clocks import RunClocks
@@ -95,16 +96,13 @@ class SampleTracks:
         )
 
     def _torch_memory(self, stream: StreamRecord, rows: Any) -> None:
-        devices = rows["device"]
-        for device in np.unique(devices).tolist():
-            of_device = rows[devices == device]
+        for device, of_device in rows_by(rows, "device"):
             counter = _counter(f"device {device} memory", of_device, _TORCH, np.ones(len(of_device), bool))
             self._of_rank(stream, of_device["t_ns"], [counter])
 
     def _gpu(self, stream: StreamRecord, rows: Any) -> None:
-        numbers = rows["index"]
-        for number in np.unique(numbers).tolist():
-            self._of_host(stream, rows[numbers == number], [(f"gpu {number}", field) for field in _GPU])
+        for number, of_gpu in rows_by(rows, "index"):
+            self._of_host(stream, of_gpu, [(f"gpu {number}", field) for field in _GPU])
 
     def _of_rank(self, stream: StreamRecord, t_ns: Any, counters: Sequence[_Counter]) -> None:
         self._write(self._tracks.rank(stream, EVENTS), stream, t_ns, counters)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.row_arrays import rows_by
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
@@ -243,7 +244,7 @@ def _labeled(table: Table, rank: int, host: str, rows: NDArray[np.void]) -> list
         return [(host, rows)]
 
     if table is GPU:
-        return [(f"{host} gpu {index}", rows[rows["index"] == index]) for index in np.unique(rows["index"]).tolist()]
+        return [(f"{host} gpu {index}", own) for index, own in rows_by(rows, "index")]
 
     return [(f"rank {rank}", rows)]
 
