@@ -9,6 +9,7 @@ from traceml.aggregator.streams.stream import RankStream
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.database.store.records import names_of
 from traceml.diagnosis.facts.ends import EndingSignal, RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
@@ -181,5 +182,4 @@ def _ignore(_stream: RankStream, _row: dict[str, Any]) -> None:
 
 
 def _take_name(stream: RankStream, row: dict[str, Any]) -> None:
-    if isinstance(row.get("id"), int) and isinstance(row.get("name"), str):
-        stream.names[row["id"]] = row["name"]
+    stream.names.update(names_of([row]))

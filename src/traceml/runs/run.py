@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from traceml.coerce import path_text
 from traceml.database.schema import METRICS, NAMES, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.database.store.records import names_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.formatting import capitalized, ms_text, percent_text, phase_label, plural, sample_text, summed_text
@@ -168,7 +169,8 @@ class Run:
         """
         with StoreReader(self.path / STORE_NAME) as reader:
             rows = reader.rows(METRICS.name)
-            names = {(stream, row["id"]): str(row["name"]) for stream, row in reader.log_rows(NAMES.name)}
+            rows_of_names = reader.log_rows(NAMES.name)
+            names = {(stream, number): name for stream, row in rows_of_names for number, name in names_of([row])}
             streams = {stream.id: stream for stream in reader.streams()}  # last: while it runs, ranks may join
 
         return _logged(rows, streams, names)

@@ -18,6 +18,7 @@ from tests.database.store.store_writers import STREAMS, erase_newest_frames, fra
 from traceml.database.schema import EVALS, STEPS
 from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
+from traceml.database.store.records import names_of
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
 
@@ -447,3 +448,8 @@ def test_salvage_asks_for_many_frames_at_once(tmp_path: Path) -> None:
     assert left == list(range(1, len(left) + 1))
     assert 0 < len(left) < 600
     assert len(statements) < 3 * (600 - len(left)) + 50
+
+
+def test_rows_that_are_no_names_are_left_out() -> None:
+    rows = [{"id": 1, "name": "loss"}, {"id": "2", "name": "lr"}, {"id": 3}, {"name": "accuracy"}]
+    assert list(names_of(rows)) == [(1, "loss")]

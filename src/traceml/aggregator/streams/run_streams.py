@@ -19,6 +19,7 @@ from traceml.aggregator.streams.stream_ends import note_oom, resumed_at
 from traceml.aggregator.streams.stream_table import StreamTable
 from traceml.database.info_kinds import InfoKind
 from traceml.database.store.reader import StoreReader, StreamIdentity
+from traceml.database.store.records import names_of
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import last_written_s
 from traceml.diagnosis.facts.ends import ATTEMPT
@@ -370,7 +371,7 @@ def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[RankSt
     """Yield the streams of a store as they were, disconnected."""
     names: defaultdict[int, dict[int, str]] = defaultdict(dict)
     for number, row in reader.log_rows("names"):
-        names[number][row["id"]] = row["name"]
+        names[number].update(names_of([row]))
 
     exits: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for number, row in reader.log_rows("info"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from traceml.errors import StoreError
 
 __all__ = [
     "FRAME_COLUMNS", "FRAME_OVERHEAD_BYTES", "FRAME_ROWS", "Frame", "NextRows", "RunEvent", "StreamIdentity",
-    "StreamRecord", "assembled", "decoded_frame", "dtype_of", "in_ranges", "rows_of", "step_offset",
+    "StreamRecord", "assembled", "decoded_frame", "dtype_of", "in_ranges", "names_of", "rows_of", "step_offset",
 ]  # fmt: skip
 
 FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
@@ -211,6 +211,14 @@ def in_ranges(steps: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np
     inside = at < len(ranges)
     inside[inside] = ranges[at[inside], 0] <= steps[inside]
     return inside
+
+
+def names_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Yield id and name of rows of `schema.NAMES`; a row that is none is left out, as other rows are good."""
+    for row in rows:
+        number, name = row.get("id"), row.get("name")
+        if isinstance(number, int) and isinstance(name, str):
+            yield number, name
 
 
 def rows_of(frames: Sequence[Frame], dtype: np.dtype[Any]) -> tuple[NDArray[np.void], NDArray[np.int64]]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from traceml.database.schema import DEVICE_STEPS, NAMES, STEPS, TABLES, USER_PHASES, Table
 from traceml.database.store.reader import StoreReader
-from traceml.database.store.records import rows_of
+from traceml.database.store.records import names_of, rows_of
 from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
 
@@ -85,8 +85,8 @@ class _Names:
         if NAMES.name in reader.tables:
             for frame in reader.frames(NAMES.name):
                 if frame.stream in streams:
-                    for row in frame.maps():
-                        self._add(frame.stream, row["id"], row["name"])
+                    for number, name in names_of(frame.maps()):
+                        self._add(frame.stream, number, name)
 
     def unified(self, stream: int, sums: StepSums) -> StepSums:
         """Return sums of a stream in which user phases have these ids; unnamed ones are left out."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, NextRows, StoreReader
+from traceml.database.store.records import names_of
 from traceml.database.store.run_clocks import RunClocks
 from traceml.formatting import name_at_rank, name_order
 
@@ -127,7 +128,7 @@ class MetricReader:
             found = []
             for frame in frames:
                 if frame.table == NAMES.name:
-                    self._names.update(((frame.stream, row["id"]), row["name"]) for row in frame.maps())
+                    self._names |= {(frame.stream, number): name for number, name in names_of(frame.maps())}
                     continue
 
                 if frame.stream not in self._ranks:

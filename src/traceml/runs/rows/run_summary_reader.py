@@ -28,6 +28,7 @@ from traceml.database.schema import (
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
+from traceml.database.store.records import names_of
 from traceml.database.store.store_file import last_written_s
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
@@ -406,11 +407,12 @@ class RunSummaryReader:
         found = False
         for frame in self._frames(reader, name):
             found, rank = True, self._rank_of(frame.stream)
+            if name == NAMES.name:
+                self._intake.names.setdefault(rank, {}).update(names_of(frame.maps()))
+                continue
+
             for row in frame.maps():
-                if name == NAMES.name:
-                    self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
-                else:
-                    self.facts_builder.info(rank, row)
+                self.facts_builder.info(rank, row)
 
         return found
 

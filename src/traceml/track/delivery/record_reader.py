@@ -14,6 +14,7 @@ import msgspec
 
 from traceml.database.schema import LOGGED, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.records import names_of
 from traceml.errors import StoreError
 from traceml.track.plugins.metric import Metric
 
@@ -177,11 +178,7 @@ class RecordReader:
         self._names_after = max(self._names_after, last)
 
     def _add_names(self, frame: Frame) -> None:
-        for row in frame.maps():
-            # Else it is no name, but other rows are good.
-            if isinstance(row.get("id"), int) and isinstance(row.get("name"), str):
-                self._names[frame.stream, row["id"]] = row["name"]
-
+        self._names |= {(frame.stream, number): name for number, name in names_of(frame.maps())}
         self._names_after = max(self._names_after, frame.id)
 
 
