@@ -104,6 +104,15 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         is_beside = "pause_share" in self.evidence and self.kind not in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
         return f"{text}, not counting {headlines.pauses_text(self.evidence)}" if is_beside else text
 
+    def with_part(self, more: Explanation) -> Finding:
+        """Return the finding with a further sentence, which begins with a space, advice and numbers."""
+        return msgspec.structs.replace(
+            self,
+            summary=self.summary + more.text,
+            next=" ".join(filter(None, (self.next, more.action))),
+            evidence={**self.evidence, **more.evidence},
+        )
+
     def rounded(self) -> Finding:
         """Return the finding as the report has it: plain numbers, lists and texts, in few digits.
 

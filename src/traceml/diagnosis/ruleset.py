@@ -14,7 +14,7 @@ from traceml.diagnosis.advice import for_debugging
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, in_order, with_global_step_numbers
+from traceml.diagnosis.findings import Explanation, Finding, in_order, with_global_step_numbers
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_ranks, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
@@ -158,11 +158,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
 
 def _with_pauses(contention: Finding, pauses: SinglePauses | None) -> Finding:
     """Return the finding about too few cores with pauses that no finding about steps can tell, as there is none."""
-    if pauses is None:
-        return contention
-
-    text, action, _ = pauses.explanation
-    return replace(contention, summary=contention.summary + text, next=f"{contention.next} {action}")
+    return contention if pauses is None else contention.with_part(pauses.explanation._replace(evidence={}))
 
 
 def _is_code_that_costs_more(nothing: Finding, contention: Finding) -> bool:
@@ -173,7 +169,7 @@ def _is_code_that_costs_more(nothing: Finding, contention: Finding) -> bool:
 
 def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
     """Return a finding about the time of steps with advice on what makes each of them slower, beside its cause."""
-    return replace(finding, next=" ".join(filter(None, (finding.next, for_debugging(facts)))))
+    return finding.with_part(Explanation(action=for_debugging(facts)))
 
 
 def _usual_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
@@ -274,8 +270,8 @@ def _of_slowest_ranks(found: list[Finding], window: AlignedSteps, faster: Aligne
         f"{ns_text(float(np.median(faster.total)))}, so {'it does' if len(others) == 1 else 'they do'} not wait for "
         f"{'it' if len(ranks) == 1 else 'them'} in these steps."
     )
-    several = [replace(each, evidence={**each.evidence, "faster_ranks": others[:_MAX_LISTED]}) for each in found]
-    return [replace(several[0], summary=several[0].summary + text), *several[1:]]
+    beside = Explanation(evidence={"faster_ranks": others[:_MAX_LISTED]})
+    return [each.with_part(beside if at else beside._replace(text=text)) for at, each in enumerate(found)]
 
 
 def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -289,8 +285,8 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
         return found
 
     text = f" {count_text(seen)} of {count_text(facts.world_size)} ranks were seen in these steps."
-    evidence = {**found[0].evidence, "ranks_seen": seen, "world_size": facts.world_size}
-    return [replace(found[0], summary=found[0].summary + text, evidence=evidence), *found[1:]]
+    evidence = {"ranks_seen": seen, "world_size": facts.world_size}
+    return [found[0].with_part(Explanation(text, evidence=evidence)), *found[1:]]
 
 
 class _Timing(NamedTuple):
@@ -316,12 +312,11 @@ def _timing_without_pauses(
     if explaining and not any(_are_far_shorter(each, pauses) for each in found):
         return timing
 
-    text, action, evidence = pauses.explanation
-    text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
-    found = [replace(each, evidence={**each.evidence, **evidence}) for each in found]
+    more = pauses.explanation
+    not_counted = f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
     lead = max(found, key=lambda each: each.cost_share, default=None)
-    told = lead and replace(lead, summary=lead.summary + text, next=f"{lead.next} {action}")
-    return _Timing([told if told and each is lead else each for each in found], slow_until)
+    told, beside = more._replace(text=more.text + not_counted), Explanation(evidence=more.evidence)
+    return _Timing([each.with_part(told if each is lead else beside) for each in found], slow_until)
 
 
 def _are_far_shorter(found: Finding, pauses: SinglePauses) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import WAITED_FOR, for_debugging, for_rollouts
@@ -451,7 +450,7 @@ def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
         return finding
 
     taken = f"{ns_text(share * step)} of each {ns_text(step)} step ({percent_text(share)})"
-    return replace(finding, next=f"{finding.next} The optimizer takes {taken}: use its fused form (fused=True).")
+    return finding.with_part(Explanation(action=f"The optimizer takes {taken}: use its fused form (fused=True)."))
 
 
 def with_own_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
@@ -464,7 +463,7 @@ def with_own_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
 
     taken = f"{percent_text(heavy.share)} of step time is spent in {own.line.place}"
     also = f"Beside that, {taken}, {own.what}{own.without}. {_FOR_OWN_CODE}"
-    return replace(finding, next=f"{finding.next} {also}")
+    return finding.with_part(Explanation(action=also))
 
 
 def _optimizer(facts: JobFacts) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import for_first_batches
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.slowdowns.coinciding_changes import CORE_WAITS
 from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES
@@ -134,8 +134,7 @@ def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
         "recovers": f"{was} slow from step {since} to step {until}.",
         "growth": f"The difference grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
     }
-    text = f"{late.summary} {when[evidence['shape']]}"
-    return replace(late, summary=text, evidence={**late.evidence, **evidence})
+    return late.with_part(Explanation(f" {when[evidence['shape']]}", evidence=evidence))
 
 
 def _is_same_cause(late: Finding, slower: Finding) -> bool:
