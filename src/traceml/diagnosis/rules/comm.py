@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,52 +79,50 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, uneven: 
         return _waiting_for_answers(work, facts)
 
     usual_ns = float(np.median(work.step))
-    cost = min_wait_ns(work) - _for_cores_ns(work, facts, usual_ns)
-    step = float(window.total.mean())  # rare long steps do not communicate for longer, and are a part of the run
-    if _is_little(cost, usual_ns, DEVICE_FLOOR_NS) or cost < least_cost_ns(step):
+    cost_ns = min_wait_ns(work) - _for_cores_ns(work, facts, usual_ns)
+    step_ns = float(window.total.mean())  # rare long steps do not communicate for longer, and are a part of the run
+    if _is_little(cost_ns, usual_ns, DEVICE_FLOOR_NS) or cost_ns < least_cost_ns(step_ns):
         return []
 
     explicit = float(np.median(window.times["comm"].mean(axis=0)))
-    share, is_explicit = float(window.times["comm"].mean() / max(window.total.mean(), 1.0)), explicit > cost / 2
+    share, is_explicit = float(window.times["comm"].mean() / max(window.total.mean(), 1.0)), explicit > cost_ns / 2
     line = calling_line(share, facts) if is_explicit else None
-    if cost < FLOOR_NS and line is None and not work.device:
+    if cost_ns < FLOOR_NS and line is None and not work.device:
         return []
 
-    evidence = _evidence(work, facts, cost, step, explicit)
+    cost = _Cost(cost_ns, step_ns, _evidence(work, facts, cost_ns, step_ns, explicit))
     none_late = "no rank is late" + (" but for the size of its batch" if uneven else "")
     known = facts.batches.reductions  # backward passes of a step, and reductions of gradients
     if not is_explicit and known is not None and known[1] >= MIN_REDUCTIONS:  # one would do
-        return [_too_many_reductions(*known, cost, step, evidence, none_late)]
+        return [_too_many_reductions(*known, cost, none_late)]
 
     if unseen := facts.unseen_ranks:
-        return [_waiting_for_unseen(unseen, cost, step, evidence)]
+        return [_waiting_for_unseen(unseen, cost)]
 
     # Ranks may train no steps, as one that only plays, evaluates or serves.
     without_steps = [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
     if is_explicit and without_steps:
         how = "for messages of other ranks" if facts.batches.messages else "in collectives"
-        return [_waiting_for_others(without_steps, how, cost, step, evidence)]
+        return [_waiting_for_others(without_steps, how, cost)]
 
     if is_explicit and facts.batches.messages:
-        return [_waiting_for_messages(cost, step, evidence)]
+        return [_waiting_for_messages(cost)]
 
-    evidence |= line.evidence(share) if line else {}
     buffers = is_explicit and broadcasts_buffers(facts.lines)
     collectives = "DDP's broadcast of buffers" if buffers else "collectives"
     where = f"in {collectives}" if is_explicit else "while backward waits for gradients"
     where += line.of_it if line else ""
-    gain = speedup(step, cost)
+    gain = speedup(step_ns, cost_ns)
     summary = (
-        f"{_cost_text('Communication takes', cost, step)}, {where}, and {none_late}; without it steps would be "
-        f"{gain_text(gain)}."
+        f"{cost.text('Communication takes')}, {where}, and {none_late}; without it steps would be {gain_text(gain)}."
     )
-    usual = advice.for_comm(facts, "comm" if is_explicit else "backward", cost, line)
+    usual = advice.for_comm(facts, "comm" if is_explicit else "backward", cost_ns, line)
     action = _FOR_BUFFERS if buffers else usual
     if shared := _shared_cores(work, facts):
         summary += f" {shared}, which the threads that communicate need, too."
         action += " Or start fewer ranks on a host: with a core each they communicate faster."
 
-    return [_finding(cost, step, summary, action, evidence, gain)]
+    return [cost.finding(summary, action, gain, **(line.evidence(share) if line else {}))]
 
 
 def _shared_cores(work: OwnWork, facts: JobFacts) -> str | None:
@@ -150,31 +148,38 @@ def _is_little(cost: float, step: float, floor_ns: float) -> bool:
     return cost / max(step, 1.0) < SHARE or cost < floor_ns
 
 
-def _cost_text(what: str, cost: float, step: float) -> str:
-    return f"{what} {ns_text(cost)} of each {ns_text(step)} step ({percent_text(cost / max(step, 1.0))})"
+class _Cost(NamedTuple):
+    """Communication of a step."""
+
+    ns: float
+    step_ns: float
+    evidence: Mapping[str, Any]
+
+    @property
+    def share(self) -> float:
+        return self.ns / max(self.step_ns, 1.0)
+
+    def text(self, what: str) -> str:
+        return f"{what} {ns_text(self.ns)} of each {ns_text(self.step_ns)} step ({percent_text(self.share)})"
+
+    def finding(self, summary: str, action: str, gain: float = 1.0, **more: Any) -> Finding:
+        """Return the finding, with more evidence; its gain is 1 where none can be promised."""
+        return Finding.of(
+            Kind.COMM_BOUND,
+            phase="comm",
+            summary=summary,
+            next=action,
+            evidence={**self.evidence, **more},
+            cost_share=self.share,
+            speedup_if_fixed=gain,
+        )
 
 
-def _finding(
-    cost: float, step: float, summary: str, action: str, evidence: dict[str, Any], gain: float = 1.0
-) -> Finding:
-    """Return the finding on communication that takes `cost` of a step; its gain is 1 where none can be promised."""
-    share = cost / max(step, 1.0)
-    return Finding.of(
-        Kind.COMM_BOUND,
-        phase="comm",
-        summary=summary,
-        next=action,
-        evidence=evidence,
-        cost_share=share,
-        speedup_if_fixed=gain,
-    )
-
-
-def _waiting_for_unseen(ranks: Sequence[int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+def _waiting_for_unseen(ranks: Sequence[int], cost: _Cost) -> Finding:
     """Return the finding on waiting where not all ranks are in the run: one of the others may be late."""
     who = f"{'one of ' if len(ranks) > 1 else ''}{ranks_text(ranks)}"
     summary = (
-        f"{_cost_text('The ranks of this run wait', cost, step)} for others: for communication, or because {who} is "
+        f"{cost.text('The ranks of this run wait')} for others: for communication, or because {who} is "
         "late, which this run cannot show."
     )
     action = (
@@ -182,27 +187,27 @@ def _waiting_for_unseen(ranks: Sequence[int], cost: float, step: float, evidence
         "`traceml run --nnodes` on each, or start `traceml serve --host 0.0.0.0` on one of them and set TRACEML=1, "
         "TRACEML_HOST and TRACEML_TOKEN on all."
     )
-    return _finding(cost, step, summary, action, {**evidence, "unseen_ranks": list(ranks[:_MAX_LISTED])})
+    return cost.finding(summary, action, unseen_ranks=list(ranks[:_MAX_LISTED]))
 
 
-def _waiting_for_others(ranks: Sequence[int], how: str, cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+def _waiting_for_others(ranks: Sequence[int], how: str, cost: _Cost) -> Finding:
     """Return the finding on collectives with ranks whose work is not known, or on their messages."""
     who, they, have = ranks_text(ranks), *(("they do", "have") if len(ranks) > 1 else ("it does", "has"))
     summary = (
-        f"{_cost_text(f'The ranks that train wait {how} for', cost, step)}. {capitalized(who)} {have} no training "
+        f"{cost.text(f'The ranks that train wait {how} for')}. {capitalized(who)} {have} no training "
         f"steps: they may wait for what {they}."
     )
     action = (
         f"Look at what {who} {'do' if len(ranks) > 1 else 'does'} meanwhile (`traceml stacks`, `traceml report "
         "--lines`): work ahead there while the others train, or divide that work among more processes."
     )
-    return _finding(cost, step, summary, action, {**evidence, "ranks_without_steps": list(ranks[:_MAX_LISTED])})
+    return cost.finding(summary, action, ranks_without_steps=list(ranks[:_MAX_LISTED]))
 
 
-def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+def _waiting_for_messages(cost: _Cost) -> Finding:
     """Return the finding on ranks that send each other messages: most of the waiting is for what others compute."""
     summary = (
-        f"{_cost_text('Waiting for messages of other ranks takes', cost, step)}, and no rank is late: each needs what "
+        f"{cost.text('Waiting for messages of other ranks takes')}, and no rank is late: each needs what "
         "the others compute."
     )
     action = (
@@ -210,7 +215,7 @@ def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) ->
         "with M micro-batches each waits for (S - 1) / (S - 1 + M) of a step. Elsewhere, begin to receive earlier "
         "(irecv)."
     )
-    return _finding(cost, step, summary, action, {**evidence, "waits_for": "messages"})
+    return cost.finding(summary, action, waits_for="messages")
 
 
 def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -220,21 +225,19 @@ def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
     if not callers.any():
         return []
 
-    cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, work.own))
-    if _is_little(cost, step, FLOOR_NS):
+    cost_ns, step_ns = (float(np.median(values[callers].mean(axis=0))) for values in (waits, work.own))
+    if _is_little(cost_ns, step_ns, FLOOR_NS):
         return []
 
-    share = cost / max(step, 1.0)
-    line = blamed_line(facts.lines, "comm", share)
+    cost = _Cost(cost_ns, step_ns, _evidence(work, facts, cost_ns, step_ns, cost_ns))
+    line = blamed_line(facts.lines, "comm", cost.share)
     of_it = line.of_it if line else ""
-    summary = f"{_cost_text('Calls of functions in other processes (RPC) take', cost, step)}{of_it}."
+    summary = f"{cost.text('Calls of functions in other processes (RPC) take')}{of_it}."
     action = (
         "Make the functions that are called faster, or call them less often, with more data each time; begin calls "
         "early (rpc_async), and wait for their results where these are needed."
     )
-    evidence = _evidence(work, facts, cost, step, cost) | (line.evidence(share) if line else {})
-    evidence["waits_for"] = "answers"
-    return [_finding(cost, step, summary, action, evidence)]
+    return [cost.finding(summary, action, waits_for="answers", **(line.evidence(cost.share) if line else {}))]
 
 
 def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
@@ -252,16 +255,14 @@ def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit
     }
 
 
-def _too_many_reductions(
-    backwards: float, reductions: float, cost: float, step: float, evidence: dict[str, Any], none_late: str
-) -> Finding:
-    gain, passes, reduced = speedup(step, cost * (1 - 1 / reductions)), round(backwards), round(reductions)
+def _too_many_reductions(backwards: float, reductions: float, cost: _Cost, none_late: str) -> Finding:
+    gain, passes, reduced = speedup(cost.step_ns, cost.ns * (1 - 1 / reductions)), round(backwards), round(reductions)
     which = f"all {passes}" if reduced == passes else f"{reduced} of the {passes}"
     summary = (
-        f"{_cost_text('Communication takes', cost, step)}, and {none_late}: {which} backward passes of a step "
+        f"{cost.text('Communication takes')}, and {none_late}: {which} backward passes of a step "
         "average the gradients, where the last one is enough."
     )
     action = (
         f"Run all but the last of the {passes} micro-batches of a step, forward and backward, under model.no_sync()."
     )
-    return _finding(cost, step, summary, action, evidence, gain)
+    return cost.finding(summary, action, gain)
