@@ -36,7 +36,7 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """Start tracing in this process: connect to the aggregator and start the recorder's thread.
 
     A second call, or one after a `log_*` call, keeps the running recorder, and warns of settings that come too late;
-    `enabled=False` stops it.
+    `enabled=False` stops it. Settings of tracking count until something is logged, as under `traceml run`.
     Under `TRACEML=1` the arguments add to the settings, if it is called before the first optimizer is made.
 
     Examples:
@@ -61,7 +61,7 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     config = load_forgiving(arguments) if is_switched_on() else settings.load(**arguments)
     running = current_recorder()
     if config.enabled and running is not None and running.enabled and not (running.is_deferred or running.is_child):
-        _warn_of_ignored(arguments, config, running.config)
+        _continue_with(running, arguments, config)
         if running.tracing:
             return running
 
@@ -164,11 +164,19 @@ def start_in_child() -> None:
         start(config, wait=False)
 
 
-def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Config) -> None:
-    wanted = lifecycle.in_fixed_folder(wanted)
+def _continue_with(recorder: Recorder, arguments: Mapping[str, Any], wanted: Config) -> None:
+    """Take the arguments that a running recorder still can, and warn of the others."""
+    wanted, running = lifecycle.in_fixed_folder(wanted), recorder.config
     names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
-    ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
-    if arguments and ignored:
+    changed = {name: value for name in names if (value := getattr(wanted, name)) != getattr(running, name)}
+    if not arguments or not changed:
+        return
+
+    from traceml.track.rank.capture_lifecycle import adopt_settings
+
+    adopted = adopt_settings(recorder, changed)
+    ignored = [name for name in changed if name not in adopted]
+    if ignored:
         ways = [f"set {', '.join(f'TRACEML_{name.upper()}' for name in ignored)}"]
         if not running.supervised:  # else a later recording of this process is of the same run
             ways.append("end this run by traceml.shutdown() first")

@@ -585,6 +585,32 @@ def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0]
 
 
+def test_an_init_before_anything_is_logged_adds_its_trackers(script: Script, tmp_path: Path) -> None:
+    """`traceml run` has started the recorder before the script. What is not of tracking alone is told as late."""
+    out = finish(
+        script("""
+        import sys, traceml
+        sys.stderr = sys.stdout
+        traceml.init(local=True)
+        traceml.init(backends="jsonl", project="p", exclude=["hidden"], mask=["key-*"], run_name="late")
+        traceml.log_metrics({"x": 1.0, "hidden": 2.0})
+        traceml.log_params({"note": "key-17"})
+        traceml.init(backend=["tensorboard"])
+        assert traceml.flush(timeout=60)
+        """)
+    )
+
+    assert "init(run_name, mask) was called too late" in out
+    assert "init(backend) was called too late" in out
+    stored = ended_run(tmp_path / "traceml_runs")
+    [experiment] = stored.of("experiment")
+    assert (experiment["backends"], experiment["project"]) == (["jsonl"], "p")
+    (delivered,) = (each.read_text() for each in tmp_path.glob("traceml_runs/2*/jsonl/*.jsonl"))
+    assert '"x"' in delivered
+    assert "hidden" not in delivered
+    assert "key-17" not in delivered
+
+
 def test_empty_names_of_trackers_are_left_out() -> None:
     """As in the setting: `backend=os.environ.get("B", "")` names none."""
     assert [traceml.Experiment(backend=text).backends for text in ("", "jsonl, ")] == [(), ("jsonl",)]

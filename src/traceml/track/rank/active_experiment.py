@@ -37,6 +37,11 @@ class ExperimentLoggers:
         self._first: Logger | None = None  # of the first experiment that the script began with the current recorder
         self._undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
 
+    @property
+    def has_announced(self) -> bool:
+        """Whether the run's own experiment, or one of the script, has begun with the current recorder."""
+        return self._first is not None or self.root.has_begun
+
     def activate(self, logger: Logger) -> None:
         """Open an experiment inside those that are open."""
         self._first = self._first or logger
@@ -82,7 +87,7 @@ class ExperimentLoggers:
         That is the run's own once something is logged for it, or the first one that the script begins.
         """
         self._undecided.append(action)
-        if self._first is not None or self.root.has_begun:
+        if self.has_announced:
             self.settle()
 
     def settle(self) -> None:

@@ -14,20 +14,24 @@ from traceml.errors import PluginError
 from traceml.fail_open import fail_open
 from traceml.recorder.current_recorder import current_recorder, on_start
 from traceml.track.rank.active_experiment import loggers
-from traceml.track.rank.announcement import check_backends, storable_trackers
+from traceml.track.rank.announcement import PER_EXPERIMENT, check_backends, storable_trackers
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, states_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
     from traceml.track.rank.auto_capture import AutoCapture
 
-__all__ = ["follow_recorder", "pause", "start", "warn_of_trackers"]
+__all__ = ["adopt_settings", "follow_recorder", "pause", "start", "warn_of_trackers"]
 
 _log = logging.getLogger("traceml")
 _ANNOUNCE_AFTER_S = 10.0
 _WARN_AFTER_S = 20.0
 _TEXT_CHARS = 200  # of a tracker's error
+_OF_RUN = frozenset({"local_only", "mask", "run_name"})  # these are not of tracking alone
 _capture: AutoCapture | None = None
 _capturing_recorder: Recorder | None = None
 
@@ -35,6 +39,24 @@ _capturing_recorder: Recorder | None = None
 def follow_recorder() -> None:
     """Let tracking start with each recorder whose settings name trackers or collectors, from now on."""
     on_start(_start_tracking)
+
+
+def adopt_settings(recorder: Recorder, arguments: Mapping[str, Any]) -> set[str]:
+    """Take the settings of tracking from an `init` after the recorder's start, as under `traceml run`.
+
+    Once something is logged, or an experiment has begun, it is too late for that.
+
+    Returns:
+        The settings that are in force now.
+    """
+    given = {name: value for name, value in arguments.items() if name in PER_EXPERIMENT and name != "run_name"}
+    if not given or loggers.has_announced:
+        return set()
+
+    recorder.config = recorder.config.over(**given)
+    follow_recorder()
+    _start_tracking(recorder)
+    return given.keys() - _OF_RUN
 
 
 def _start_tracking(recorder: Recorder) -> None:
