@@ -61,7 +61,7 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
     config = load_forgiving(arguments) if is_switched_on() else settings.load(**arguments)
     running = current_recorder()
     if config.enabled and running is not None and running.enabled and not (running.is_deferred or running.is_child):
-        _continue_with(running, arguments, config)
+        _continue_with(running, config)
         if running.tracing:
             return running
 
@@ -164,12 +164,12 @@ def start_in_child() -> None:
         start(config, wait=False)
 
 
-def _continue_with(recorder: Recorder, arguments: Mapping[str, Any], wanted: Config) -> None:
+def _continue_with(recorder: Recorder, wanted: Config) -> None:
     """Take the arguments that a running recorder still can, and warn of the others."""
     wanted, running = lifecycle.in_fixed_folder(wanted), recorder.config
     names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
     changed = {name: value for name in names if (value := getattr(wanted, name)) != getattr(running, name)}
-    if not arguments or not changed:
+    if not changed:
         return
 
     from traceml.track.rank.capture_lifecycle import adopt_settings
