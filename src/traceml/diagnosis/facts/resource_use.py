@@ -46,9 +46,9 @@ class ResourceUse(msgspec.Struct, frozen=True):
         return self.used / max(self.limit, 1)
 
     @property
-    def grows(self) -> bool:
-        """Whether it grows, and reaches the limit soon."""
-        return self.left_s is not None and self.left_s <= SOON_S
+    def ends_in_s(self) -> float | None:
+        """Time until the limit, if the use grows and reaches that soon; else None."""
+        return self.left_s if self.left_s is not None and self.left_s <= SOON_S else None
 
     @property
     def is_near(self) -> bool:
@@ -56,7 +56,7 @@ class ResourceUse(msgspec.Struct, frozen=True):
         if self.resource is Resource.CPU_QUOTA:
             return self.limit >= _MIN_PERIODS and self.share >= THROTTLED_SHARE
 
-        return self.grows or (
+        return self.ends_in_s is not None or (
             self.share >= FULL_SHARE and self.resource not in (Resource.DISK, Resource.CHECKPOINT_DISK)
         )
 

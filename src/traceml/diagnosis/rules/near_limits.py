@@ -86,8 +86,7 @@ def limits_near(facts: JobFacts) -> list[Finding]:
 
 
 def _urgency(use: ResourceUse) -> tuple[float, float]:
-    left_s = math.inf if use.left_s is None or not use.grows else use.left_s
-    return left_s, -use.share
+    return math.inf if use.ends_in_s is None else use.ends_in_s, -use.share
 
 
 def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
@@ -105,7 +104,8 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
         text = bytes_text if use.resource in _BYTES else count_text
         summary = f"{text(use.used)} of {text(use.limit)} {words} in use{where}{_when(use)}."
 
-    advice = {**_ADVICE, **(_WITH_WORKERS if facts.has_loader_workers else {}), **({} if use.grows else _WHILE_LEVEL)}
+    advice = _ADVICE | (_WITH_WORKERS if facts.has_loader_workers else {})
+    advice |= _WHILE_LEVEL if use.ends_in_s is None else {}
     return Finding.of(
         Kind.LIMIT_NEAR,
         severity=Severity.CRITICAL if soon else Severity.WARNING,
@@ -127,8 +127,8 @@ def _finding(use: ResourceUse, facts: JobFacts) -> Finding:
 
 
 def _when(use: ResourceUse) -> str:
-    if use.left_s is None or not use.grows:
+    if use.ends_in_s is None:
         return ""
 
     steps = "" if use.left_steps is None else f", {plural(int(use.left_steps), 'step')}"
-    return f", and it grows: at this rate it is full in {left_text(use.left_s)}{steps}"
+    return f", and it grows: at this rate it is full in {left_text(use.ends_in_s)}{steps}"
