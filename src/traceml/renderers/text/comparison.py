@@ -289,17 +289,15 @@ def _rank_sentence(comparison: Comparison) -> Iterator[str]:
         return
 
     sign = 1 if comparison.outcome == "slower" else -1
-    deltas = sorted(sign * row.delta_ms for row in ranks)
-    usual, largest = deltas[(len(deltas) - 1) // 2], deltas[-1]
+    ordered = sorted(ranks, key=lambda row: sign * row.delta_ms)
+    usual, largest = (sign * row.delta_ms for row in (ordered[(len(ordered) - 1) // 2], ordered[-1]))
     if largest - usual <= _STANDS_OUT * step:
         return
 
-    most = [row for row in ranks if sign * row.delta_ms - usual >= (largest - usual) / 2]
+    most = [row for row in ordered if sign * row.delta_ms - usual >= (largest - usual) / 2]
     named = ranks_text(row.rank for row in most)
     whose, them = (f"{capitalized(named)}'s own work", "it") if len(most) == 1 else (f"The own work of {named}", "them")
     delta_ms = sum(sign * row.delta_ms for row in most) / len(most)
-    part = (
-        f"{ms_text(delta_ms)}, most of it in {phase_words(max(most, key=lambda row: sign * row.delta_ms).phase or '')}"
-    )
+    part = f"{ms_text(delta_ms)}, most of it in {phase_words(most[-1].phase or '')}"
     change, others = ("grew", f"wait for {them}") if sign > 0 else ("fell", f"waited for {them} in A")
     yield f"{whose} {change} by {part}; the others {others}."
