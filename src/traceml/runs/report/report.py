@@ -31,7 +31,6 @@ from traceml.runs.report.report_types import SCHEMA, Report, RunSection, Telemet
 from traceml.runs.report.restarts import earlier_hangs_s, restarts
 from traceml.runs.report.trackers import trackers
 from traceml.runs.rows.run_summary_reader import MAX_STEP_ROWS, RunSummaryReader, read_run_summary
-from traceml.runs.run_state import state_of
 from traceml.trusted_files import replace_file
 from traceml.version import __version__
 
@@ -71,7 +70,7 @@ def full_report(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -
     """Return the report on all steps of a summary."""
     summary.facts_builder.time = run_wall_time(summary, reader, run_dir)
     window = summary.all_aligned()
-    findings = summary.diagnose(window, state_of(summary.run, summary.aggregator, summary.written_s))
+    findings = summary.diagnose(window, sections.present_state(summary))
     if any((hung_s := _hung_s(summary, reader, findings)).values()):
         summary.facts_builder.time = run_wall_time(summary, reader, run_dir, hung_s)
 
@@ -90,7 +89,7 @@ def run_wall_time(
     Args:
         hung_s: seconds without progress before an attempt was ended, by attempt.
     """
-    state = state_of(summary.run, summary.aggregator, summary.written_s)
+    state = sections.present_state(summary)
     started_s, _, duration_s = run_times(summary, state, run_dir)
     if started_s is None or duration_s is None:
         return None
@@ -204,7 +203,7 @@ def make_report(
 
 def _run(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -> RunSection:
     run = summary.run
-    state = state_of(run, summary.aggregator, summary.written_s)
+    state = sections.present_state(summary)
     started, ended, duration_s = run_times(summary, state, run_dir)
     return RunSection(
         id=str(run.get("id", run_dir.name)),

@@ -43,7 +43,7 @@ from traceml.runs.rows.samples import SampleTotals
 from traceml.runs.rows.step_totals import StepTotals
 from traceml.runs.run_state import state_of
 
-__all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
+__all__ = ["lines", "memory", "metrics", "phases", "present_state", "ranks", "steps", "system", "telemetry", "time"]
 
 _MS = 1e6
 _MAX_LINES = 60  # of a phase
@@ -189,6 +189,11 @@ def _number(value: float) -> float:
     return significant(value) or 0.0
 
 
+def present_state(summary: RunSummaryReader) -> str:
+    """Return the state of the run, also where its aggregator is gone and recorded no end."""
+    return state_of(summary.run, summary.aggregator, summary.written_s)
+
+
 def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run.
 
@@ -196,7 +201,7 @@ def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSecti
         is_hung: whether the job hung; then the stacks of ranks that made no progress are told, too.
     """
     latest = summary.kept.reached()
-    is_lost = state_of(summary.run, summary.aggregator, summary.written_s) == RunStatus.LOST
+    is_lost = present_state(summary) == RunStatus.LOST
     return [
         RankSection(
             rank=rank,
