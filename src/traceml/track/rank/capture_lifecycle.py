@@ -31,7 +31,7 @@ _log = logging.getLogger("traceml")
 _ANNOUNCE_AFTER_S = 10.0
 _WARN_AFTER_S = 20.0
 _TEXT_CHARS = 200  # of a tracker's error
-_OF_RUN = frozenset({"local_only", "mask", "run_name"})  # these are not of tracking alone
+_OF_AGGREGATOR = frozenset({"local_only", "mask"})  # it goes by these, too, for its alerts
 _capture: AutoCapture | None = None
 _capturing_recorder: Recorder | None = None
 
@@ -47,7 +47,7 @@ def adopt_settings(recorder: Recorder, arguments: Mapping[str, Any]) -> set[str]
     Once something is logged, or an experiment has begun, it is too late for that.
 
     Returns:
-        The settings that are in force now.
+        The settings that are in force for all of the run now.
     """
     given = {name: value for name, value in arguments.items() if name in PER_EXPERIMENT and name != "run_name"}
     if not given or loggers.has_announced:
@@ -56,7 +56,7 @@ def adopt_settings(recorder: Recorder, arguments: Mapping[str, Any]) -> set[str]
     recorder.config = recorder.config.over(**given)
     follow_recorder()
     _start_tracking(recorder)
-    return given.keys() - _OF_RUN
+    return given.keys() - _OF_AGGREGATOR
 
 
 def _start_tracking(recorder: Recorder) -> None:
