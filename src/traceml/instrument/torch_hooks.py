@@ -191,7 +191,8 @@ class TorchHooks:
     def _read_backward(self, tensors: Any) -> None:
         """Read the loss of a backward that begins, and the gradients before it."""
         self.losses.read(tensors)
-        self.guard(self.kept_gradients.look)
+        if self.kept_gradients.watched:
+            self.guard(self.kept_gradients.look)
 
     def _compiled(self, module: Any) -> None:
         """Report models again whose modules compile themselves, each once."""

@@ -26,23 +26,26 @@ class KeptGradients:
     Args:
         step: returns the number of steps so far.
         report: appends a row of `info`.
+
+    Attributes:
+        watched: gradients that are looked at; empty as a rule, and then there is no need to look.
     """
 
     def __init__(self, step: Callable[[], int], report: InfoSender) -> None:
         self._step, self._report = step, report
-        self._watched: list[_WatchedGradient] = []
+        self.watched: list[_WatchedGradient] = []
 
     def watch(self, optimizer: Any) -> None:
         """Watch the smallest parameter that an optimizer, which makes its first step, has a gradient of."""
         parameters = (each for group in param_groups(optimizer) for each in group["params"])
         smallest = min(filter(_is_readable, parameters), key=lambda each: each.numel(), default=None)
-        if smallest is not None and len(self._watched) < _MOST:
-            self._watched.append(_WatchedGradient(weakref.ref(smallest), type(optimizer).__name__, set()))
+        if smallest is not None and len(self.watched) < _MOST:
+            self.watched.append(_WatchedGradient(weakref.ref(smallest), type(optimizer).__name__, set()))
 
     def look(self) -> None:
         """Look at the gradients before a backward."""
-        if self._watched and may_read_tensors():
-            self._watched = [each for each in self._watched if self._is_kept(each)]
+        if self.watched and may_read_tensors():
+            self.watched = [each for each in self.watched if self._is_kept(each)]
 
     def _is_kept(self, watched: _WatchedGradient) -> bool:
         """Report a gradient that was kept for long; return whether it is to be watched further."""
