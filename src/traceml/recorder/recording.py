@@ -339,6 +339,7 @@ class Recording:
 
     def wait_until_stored(self, timeout_s: float) -> bool:
         """Wait until the rows appended before this call are stored; return whether they are."""
+        self._hold_until_ns = 0  # who waits for it does not wait for the rank to be certain
         appended, deadline = self.sender.rows_appended, time.monotonic() + timeout_s
         while (is_missing := self.sender.rows_acked < appended) and time.monotonic() < deadline:
             self.thread.wake()

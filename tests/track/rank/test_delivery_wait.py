@@ -53,6 +53,27 @@ def test_flush_returns_when_trackers_have_everything(script: Script) -> None:
     assert out.splitlines() == ["True 5000 1", "True", "True ['last']", "True end"]
 
 
+def test_flush_of_a_process_that_may_still_become_another_rank(script: Script, serving: Serving) -> None:
+    """It is stored at once: a spawned child that only logs joins no process group that it could wait for."""
+    process = script(
+        """
+        import torch.multiprocessing as mp, traceml
+
+        def log(rank):
+            import traceml.recorder.recording
+            traceml.recorder.recording._PROVISIONAL_S = 3600.0  # it holds the connection back for so long
+            traceml.log_metric("loss", rank, 0)
+            print(traceml.flush(60))
+
+        if __name__ == "__main__":
+            traceml.init()
+            mp.spawn(log, nprocs=1)
+        """,
+        serving=serving,
+    )
+    assert finish(process).split() == ["True"]
+
+
 def test_flush_on_a_host_without_the_folder(script: Script, serving: Serving) -> None:
     """The aggregator is asked, and tells what is true: delivered, and not delivered."""
     process = script(
