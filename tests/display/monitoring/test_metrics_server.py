@@ -118,11 +118,12 @@ def test_without_the_token_nothing_is_reported(tmp_path, header):
         assert "traceml_" not in text
 
 
-def test_the_token_is_a_bearer_token(tmp_path):
-    """As Prometheus sends it, under any host name."""
+@pytest.mark.parametrize("header", ["Bearer secret", "bearer secret", "BEARER  secret"])
+def test_the_token_is_a_bearer_token(tmp_path, header):
+    """As Prometheus sends it, under any host name; HTTP ignores the case of the scheme."""
     app = metrics_app(ActiveRuns(tmp_path), "secret")
 
-    assert ask(app, host="trainer:29767", HTTP_AUTHORIZATION="Bearer secret")[0] == "200 OK"
+    assert ask(app, host="trainer:29767", HTTP_AUTHORIZATION=header)[0] == "200 OK"
 
 
 @pytest.mark.parametrize("host", ["evil.example:29767", "evil.example", "127.0.0.1.evil.example", "", "[::1", "[x]:1"])

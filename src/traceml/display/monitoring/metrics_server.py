@@ -88,8 +88,9 @@ def _family(instrument: Instrument) -> Metric:
 def _refusal(environ: dict[str, Any], token: str | None) -> tuple[str, list[tuple[str, str]], str] | None:
     """Return status, headers and text for a request that is not answered; None for one that is."""
     if token is not None:
-        given = environ.get("HTTP_AUTHORIZATION", "")
-        if not hmac.compare_digest(given.encode("latin-1", "replace"), f"Bearer {token}".encode()):
+        scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        is_given = hmac.compare_digest(given.strip(" ").encode("latin-1", "replace"), token.encode())
+        if scheme.lower() != "bearer" or not is_given:
             return "401 Unauthorized", [("WWW-Authenticate", "Bearer")], "This address needs its bearer token."
     elif _asked_host(environ) not in _LOOPBACK:
         # A page of another site can make a browser ask here, under a name that its owner resolves to loopback.
