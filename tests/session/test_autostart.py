@@ -224,6 +224,18 @@ def test_ranks_that_the_script_starts(python: Python, tmp_path: Path, method: st
     assert len(LINE.findall(ended.stderr)) == len(CARD.findall(ended.stderr)) == 1
 
 
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_ranks_that_a_script_with_init_starts(python: Python, tmp_path: Path, method: str) -> None:
+    """They are the ranks of its run: it has no second one, without a step, whose card would be the last."""
+    start = f"torch.multiprocessing.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method={method!r})"
+    begun = f"{LOOP}\nif __name__ == '__main__':\n    import traceml\n    traceml.init(local=True)\n    {start}"
+    ended = python(begun, str(tmp_path / "store"), TRACEML="")
+
+    assert ended.returncode == 0, ended.stderr
+    assert steps(tmp_path) == [(0, 30), (1, 30)]
+    assert len(LINE.findall(ended.stderr)) == len(CARD.findall(ended.stderr)) == 1
+
+
 def test_a_worker_of_a_pool_that_is_ended_at_once(python: Python, tmp_path: Path) -> None:
     """It gives its result when the aggregator that it starts can read its steps: the pool ends it then."""
     code = """

@@ -118,13 +118,18 @@ class SpawnedFrom(NamedTuple):
     Args:
         settings: settings for `load` with which the parent records.
         experiment: number of the parent's active experiment.
-        is_self: whether the parent is this process, before it replaced its program by `exec`.
+        pid: of the parent.
     """
 
     identity: Identity
     settings: dict[str, Any]
     experiment: int
-    is_self: bool
+    pid: int
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the parent is this process, before it replaced its program by `exec`."""
+        return self.pid == os.getpid()
 
 
 def export_to_children(identity: Identity, config: Config, experiment: int = 0) -> None:
@@ -189,7 +194,7 @@ def _exported_parent() -> SpawnedFrom | None:
         rank, world_size, local_rank, attempt = facts["rank"]
         own = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
         identity = Identity(recorder, job, own, provisional=False, parent=parent)
-        _spawned = SpawnedFrom(identity, facts["settings"], int(facts["experiment"]), facts["pid"] == os.getpid())
+        _spawned = SpawnedFrom(identity, facts["settings"], int(facts["experiment"]), int(facts["pid"]))
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -210,7 +215,7 @@ def identify(config: Config, before: Identity | None = None, joining: tuple[int,
     # A script that starts its other ranks itself, as Lightning does, sets the address in its own environment, too.
     unlaunched = launcher_job() in (None, group_address()) and not config.run_id
     if own.source == "torch.distributed" and own.world_size > 1 and unlaunched:
-        job = _group_key(job, parent)
+        job = _job_of_local_parent(parent) or _group_key(job, parent)
 
     provisional = own.source == "single process" and parent is not None
     return Identity(secrets.token_hex(8), job, own, provisional, spawned_by=_recorder_of_parent(before))
@@ -266,6 +271,13 @@ def script_name() -> str:
         return "interactive" if hasattr(sys, "ps1") else "python"
 
     return path.stem if path.suffix == ".py" else path.name
+
+
+def _job_of_local_parent(parent: int | None) -> str:
+    """Return the job of a parent that records on this host only, as other hosts have no ranks of its run; else ""."""
+    recording = _exported_parent()
+    is_local = recording is not None and recording.pid == parent and recording.settings.get("local")
+    return recording.identity.job if recording is not None and is_local else ""
 
 
 def _group_key(job: str, parent: int | None) -> str:
