@@ -184,6 +184,38 @@ def test_a_process_pool_can_be_used_in_a_task() -> None:
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("work", ["start", "nested"])
+def test_a_process_that_a_task_forked_ends(work) -> None:
+    """At its exit it waits for its own tasks, not for those that its parent had begun, also when they run in place."""
+    done = run(f"""
+        import multiprocessing
+        context = multiprocessing.get_context("fork")
+        def child():
+            lengths = [rt.submit(len, "a" * size) for size in range(3)]
+            rt.wait_all()
+            assert [length.get() for length in lengths] == [0, 1, 2]
+            progress = rt.get_progress()
+            assert (progress["completed"], progress["total"] - progress["running"]) == (3, 3), progress
+            rt.submit(lambda: time.sleep(0.2) or os.write(1, b"waited "))
+        def code_of(target):
+            process = context.Process(target=target)
+            process.start()
+            process.join(60)
+            code = process.exitcode
+            process.kill()
+            return code
+        def start():
+            return code_of(int), code_of(child)
+        def nested():
+            return rt.submit(start).get()
+        with traceml.Runtime(threads=1) as rt:
+            print(rt.submit({work}).get())
+    """)
+
+    assert (done.stdout, done.stderr) == ("waited (0, 0)\n", "")
+
+
+@pytest.mark.process
 def test_a_child_that_returns_from_its_task_ends() -> None:
     """A bare fork inside a task: the child has no worker to go back to."""
     done = run("""

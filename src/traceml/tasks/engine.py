@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from traceml.errors import RuntimeClosedError, TaskForkedError
@@ -179,9 +179,11 @@ class Engine:
         return self.statistics.count_submission()
 
     def after_fork(self) -> None:
-        """Make a forked child's copy usable: no threads and no tasks; those in progress belong to the parent."""
-        orphans = self._orphans()
-        self.statistics.reset()
+        """Make a forked child's copy usable: no threads, and no tasks but those that this thread runs."""
+        me = thread_state().current
+        mine = blocked_set(me) | {me}
+        orphans = self._orphans(mine)
+        self.statistics.reset(sum(task is not None and task.engine is self and not task.done() for task in mine))
         self._threads.clear()
         self._reporting.clear()
         for part in (*self.pools, self.loop, self.watchdog):
@@ -194,10 +196,8 @@ class Engine:
             task.outcome = (TaskForkedError(_FORKED.format(task.name)), None)
             task.state = FAILED
 
-    def _orphans(self) -> list[TaskRecord]:
+    def _orphans(self, mine: Collection[TaskRecord | None]) -> list[TaskRecord]:
         """Return the tasks of this engine that only a thread of the parent could end."""
-        me = thread_state().current
-        mine = blocked_set(me) | {me}
         known = [task for pool in self.pools for entry in pool.queue for task in entry]
         known += [thread.current for thread in self._threads.values() if thread.current is not None]
         known += [*self.loop.tasks, *waiting_tasks()]

@@ -46,15 +46,22 @@ class TaskStatistics:
 
     def __init__(self) -> None:
         self.records: deque[EndedTask] = deque(maxlen=RECORDS)
-        self.reset()
-
-    def reset(self) -> None:
-        """Start again from zero, as a forked child does."""
-        self.lock = threading.RLock()  # a finalizer may interrupt, and wait for a task
         self.counts = [0] * _FIXED
         self._slots: dict[int, int] = {}
-        self._submissions = itertools.count()
+        self.reset()
+
+    def reset(self, running: int = 0) -> None:
+        """Start again from zero, as a forked child does.
+
+        Args:
+            running: tasks that this thread has begun and continues; its slot stays the same.
+        """
+        self.lock = threading.RLock()  # a finalizer may interrupt, and wait for a task
+        self.counts[:] = [0] * len(self.counts)
+        self._submissions = itertools.count(running)
         self.count_submission = self._submissions.__next__
+        if running:
+            self.counts[self.slot_of(threading.get_ident())] = running
 
     def slot_of(self, thread_ident: int) -> int:
         """Return the index where a thread counts begun tasks; it counts ended ones at the next index."""

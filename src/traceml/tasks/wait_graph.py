@@ -92,6 +92,7 @@ def _dependencies(task: TaskRecord, *, through_all: bool = False) -> Iterator[Ta
             pending += one.next_queued()
 
 
-def forget_dependencies() -> None:
-    """Forget all waits: the threads of a parent process do not exist in its child."""
-    _targets.clear()
+def forget_dependencies(keep: set[TaskRecord]) -> None:
+    """Forget the waits of all other tasks: the threads of a parent process do not exist in its child."""
+    for task in _targets.keys() - keep:
+        del _targets[task]

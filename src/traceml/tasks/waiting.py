@@ -231,8 +231,8 @@ def _replace_compensating(thread: ThreadState) -> None:
 
 
 def forget_waits() -> None:
-    """Drop the waits of the process that this one was forked from."""
-    forget_dependencies()
+    """Drop the waits of the process that this one was forked from, but for those on this thread's task."""
+    forget_dependencies(blocked_set(thread_state().current))
     blocked_tasks.clear()
     _compensated.clear()
     awaiting_thread.clear()
