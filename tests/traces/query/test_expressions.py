@@ -29,7 +29,11 @@ from traceml.traces.query.expressions import AllOf, Condition, Negation, parse_b
         ("name=''", [("name", "=", "", None)]),
         ("name~a{2,3}", None),
         ("pid!=-1", [("pid", "!=", "-1", -1)]),
-        ("name='5'", [("name", "=", "5", None)]),
+        (
+            "name='5',args.x>'0.5',args.x<'5us'",
+            [("name", "=", "5", 5), ("args.x", ">", "0.5", Fraction(1, 2)), ("args.x", "<", "5us", None)],
+        ),
+        ("cat<>POSIX,name=~^re", [("cat", "!=", "POSIX", None), ("name", "~", "^re", None)]),
         ("", []),
     ],
 )
@@ -170,3 +174,20 @@ def test_pattern_is_expression_or_glob():
 
     assert [expression.accepts(name) for name in ("read", "pread", None)] == [True, False, False]
     assert [glob.accepts(name) for name in ("a.npy", "a.npyz")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "passing"),
+    [
+        ("args.x>9", [10, 9.5, "10", "10.5", "1e3", "1e1", "10.0"]),
+        ("args.x<='9'", [9, "9", "-0.5"]),
+        ("args.x=10", [10, "10", "1e1", "10.0"]),
+        ("args.x>=n", ["n/a"]),
+    ],
+)
+def test_numbers_in_quotes_are_numbers(text, passing):
+    """In the trace and in the condition; a text and a number have no order."""
+    (condition,) = parse_where(text)
+    values = [10, 9.5, "10", "10.5", "1e3", 9, "9", "-0.5", "1e1", "10.0", "n/a", None]
+
+    assert [value for value in values if condition.accepts(value)] == [one for one in values if one in passing]

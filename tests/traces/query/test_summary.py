@@ -192,6 +192,20 @@ def test_integers_in_quotes_are_numbers(tmp_path):
     assert answer["report"]["io"]["write_bytes"] == 4096 + 65536 + 5000
 
 
+def test_decimals_in_quotes_are_numbers(tmp_path):
+    """A sum does not leave them out beside integers, and 10.5 is more than 9, which a text is not."""
+    losses = ["0.5", "10.5", 2, "3", 0.25, "1e1", "n/a"]
+    steps = [
+        {"ph": "X", "name": "step", "pid": 1, "tid": 1, "ts": n, "dur": 1, "args": {"loss": loss}}
+        for n, loss in enumerate(losses)
+    ]
+    (group,) = ask(tmp_path, json.dumps(steps), measures=parse_measures(["sum:args.loss"]))["groups"]
+    large = ask(tmp_path, json.dumps(steps), by="args.loss", where="args.loss>9")["groups"]
+
+    assert group["sum:args.loss"] == 26.25
+    assert {one["args.loss"] for one in large} == {"10.5", "1e1"}
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_local_ids_are_of_their_process(tmp_path, scope):
     """Chrome's `id2` has ids that other processes have, too; a global one may end in another process."""

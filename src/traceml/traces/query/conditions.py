@@ -22,12 +22,13 @@ from traceml.traces.query.expressions import (
     Expression,
     Negation,
     check_field,
+    unquoted,
 )
 
 __all__ = ["parse_where"]
 
-_OPERATORS = ("!=", "<=", ">=", "==", "=", "<", ">", "~")
-_SPELLINGS = {"==": "="}  # as in programming languages
+_OPERATORS = ("!=", "<>", "<=", ">=", "==", "=~", "=", "<", ">", "~")
+_SPELLINGS = {"==": "=", "<>": "!=", "=~": "~"}  # as in programming languages, SQL, and queries of logs
 _FIELD = re.compile(r"\s*([A-Za-z_][\w.:/-]*)\s*")
 _OPERATOR = re.compile("|".join(re.escape(operator) for operator in _OPERATORS))
 _QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""")
@@ -127,13 +128,14 @@ class _ConditionParser:
             found = AnyOf(self._alternatives(field[1]))
             return Negation(found) if listed[1] else found
 
-        symbol = _OPERATOR.match(self._text, self._at)
-        if symbol is None:
+        found_symbol = _OPERATOR.match(self._text, self._at)
+        if found_symbol is None:
             raise self._misread("one of != <= >= = < > ~ or IN (...) is expected")
 
         check_field(field[1], "where", measures=True)
-        self._at = symbol.end()
-        return self._compared(field[1], symbol[0], self._value(symbol[0]))
+        self._at = found_symbol.end()
+        symbol = _SPELLINGS.get(found_symbol[0], found_symbol[0])
+        return self._compared(field[1], symbol, self._value(symbol))
 
     def _alternatives(self, field: str) -> tuple[Condition, ...]:
         self._parentheses += 1
@@ -145,7 +147,7 @@ class _ConditionParser:
         text, quoted, at = value
         parts = None if quoted else _NUMBER.match(text)
         unit = (_TIMES if field in MEASURES else _SIZES).get(parts[2].lower()) if parts else None
-        number = Fraction(parts[1]) * unit if parts and unit else None
+        number = Fraction(parts[1]) * unit if parts and unit else _quoted_number(text) if quoted else None
         if field in MEASURES and (number is None or symbol == "~"):
             self._at = at
             raise self._misread(f"{field} is compared with a number of microseconds, such as 100 or 2.5ms")
@@ -154,7 +156,7 @@ class _ConditionParser:
             self._at = at
             raise self._misread("a number is expected, or one with a unit of size, such as 4KiB or 1.5MB")
 
-        return Condition(field, _SPELLINGS.get(symbol, symbol), text, number)
+        return Condition(field, symbol, text, number)
 
     # ---- values: text, whether it was quoted, and its position ----
 
@@ -243,6 +245,12 @@ class _ConditionParser:
     def _misread(self, expected: str) -> UsageError:
         text, at = self._text, self._at
         return UsageError(f"where: {expected} at character {at + 1}: {text[:at]} -> HERE -> {text[at:]}".rstrip())
+
+
+def _quoted_number(text: str) -> Fraction | None:
+    """Return the number that a text in quotes is; None for any other text."""
+    value = unquoted(text)
+    return None if isinstance(value, str) else Fraction(value)
 
 
 def _sequence(parse: Callable[[], Parsed], continues: Callable[[], bool]) -> tuple[Parsed, ...]:

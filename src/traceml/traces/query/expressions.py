@@ -21,7 +21,8 @@ FIELDS = ("name", "cat", "pid", "tid", "rank", "host", "file", "source", "ph")
 MEASURES = ("ts", "dur")  # microseconds; in conditions only
 ARGS = "args."
 
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,30})")
+_INTEGER = r"-?(?:0|[1-9][0-9]{0,30})"
+_QUOTED_NUMBER = re.compile(rf"(?P<integer>{_INTEGER})(?:\.[0-9]{{1,30}})?(?:[eE][+-]?[0-9]{{1,2}})?")
 _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -61,11 +62,12 @@ class Condition:
         return value == self.value or (self.number is not None and unquoted(value) == self.number)
 
     def _orders(self, value: Any) -> bool:
+        limit = self.value if self.number is None else self.number
         value = value if self.number is None else unquoted(value)
-        if self.number is None or isinstance(value, str):
-            return bool(_ORDERS[self.operator](str(value), self.value))
+        if isinstance(value, str) != isinstance(limit, str):
+            return False  # a text is neither more nor less than a number
 
-        return bool(_ORDERS[self.operator](value, self.number))
+        return bool(_ORDERS[self.operator](value, limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,12 @@ Expression = Condition | AllOf | AnyOf | Negation
 
 
 def unquoted(value: Any) -> Any:
-    """Return a value, as an integer if it is one in quotes: dftracer 1 writes `"ret":"4096"`."""
-    return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
+    """Return a value, as a number if it is one in quotes: dftracer 1 writes `"ret":"4096"`; a Fraction is not whole."""
+    found = _QUOTED_NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return value
+
+    return int(value) if found["integer"] == value else Fraction(value)
 
 
 def comparisons(expression: Expression) -> Iterator[Condition]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,25 @@ def args_of(fields: list[str]) -> list[str]:
 
 
 def with_quoted(column: ArgColumn, strings: StringTable) -> ArgColumn:
-    """Return a column in which integers in quotes are integers, unless they exceed 64 bits."""
+    """Return a column in which numbers in quotes are numbers, apart from integers that exceed 64 bits."""
     texts = np.flatnonzero(column.kinds == TEXT)
     distinct, where = np.unique(column.texts[texts], return_inverse=True)
     values = [unquoted(strings[number]) for number in distinct.tolist()]
-    fits = [isinstance(value, int) and abs(value) < 2**63 for value in values]
-    if not any(fits):
+    if all(isinstance(value, str) for value in values):
         return column
 
-    chosen = np.array(fits)[where]
-    numbers = np.array([value if fit else 0 for value, fit in zip(values, fits, strict=True)], np.int64)[where]
-    kinds, integers = column.kinds.copy(), column.integers.copy()
-    kinds[texts[chosen]], integers[texts[chosen]] = INTEGER, numbers[chosen]
-    return ArgColumn(kinds, integers, column.floats, column.texts)
+    kinds, integers, floats = column.kinds.copy(), column.integers.copy(), column.floats.copy()
+    fits = [isinstance(value, int) and abs(value) < 2**63 for value in values]
+    for kind, numbers, fit in (
+        (INTEGER, integers, fits),
+        (FLOAT, floats, [isinstance(value, Fraction) for value in values]),
+    ):
+        rows = texts[np.array(fit)[where]]
+        kinds[rows] = kind
+        chosen = np.array([value if one else 0 for value, one in zip(values, fit, strict=True)], numbers.dtype)
+        numbers[rows] = chosen[where][np.array(fit)[where]]
+
+    return ArgColumn(kinds, integers, floats, column.texts)
 
 
 def field_of(name: str, context: FieldContext) -> EventField:
