@@ -80,6 +80,24 @@ def test_every_section_is_there():
     assert "trainer" not in shown, "ranks are known: processes are left to --json"
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_processes_of_one_number_are_told_apart(width):
+    """Containers number theirs alike: their files are named, from the common folder on."""
+    data = answer()
+    where = [("runs/a/trace.pfw", 1), ("runs/b/trace.pfw", 1), ("runs/b/trace.pfw", 7)]
+    data["report"]["ranks"] = []
+    data["report"]["processes"] = [row(file=file, pid=pid, name=None, rank=None, host=None) for file, pid in where]
+    shown = text(data, viewport=Viewport(width=width), sections=("processes",)).splitlines()
+
+    assert [line.split()[:3] for line in shown[-3:]] == [
+        ["pid", "1", "a/trace.pfw"],
+        ["pid", "1", "b/trace.pfw"],
+        ["pid", "7", "b/trace.pfw"],
+    ]
+    data["report"]["processes"].pop(0)  # 1 and 7 are left
+    assert "b/trace.pfw" not in text(data, sections=("processes",))
+
+
 def test_a_narrow_screen_shows_the_whole_timeline():
     """Neighboring bins share a column, and the title says how long one is; the first bins were left out."""
     data = answer()

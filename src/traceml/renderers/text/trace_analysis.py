@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -252,9 +254,13 @@ def _units(report: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
 
     shown = sorted(rows, key=lambda row: row["rank"] if rows is ranks else -row["duration_us"])[: 2 * _ROWS]
     names = [_unit_name(row, by_rank=rows is ranks) for row in shown]
+    labels: list[_Column] = [("rank" if rows is ranks else "process", 0, names)]
+    if len(set(names)) < len(names):  # those of containers often have the same number
+        labels.append(("file", 0, _file_names([row["file"] for row in shown])))
+
     times = [(title, 10, [_time(row[key]) for row in shown]) for title, key in _UNIT if any(row[key] for row in shown)]
-    room = (min(viewport.width, _MAX_WIDTH) - _UNIT_LABEL) // 11
-    yield from _table([("rank" if rows is ranks else "process", 0, names)], times[:room], viewport)
+    room = (min(viewport.width, _MAX_WIDTH) - _UNIT_LABEL * len(labels)) // 11
+    yield from _table(labels, times[:room], viewport)
     if len(rows) > len(shown):
         yield Text(f"and {len(rows) - len(shown)} more: --json lists all", style="dim")
 
@@ -264,6 +270,13 @@ def _unit_name(row: Mapping[str, Any], *, by_rank: bool) -> str:
         return f"rank {row['rank']}" + (f" ({row['host']})" if row["host"] else "")
 
     return f"{_label(row['name'] or 'pid')} {_label(row['pid'])}"
+
+
+def _file_names(paths: Sequence[str]) -> list[str]:
+    """Return paths from their common folder on."""
+    files = [Path(path).absolute() for path in paths]
+    common = os.path.commonpath([file.parent for file in files])
+    return [_label(file.relative_to(common)) for file in files]
 
 
 def _timeline(timeline: Mapping[str, Any] | None, viewport: Viewport) -> Iterator[Text]:
