@@ -22,7 +22,7 @@ from traceml.trusted_files import cache_home, replace_file
 __all__ = ["ResultCache", "cache_folder"]
 
 _LOG = logging.getLogger("traceml")
-_VERSION = 6  # format of the entries: raised when results change their format or meaning
+_VERSION = 7  # format of the entries: raised when results change their format or meaning
 _MAX_ENTRIES = 256
 _MAX_ENTRY_BYTES = 16 * 1024 * 1024
 # A file that was written within this time could change again without a new time of modification.
