@@ -912,6 +912,22 @@ def test_waiting_for_another_rank_in_each_step_is_uneven_work(sigma: float, is_t
     assert found.next.startswith("No rank is slower than the others, but they work unevenly") is is_told
 
 
+@pytest.mark.parametrize("slow", [(5,), (5, 20)], ids=str)
+def test_ranks_whose_cores_are_slower_are_not_another_one_in_each_step(slow: tuple[int, ...]) -> None:
+    """They are slower all the time, in everything, by less than what is reported of single ranks."""
+
+    def slower(own, random):
+        for part in ("forward", "backward", "optimizer"):
+            own[part][list(slow)] *= 1.4
+
+    found, *_ = diagnose(window_of(Job(ranks=64, steps=200), slower), JobFacts(world_size=64))
+
+    assert found.kind is Kind.HEALTHY
+    names = "rank 5" if len(slow) == 1 else "ranks 5, 20"
+    assert f"is waiting for the rank that works longest, mostly {names}." in found.summary
+    assert found.next.startswith(f"Look at the host of {names}: clocks, cores shared with other processes")
+
+
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_a_rank_that_is_slow_for_a_while_is_not_another_one_in_each_step(ranks: int) -> None:
     """In 200 of 800 steps it computes longer, for less than 10 s: a program may have taken its cores."""

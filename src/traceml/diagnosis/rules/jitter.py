@@ -11,6 +11,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_of_
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.rules.stragglers.straggler_wording import subject_text
 from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
 from traceml.diagnosis.steps.own_work import (
@@ -44,6 +45,8 @@ TURNS_DOMINANCE = 0.7
 """One part has this share of the difference between ranks from step to step."""
 TURNS_WAIT = 0.10
 """If main threads waited for a core for this share of their ready time or more, they may have waited in turns."""
+TOGETHER_SHARE = 2 / 3
+"""Ranks that are each late in this share of the steps in which any of them is late take no turns."""
 WAITED_FACTOR = 2.0
 """Then turns cost this many times what all ranks waited: a thread that gets a core back finds its caches cold."""
 MIN_EVENTS = 3
@@ -394,13 +397,14 @@ def _late_in_turns(work: OwnWork, facts: JobFacts, part: str, values: Floats, st
         return None  # all ranks, in a part that has a finding of its own
 
     ranks, often = work.named(some), percent_text(float(late.mean()))
-    is_one = len(ranks) == 1  # no other takes a turn
+    # One rank, or several that are late in the same steps, take no turns.
+    is_together = bool(ranks) and float(turns[some].mean()) >= TOGETHER_SHARE
     summary, action, evidence = (
-        _seldom_late(work, facts, part, ranks[0], often, ns_text(late_ns), ns_text(base), step_ns)
-        if is_one
+        _seldom_late(work, facts, part, ranks, often, ns_text(late_ns), ns_text(base), step_ns)
+        if is_together
         else _taking_turns(work, part, ranks, often, ns_text(late_ns), ns_text(base))
     )
-    saved = saved if is_one else even
+    saved = saved if is_together else even
     gain = speedup(step_ns, saved)
     return Finding.of(
         straggler_kind(part),
@@ -441,17 +445,31 @@ def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float)
 
 
 def _seldom_late(
-    work: OwnWork, facts: JobFacts, part: str, rank: int, often: str, late: str, usual_text: str, step_ns: float
+    work: OwnWork,
+    facts: JobFacts,
+    part: str,
+    ranks: tuple[int, ...],
+    often: str,
+    late: str,
+    usual_text: str,
+    step_ns: float,
 ) -> Explanation:
-    """Explain a single rank that is late in some steps: the sentence up to what steps would be without that."""
-    mine = float(work.parts[part][work.ranks == rank].mean()) / step_ns
-    line = blamed_line(facts.lines, part, mine, (rank,), work.ranks[work.ranks != rank].tolist())
+    """Explain ranks that are late in some steps, together: the sentence up to what steps would be without that."""
+    are_late = np.isin(work.ranks, ranks)
+    mine = float(work.parts[part][are_late].mean()) / step_ns
+    line = blamed_line(facts.lines, part, mine, ranks, work.ranks[~are_late].tolist())
+    slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
+    group = facts.topology.smallest_group(ranks, work.all_ranks)
     summary = (
-        f"Rank {rank} slows the others down in {often} of the steps: its {phase_words(part)} takes {late} then "
-        f"instead of {usual_text}{line.of_it if line else ''}; without that"
+        f"{subject_text(ranks, group)} {slow} the others down in {often} of the steps: {their} {phase_words(part)} "
+        f"takes {late} then instead of {usual_text}{line.of_it if line else ''}; without that"
     )
-    action = advice.for_straggler(part, (rank,), facts, line)
-    return Explanation(summary, action, line.evidence(mine) if line else {})
+    evidence = {} if group is None else {"rank_group": group.evidence()}
+    action = advice.for_straggler(part, ranks, facts, line)
+    if group is not None and line is None and part != "input_wait":
+        action = advice.for_slow_group(group)
+
+    return Explanation(summary, action, evidence | (line.evidence(mine) if line else {}))
 
 
 def _taking_turns(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import WAITED_FOR, for_debugging, for_rollouts
+from traceml.diagnosis.advice import WAITED_FOR, for_debugging, for_rollouts, for_straggler
 from traceml.diagnosis.facts.blamed_lines import (
     AUTOGRAD,
     BlamedLine,
@@ -27,10 +27,20 @@ from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.outside_steps import uncovered_time_text
+from traceml.diagnosis.rules.stragglers.late_ranks import slower_ranks
 from traceml.diagnosis.stalls.single_pauses import single_pauses, usual_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
-from traceml.formatting import capitalized, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
+from traceml.formatting import (
+    capitalized,
+    duration_text,
+    gain_text,
+    largest_text,
+    ns_text,
+    percent_text,
+    phase_words,
+    ranks_text,
+)
 
 __all__ = ["for_compute", "nothing_found", "shares_text", "with_optimizer", "with_own_code"]
 
@@ -104,10 +114,8 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     uneven = shares[_WAITING] - exchange / step if work.grouped and work.backward_known else 0.0
     usual = _when_healthy(shares, facts)
     if uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
-        rank = _mostly_awaited(work)
-        whom = "in each step another one" if rank is None else f"mostly rank {rank}"
+        whom, uneven_work = _mostly_awaited(work, facts)
         where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, {whom}."
-        uneven_work = _FOR_UNEVEN_WORK if rank is None else _FOR_ONE_RANK.format(rank)
         usual = for_debugging(facts) or uneven_work
 
     untrained = "" if work.grouped else _untrained(facts, shares, step, heavy)
@@ -124,11 +132,24 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     )
 
 
-def _mostly_awaited(work: OwnWork) -> int | None:
-    """Return the rank that works longest for most of the time in which others wait for one; None if they take turns."""
+def _mostly_awaited(work: OwnWork, facts: JobFacts) -> tuple[str, str]:
+    """Return the ranks that work longest for most of the time in which others wait for one, in words, and the advice.
+
+    Cores of a healthy job may differ: single ranks that are slower in everything are told here, unless by much.
+    """
     waits_ns = work.own.max(axis=0) - work.own.mean(axis=0)
     by_rank = np.bincount(work.own.argmax(axis=0), weights=waits_ns, minlength=len(work.ranks))
-    return int(work.ranks[int(by_rank.argmax())]) if by_rank.max() >= _MOSTLY_ONE * by_rank.sum() else None
+    least_ns = _MOSTLY_ONE * by_rank.sum()
+    slower = slower_ranks(work)
+    if len(slower) and by_rank[slower].sum() >= least_ns:
+        ranks = work.named(np.isin(np.arange(len(work.ranks)), slower))
+        return f"mostly {ranks_text(ranks)}", for_straggler(None, ranks, facts)
+
+    if by_rank.max() >= least_ns:
+        rank = int(work.ranks[int(by_rank.argmax())])
+        return f"mostly rank {rank}", _FOR_ONE_RANK.format(rank)
+
+    return "in each step another one", _FOR_UNEVEN_WORK
 
 
 def shares_text(work: OwnWork, facts: JobFacts) -> str:

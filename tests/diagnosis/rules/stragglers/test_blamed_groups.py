@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, rows_of, window_of
+from tests.diagnosis.fabricated import Fault, Job, adds, rows_of, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.findings import Finding
@@ -80,18 +80,44 @@ def test_without_a_fault_nobody_is_blamed(seed):
     assert not verdict(seed=seed).kind.rule.is_straggler
 
 
-def test_a_host_that_is_slower_in_everything_is_blamed_as_a_whole():
-    """Low clocks: each part takes half as long again on each of its ranks."""
-
+def _slower(factor: float, ranks: tuple[int, ...]) -> Fault:
     def throttled(own, _) -> None:
         for part in ("forward", "backward", "optimizer"):
-            own[part][list(HOST)] *= 1.6
+            own[part][list(ranks)] *= factor
 
-    found = verdict(throttled)
+    return throttled
+
+
+@pytest.mark.parametrize("factor", [1.6, 1.25])
+def test_a_host_that_is_slower_in_everything_is_blamed_as_a_whole(factor):
+    """Low clocks: each part takes a quarter as long again, or more, on each of its ranks."""
+    found = verdict(_slower(factor, HOST))
 
     assert found.ranks == HOST
     assert "slower in every part" in found.summary
     assert "clocks and temperature" in found.next
+
+
+@pytest.mark.parametrize("ranks", [HOST[:1], HOST[:2], (3, 4, 12, 22)], ids=str)
+def test_a_few_cores_that_are_slower_are_no_slow_host(ranks):
+    """Cores of a healthy job differ by as much."""
+    assert verdict(_slower(1.25, ranks)).kind is Kind.HEALTHY
+
+
+def test_a_host_that_is_slow_for_a_while_takes_no_turns() -> None:
+    """All of its ranks read from a disk that becomes slow: they are late in the same steps."""
+
+    def slow(own, _) -> None:
+        own["input_wait"][list(HOST), 42:] += 20
+
+    found = verdict(slow)
+
+    assert (found.ranks, found.phase) == (HOST, "input_wait")
+    assert found.summary.startswith(
+        "All 4 ranks of host gpu-002 (ranks 8-11) slow the others down in 54 % of the steps"
+    )
+    assert found.headline.startswith("All 4 ranks of host gpu-002 are slow in ")
+    assert "with even work" not in found.summary
 
 
 def test_two_causes_on_one_host_stay_two_findings():

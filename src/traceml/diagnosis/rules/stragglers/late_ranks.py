@@ -35,7 +35,7 @@ from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork, Rows, 
 from traceml.diagnosis.steps.speedup import RARE, saved_ns, with_typical_work
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["find_late", "late_in_one_part", "without_late"]
+__all__ = ["find_late", "late_in_one_part", "slower_ranks", "without_late"]
 
 EXCESS_SHARE = 0.08
 """A late rank's excess over the others is at least this share of the step."""
@@ -54,6 +54,8 @@ SAVING_SHARE = 0.5
 """Ranks that save alone are late because of it from this share of their excess on."""
 NO_SAVING_RATIO = 0.1
 """The others do not save if they spend less than this share of the time on it."""
+MIN_SLOW_GROUP = 4
+"""A group of so many ranks, as a host, is slower in everything from `EXCESS_SHARE` on, and not by chance."""
 MANY_ROWS = 64
 """More late ranks than this are judged one by one only if they are not a group: a stage has thousands."""
 _MIN_MEASURED = 20
@@ -140,12 +142,27 @@ def _without_near(work: OwnWork, ranks: Rows, late: Rows, usual: Rows) -> tuple[
     return ranks[late], ranks[usual]
 
 
+def slower_ranks(work: OwnWork) -> Rows:
+    """Return the rows of ranks that work longer than all others, from the beginning to the end, be it in everything."""
+    ranks = np.arange(len(work.ranks))
+    rows, others = _without_near(work, ranks, *divide_ranks(work.own.mean(axis=1)))
+    usual = OtherRanks(work, others, rows)
+    if not _are_apart(work, rows, usual) or not is_significant(work, rows, usual):
+        return ranks[:0]
+
+    return rows if persists(work.own[rows].mean(axis=0) - usual.own, work, EXCESS_SHARE) else ranks[:0]
+
+
+def _are_apart(work: OwnWork, rows: Rows, usual: OtherRanks) -> bool:
+    """Return whether there are late ranks, and all other ranks are clearly apart from them."""
+    excess = (work.own[rows] - usual.own).mean(axis=1)
+    spread = float((work.own[usual.rows].mean(axis=1) - usual.own.mean()).max())
+    return bool(len(rows)) and float(excess.min()) >= MIN_EXCESS_RATIO * max(spread, 0.0)
+
+
 def _late_groups(work: OwnWork, facts: JobFacts, rows: Rows, others: Rows) -> list[LateRanks]:
     usual = OtherRanks(work, others, rows)
-    excess = (work.own[rows] - usual.own).mean(axis=1)
-    spread = float((work.own[others].mean(axis=1) - usual.own.mean()).max())
-    # All other ranks must be clearly apart from the late ones.
-    if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
+    if not _are_apart(work, rows, usual):
         return []
 
     if len(rows) > MANY_ROWS:
@@ -233,7 +250,8 @@ def _blamed_part(
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
     # A slow host slows down the optimizer, too.
     is_host = everywhere and not only_passes_are_slower(work, rows, usual.rows)
-    least = EVERYWHERE_SHARE if is_host else EXCESS_SHARE
+    # One core of a healthy job may be slower than the others; not those of several ranks that are a group.
+    least = EVERYWHERE_SHARE if is_host and len(rows) < MIN_SLOW_GROUP else EXCESS_SHARE
     floor = EVERYWHERE_SHARE if seldom or (without_core and not more_ns) else least
     chance = everywhere and facts.oversubscribed and not more_ns
     if chance and facts.threads == 1:  # other threads may explain it; torch's, where there are several, do not

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.rules.stragglers.excess_tests import SIMILAR_SLOWDOWN_SHARE
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, excess_over_others, usual_excess
 from traceml.diagnosis.steps.step_split import PHASES, Floats
@@ -25,7 +26,8 @@ from traceml.formatting import (
 )
 
 __all__ = [
-    "fewer_workers", "is_hidden", "late_evidence", "late_summary", "share_late", "stage_summary", "waited_for_core",
+    "fewer_workers", "is_hidden", "late_evidence", "late_summary", "share_late", "stage_summary", "subject_text",
+    "waited_for_core",
 ]  # fmt: skip
 
 _UNEVEN = 0.03
@@ -187,10 +189,15 @@ def _seldom_text(work: OwnWork, late: LateRanks) -> str:
 
 
 def _subject(late: LateRanks) -> str:
-    if late.group is None:
-        return capitalized(ranks_text(late.ranks))
+    return subject_text(late.ranks, late.group)
 
-    return f"{capitalized(late.group.words)} ({', '.join([*late.group.also, ranks_text(late.ranks)])})"
+
+def subject_text(ranks: tuple[int, ...], group: RankGroup | None) -> str:
+    """Return `Ranks 8, 9`, or `All 8 ranks of host gpu-041 (ranks 8-15)` where they are a group."""
+    if group is None:
+        return capitalized(ranks_text(ranks))
+
+    return f"{capitalized(group.words)} ({', '.join([*group.also, ranks_text(ranks)])})"
 
 
 def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks) -> dict[str, object]:
