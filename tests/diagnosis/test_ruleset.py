@@ -1075,17 +1075,35 @@ def test_copies_and_saves_that_begin_in_the_run_are_one_finding(part: str) -> No
     assert [each.kind for each in found if each.severity is not Severity.INFO] == [Kind.SLOWDOWN]
 
 
-def test_a_rank_that_saves_for_longer_and_longer_is_one_finding() -> None:
-    """Its ranks, and how fast the difference grows."""
+@pytest.mark.parametrize(
+    ("since", "says"), [(0, "The difference grows by 40"), (300, "Since step 300 the difference grows by 40")]
+)
+def test_a_rank_that_saves_for_longer_and_longer_is_one_finding(since: int, says: str) -> None:
+    """Its ranks, and how fast the difference grows, from which step on."""
 
     def grows(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
-        own["checkpoint"][1] = np.arange(600) * 0.04
+        own["checkpoint"][1] = 4.0 * (since > 0)
+        own["checkpoint"][1, since:] += np.arange(600 - since) * 0.04
 
     found = diagnose(window_of(Job(ranks=4, steps=600), grows), JobFacts(world_size=4))
 
     (saves,) = (each for each in found if each.severity is not Severity.INFO)
     assert (saves.kind, saves.ranks) == (Kind.CHECKPOINT_STALLS, (1,))
-    assert "The difference grows by 40" in saves.summary
+    assert says in saves.summary
+
+
+@pytest.mark.parametrize("steps", [slice(150, None, 2), slice(150, 250, 2)])
+def test_work_of_one_rank_in_every_second_step_is_no_communication(steps: slice) -> None:
+    """It comes after the ranks have met, so that they wait in the next step, in which no rank works longer."""
+
+    def logs(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own["other"][1, steps] += 160.0
+
+    first, *rest = diagnose(window_of(Job(ranks=4, steps=300).scaled(4), logs), JobFacts(world_size=4))
+
+    assert (first.ranks, first.phase) == ((1,), "other")
+    assert abs(first.evidence["since_step"] - 150) <= 2
+    assert [each for each in rest if each.severity is not Severity.INFO] == []
 
 
 @pytest.mark.parametrize("part", ["other", "optimizer"])

@@ -458,7 +458,7 @@ def _with_slowdown(
         slower = [each for each in slower if "until_step" not in each.evidence]
 
     for each in slower:
-        timed = [with_steps_from_slowdown(one, each) for one in found]
+        timed = [with_steps_from_slowdown(one, each, int(window.steps[0])) for one in found]
         if timed != found:  # those ranks are the cause: one finding
             return _Timing(timed, slow_until)
 

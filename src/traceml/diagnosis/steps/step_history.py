@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 
-__all__ = ["NO_END", "StepHistory"]
+__all__ = ["NO_END", "Floats", "StepHistory"]
 
 MIN_STEPS_PER_BIN = 4
 """A bin has at least this many steps, as single ones are noise."""

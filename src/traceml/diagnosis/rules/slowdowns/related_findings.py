@@ -43,12 +43,16 @@ _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {*CORE_WAITS, "others_cores", "memory_share"}
 
 
-def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
-    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower."""
+def with_steps_from_slowdown(late: Finding, slower: Finding, first_step: int) -> Finding:
+    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower.
+
+    Args:
+        first_step: the first one of the steps that were compared.
+    """
     if not _is_same_cause(late, slower):
         return late
 
-    return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence})
+    return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence}, first_step)
 
 
 def with_steps_from_history(late: Finding, judged: NDArray[np.int64], bins: StepHistory) -> Finding:
@@ -68,7 +72,7 @@ def with_steps_from_history(late: Finding, judged: NDArray[np.int64], bins: Step
     slow = SlowSteps(alone, change)
     mean, lost = slow.mean_and_lost_ns()
     is_clear = lost >= MIN_COST_RATIO * late.cost_share * mean and slow.is_of_mean()
-    return _timed(late, slow.evidence()) if is_clear and slow.contains(judged).any() else late
+    return _timed(late, slow.evidence(), alone.first_step[0]) if is_clear and slow.contains(judged).any() else late
 
 
 def with_part_of_run(
@@ -125,15 +129,19 @@ def with_part_of_run(
     )
 
 
-def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
+def _timed(late: Finding, evidence: Mapping[str, Any], first_step: int) -> Finding:
+    per_step = ns_text(1e6 * evidence.get("growth_ms_per_step", 0.0))
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
     has, was = ("It has", "It was") if len(late.ranks) == 1 else ("They have", "They were")
     when = {
         "stays": f"{has} been slow since step {since}.",
         "first": f"{was} slow until step {until}.",
         "recovers": f"{was} slow from step {since} to step {until}.",
-        "growth": f"The difference grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
+        "growth": f"The difference grows by {per_step} with each step.",
     }
+    if evidence["shape"] == "growth" and evidence["since_step"] > first_step:
+        when["growth"] = f"Since step {since} the difference grows by {per_step} with each step."
+
     return late.with_part(Explanation(f" {when[evidence['shape']]}", evidence=evidence))
 
 

@@ -23,7 +23,7 @@ from traceml.formatting import phase_words, phases_text
 
 __all__ = [
     "COMM", "NOT_OF_CORES", "PASSES", "SlowParts", "computes_longer", "find_parts", "have_cores", "most_grown",
-    "slow_phases",
+    "part_of_ranks", "slow_phases",
 ]  # fmt: skip
 
 COMM = "comm"
@@ -97,6 +97,12 @@ def find_parts(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> Slo
     is_code = line is None and parts[0] in UNNAMED_CODE
     two = leading_lines(facts.lines, parts[0], steps.phase_share(parts[0])) if is_code else ()
     return SlowParts(parts, line=line, phase_share=phase_share, two=two)
+
+
+def part_of_ranks(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...], part: str) -> SlowParts:
+    """Return the phase in which some ranks alone became slower, with its line."""
+    line, phase_share = _line(steps, facts, part, ranks)
+    return SlowParts((part,), line=line, phase_share=phase_share)
 
 
 def slow_phases(steps: SlowSteps, facts: JobFacts) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.findings import known_facts
 from traceml.diagnosis.steps.change_points import LevelChange, level_change
 from traceml.diagnosis.steps.own_work import have_half
-from traceml.diagnosis.steps.step_history import NO_END, StepHistory
+from traceml.diagnosis.steps.step_history import NO_END, Floats, StepHistory
 
 __all__ = ["DOMINANT_SHARE", "SlowSteps"]
 
@@ -127,12 +127,37 @@ class SlowSteps(NamedTuple):
             return ()
 
         longer = np.median(bins.own_ns[:, slow], axis=1) - np.median(bins.own_ns[:, usual], axis=1)
-        late = have_half(longer)
-        whole = float(np.median(bins.step_ns[slow]) - np.median(bins.step_ns[usual]))
-        if 2 * late.sum() > len(late) or longer.max() < DOMINANT_SHARE * whole:
+        return self._alone(longer, float(np.median(bins.step_ns[slow]) - np.median(bins.step_ns[usual])))
+
+    def late_at_times(self) -> tuple[tuple[int, ...], str | None]:
+        """Return the ranks whose own work alone became longer on average, and the phase of it; no rank for all.
+
+        Of a rank that is late in every second step, and of the others, which wait in the steps between, no median has
+        both.
+        """
+        bins, ((start, end), (slow_start, slow_end)) = self.bins, self.compared_steps
+        steps = bins.single_steps
+        usual, slow = (steps >= start) & (steps < end), (steps >= slow_start) & (steps < slow_end)
+        if not bins.single_parts_ns or not usual.any() or not slow.any():
+            return (), None
+
+        longer = {
+            name: values[:, slow].mean(axis=1, dtype=np.float64) - values[:, usual].mean(axis=1, dtype=np.float64)
+            for name, values in bins.single_parts_ns.items()
+        }
+        whole = float(bins.single_ns[slow].mean() - bins.single_ns[usual].mean())
+        ranks = self._alone(np.sum(list(longer.values()), axis=0), whole)
+        of_them = {name: float(values[np.isin(bins.ranks, ranks)].sum()) for name, values in longer.items()}
+        return ranks, max(of_them, key=lambda name: of_them[name]) if ranks else None
+
+    def _alone(self, longer_ns: Floats, whole_ns: float) -> tuple[int, ...]:
+        """Return the ranks that have nearly all of what the work of ranks became longer by; empty for all."""
+        late = have_half(longer_ns)
+        if 2 * late.sum() > len(late) or longer_ns.max() < DOMINANT_SHARE * whole_ns:
             return ()
 
-        return tuple(bins.ranks[late].tolist()) if longer[~late].max() < SOME_RANKS_SHARE * longer.max() else ()
+        is_known = longer_ns[~late].max() < SOME_RANKS_SHARE * longer_ns.max()
+        return tuple(self.bins.ranks[late].tolist()) if is_known else ()
 
     def ranks_in(self, ranks: tuple[int, ...], phase: str | None) -> tuple[int, ...]:
         """Return those of some ranks whose work in a phase became longer; others have another cause."""

@@ -32,6 +32,7 @@ from traceml.diagnosis.rules.slowdowns.slow_parts import (
     find_parts,
     have_cores,
     most_grown,
+    part_of_ranks,
     slow_phases,
 )
 from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
@@ -128,6 +129,11 @@ def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
     is_of_cores = _is_loss_of_cores(steps.change, beside)
     where = SlowParts(is_loss_of_cores=True) if is_of_cores else find_parts(steps, facts, ranks)
     part = where.parts[0] if where.parts else None
+    if part is not None and not ranks:
+        late, late_part = steps.late_at_times()
+        if late_part is not None and part in (late_part, COMM):  # the others wait for them in the next steps
+            ranks, part, where = late, late_part, part_of_ranks(steps, facts, late, late_part)
+
     if ranks := steps.ranks_in(ranks, part):
         steps = steps.of_ranks(ranks, part)
 
