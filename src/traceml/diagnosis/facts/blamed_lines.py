@@ -39,9 +39,9 @@ __all__ = [
     "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH",
     "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model",
     "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
-    "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_without_hidden",
-    "lines_of_ranks_alone", "main_library", "main_line_share", "of_longest_startup", "outside_line", "own_line",
-    "own_line_share", "runs_forward", "threads_line", "unless_trainer", "workers_line",
+    "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_of_ranks_alone",
+    "line_without_hidden", "lines_of_ranks_alone", "main_library", "main_line_share", "of_longest_startup",
+    "outside_line", "own_line", "own_line_share", "runs_forward", "threads_line", "unless_trainer", "workers_line",
 ]  # fmt: skip
 
 LEADING_RATIO = 2.0
@@ -266,6 +266,25 @@ def lines_of_ranks_alone(
     two = leading_lines(tuple(_seen_on(lines, ranks)), part, phase_share)
     is_known = all(each.share >= _SECOND_SHARE and is_of_ranks_alone(lines, part, each, ranks) for each in two)
     return two if is_known else ()
+
+
+def line_of_ranks_alone(
+    lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int], least: float
+) -> BlamedLine | None:
+    """Return the function of a phase that some ranks are in most often of those that no other rank runs.
+
+    Args:
+        least: share of the phase that it must have.
+    """
+    seen = tuple(_seen_on(lines, ranks))
+    functions, total, in_steps = _by_function(seen, part)
+    if total < MIN_SHARE_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
+        return None
+
+    whole = max(total, phase_share * in_steps)
+    often = [(place, samples / whole) for place, samples in functions.most_common() if samples >= least * whole]
+    found = (_blamed(seen, part, place, share, total) for place, share in often)
+    return next((each for each in found if is_of_ranks_alone(lines, part, each, ranks)), None)
 
 
 def _is_alone(mine: int, of_others: int, scale: float) -> bool:

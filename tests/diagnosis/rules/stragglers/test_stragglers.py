@@ -232,6 +232,24 @@ def test_two_lines_of_a_late_rank_are_named_together(first: int, second: int) ->
     assert "and without it steps would be" in found.summary
 
 
+@pytest.mark.parametrize(("rank", "samples", "is_named"), [(1, 20, True), (1, 9, False), (0, 20, False)])
+def test_a_small_line_of_a_late_rank_is_all_that_it_takes_longer(rank: int, samples: int, is_named: bool) -> None:
+    """All ranks prepare their batches for long; one also reports its progress. What another rank does is no cause."""
+    lines = [
+        *(SampledLine(each, "other", "/x/train.py", 5, "prepare", None, 115) for each in (0, 1)),
+        *(SampledLine(each, "backward", "/x/train.py", 1, "main", None, 15) for each in (0, 1)),
+        SampledLine(rank, "other", "/x/train.py", 9, "report", None, samples),
+    ]
+    job = Job(own={"forward": 4.0, "backward": 8.0, "other": 80.0}, sigma=0.02)
+
+    found = diagnose(window_of(job, adds("other", 14.0, (1,))), JobFacts(world_size=2, lines=lines))
+    late = next(each for each in found if each.kind is Kind.STRAGGLER)
+
+    assert ("% of it in train.py:9 report; that costs" in late.summary) is is_named
+    assert (late.evidence.get("function") == "report") is is_named
+    assert late.next.startswith("Only rank 1 spends time in train.py:9 report: do it less often") is is_named
+
+
 def test_a_line_that_is_a_part_of_the_lateness_gains_its_part() -> None:
     """The rest is in many places, none of which is named."""
     found = _late_in({"augment": 35, "a": 5, "b": 5, "c": 4})

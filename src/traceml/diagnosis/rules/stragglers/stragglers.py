@@ -11,6 +11,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
     is_of_ranks_alone,
+    line_of_ranks_alone,
     lines_of_ranks_alone,
     workers_line,
 )
@@ -33,6 +34,7 @@ from traceml.diagnosis.rules.stragglers.straggler_wording import (
 from traceml.diagnosis.steps.own_work import (
     COMPUTE,
     ITERATOR_SHARE,
+    LINE_SHARE,
     UNNAMED_CODE,
     LateRanks,
     OwnWork,
@@ -199,8 +201,12 @@ def _line(work: OwnWork, facts: JobFacts, late: LateRanks) -> BlamedLine | None:
     if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
         return workers_line(facts.worker_lines, late.ranks, late.other_ranks)
 
+    share = _share_of_part(work, late)
     waiting = max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0) if late.part == "backward" else 0.0
-    return blamed_line(facts.lines, late.part, _share_of_part(work, late), late.ranks, late.other_ranks, waiting)
+    line = blamed_line(facts.lines, late.part, share, late.ranks, late.other_ranks, waiting)
+    # The part may have far more work that all ranks do: a small share of it is all that these take longer.
+    of_excess = min(late.excess_ns / max(share * work.step_ns, 1.0), 1.0)
+    return line or line_of_ranks_alone(facts.lines, late.part, share, late.ranks, LINE_SHARE * of_excess)
 
 
 def _evidence(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> dict[str, object]:
