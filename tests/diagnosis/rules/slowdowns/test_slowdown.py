@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, LINE_OTHER, LINES, PROCESS, Phase, Resource
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
@@ -1113,3 +1114,19 @@ def test_a_slowdown_costs_a_share_of_all_step_time(other: str) -> None:
     assert found.speedup_if_fixed == pytest.approx(gain, abs=0.02)
     assert found.cost_share == pytest.approx(1 - 1 / gain, abs=0.02)
     assert sum(each.cost_share for each in findings) < 1
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(60, 9), (100, 5)])
+@pytest.mark.parametrize("part", ["other", "input_wait"])
+def test_steps_that_are_long_by_chance_are_no_slow_part(part: str, steps: int, seed: int) -> None:
+    """In three of ten steps some rank has a slow sample: of four in a row more than two are long now and then."""
+
+    def at_times(own, random):
+        for step in range(steps):
+            if random.random() < 0.3:
+                own[part][random.integers(8), step] += 30
+
+    window = window_of(Job(ranks=8, steps=steps), at_times, seed=seed, last=steps)
+
+    kinds = [each.kind for each in diagnose(window, JobFacts(world_size=8, state=RunStatus.FINISHED))]
+    assert Kind.SLOWDOWN not in kinds

@@ -18,6 +18,8 @@ DOMINANT_SHARE = 0.7
 """The phase, or the ranks, that have this share of the difference are blamed."""
 SOME_RANKS_SHARE = 1 / 3
 """Ranks are blamed if the others' work grows by less than this share of theirs."""
+MIN_ERRORS = 4.0
+"""The correlation of single steps with the slow part is this many standard errors above 0."""
 OF_MEAN = 0.5
 """Steps became slower only if the mean step is longer by this share of what the usual one is, by medians of bins."""
 
@@ -118,7 +120,25 @@ class SlowSteps(NamedTuple):
         by_mean, by_median = (
             float(np.median(each[self.slow]) - np.median(each[self.usual])) for each in (means, bins.step_ns)
         )
-        return by_mean >= OF_MEAN * by_median
+        return by_mean >= OF_MEAN * by_median and self._is_of_single_steps()
+
+    def _is_of_single_steps(self) -> bool:
+        """Return whether single steps are longer in the slow part than by chance.
+
+        Where steps are either short or long, by chance, the medians of few bins are all long now and then.
+        """
+        change = self.change
+        if change.shape == "growth":
+            return True
+
+        longer = change.after_ns - change.before_ns
+        times_ns = np.clip(self.bins.single_ns, change.before_ns - longer, change.after_ns + longer)
+        inside = self.contains(self.bins.single_steps)
+        if not inside.any() or inside.all():
+            return True
+
+        correlation = float(np.corrcoef(times_ns, inside)[0, 1])
+        return correlation * len(times_ns) ** 0.5 >= MIN_ERRORS
 
     def ranks(self) -> tuple[int, ...]:
         """Return the ranks whose own work alone became longer; empty for all."""
