@@ -374,7 +374,9 @@ def _costs(
     remaining = replayed(work, without_stragglers)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
-    restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
+    # What is left of the waiting for data is that of the others.
+    of_others = facts.with_loader_beside({rank for each in found if each.phase == "input_wait" for rank in each.ranks})
+    restarted, without_restarts = workers_restarted(window, remaining, of_others, step_ns)
     before_ns = _waiting_ns(remaining)
     excluded = None
     if restarted:
@@ -393,7 +395,7 @@ def _costs(
     gathered, remaining = periodic_collectives(window, remaining, facts, step_ns)
     found += gathered
 
-    found += input_bound(remaining, facts, step_ns, excluded, restarts_ns)
+    found += input_bound(remaining, of_others, step_ns, excluded, restarts_ns)
     # What rare long steps do is no steady cost of copies, or of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(window.steps, remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)

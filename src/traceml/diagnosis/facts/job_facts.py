@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, Resource
@@ -189,6 +190,15 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Return a loader of a rank by its number; None if unknown."""
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
+
+    def with_loader_beside(self, late: Collection[int]) -> JobFacts:
+        """Return the facts with the training's loader as other ranks have it, where late ones have another one."""
+        number = self.loader.number if self.loader else None
+        if number is None or not late:
+            return self
+
+        known = (self.loader_of(rank, number) for rank in sorted(self.loaders) if rank not in late)
+        return next((replace(self, loader=each) for each in known if each is not None), self)
 
     @cached_property
     def micro_batches(self) -> float:

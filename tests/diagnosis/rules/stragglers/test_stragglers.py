@@ -384,6 +384,21 @@ def test_a_thread_that_holds_the_lock_of_the_interpreter_is_told(
         )
 
 
+@pytest.mark.parametrize("loader_of", [0, 1])
+def test_the_data_of_the_others_are_those_of_their_loader(loader_of: int) -> None:
+    """All wait for data, a rank without loader workers longest; the others have three."""
+    loaders = {rank: (LoaderFacts(number=0, num_workers=many),) for rank, many in enumerate((3, 0, 3))}
+    facts = JobFacts(world_size=3, loader=loaders[loader_of][0], loaders=loaders)
+    faults = adds("input_wait", 6.0), adds("input_wait", 30.0, (1,))
+
+    late, of_all, *_ = diagnose(window_of(Job(ranks=3, steps=200), *faults), facts)
+
+    assert (late.kind, late.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert late.next == "Give rank 1 as many loader workers as the others have: num_workers=3."
+    assert (of_all.kind, of_all.evidence["num_workers"]) == (Kind.INPUT_BOUND, 3)
+    assert "num_workers=0" not in of_all.next
+
+
 @pytest.mark.parametrize(
     ("workers", "says"),
     [((4, 1), "Rank 1 has 1 loader worker, the others 4."), ((2, 0), "Rank 1 has no loader worker, the others 2."),
