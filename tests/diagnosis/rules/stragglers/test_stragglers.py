@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from tests.diagnosis.fabricated import Fault, Job, adds, window_of
+from tests.diagnosis.fabricated import Fault, Job, adds, takes_turns, window_of
 from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
 from traceml.database.schema import PROCESS
 from traceml.diagnosis.facts.blamed_lines import own_line_share
@@ -52,6 +52,18 @@ def test_the_sentence_says_in_how_many_steps_a_rank_is_late(every: int, ms: floa
     assert ("of the steps (" in found.summary) == (says is not None)
     if says is not None:
         assert re.search(rf", nearly all in {says} of the steps \(\d+ ms each\)", found.summary)
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_two_ranks_that_are_late_in_turns_cost_more_than_each_on_average(in_turns: bool) -> None:
+    """The others wait for both: 10 ms of each cost 20 ms of a step, which the sentence explains."""
+    fault = takes_turns("other", 20.0, (0, 1)) if in_turns else adds("other", 20.0, (0, 1))
+
+    found, *_ = diagnose(window_of(Job(ranks=4, steps=300), fault), JobFacts(world_size=4))
+
+    assert (found.kind, found.ranks) == (Kind.STRAGGLER, (0, 1))
+    assert found.summary.startswith(f"Ranks 0, 1 slow the others down{', in turns' if in_turns else ''}: their code")
+    assert found.cost_share == pytest.approx(20.0 / found.evidence["step_ms"], rel=0.05)
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(4, 26), (4, 30), (8, 30), (16, 30), (8, 60)])

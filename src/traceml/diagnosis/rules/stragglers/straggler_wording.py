@@ -39,6 +39,8 @@ _SELDOM = 0.25
 _NEARLY_ALL = 0.8
 _SECOND_SHARE, _SECOND_NS = 0.3, 1e6
 """Ranks are late in another part, too, from this share of what they are late in the first one, and this time on."""
+_IN_TURNS = 1.25
+"""Ranks that cost this many times what they are late by on average are late in different steps."""
 _LITTLE = 0.05
 """Parts with less of what a step takes, or of what ranks are late by, are next to nothing."""
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
@@ -105,6 +107,9 @@ def late_summary(
             f"{subject}: slower in {_slower_parts(work, late)}, {ns_text(late.excess_ns)} more own work per step than "
             f"the others ({_mostly_in(late)}){without}."
         )
+
+    if many and share * work.step_ns >= _IN_TURNS * late.excess_ns:  # the mean of each says less than they cost
+        subject += ", in turns"
 
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
     remains = "the others' workers make no more" if is_bounded_by_workers else "other differences between ranks remain"
