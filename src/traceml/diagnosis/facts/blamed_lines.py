@@ -448,6 +448,8 @@ def workers_line(
 ) -> BlamedLine | None:
     """Return the function in which loader workers spend half of the time that they make batches; None if none is shown.
 
+    Of late ranks it may be a smaller part, which the workers of other ranks do not do.
+
     Nor is there one if they are idle for most of the time: what they do makes nobody wait.
 
     Args:
@@ -457,14 +459,26 @@ def workers_line(
         waits_are_rare: whether training waits in few steps, between which workers may be idle.
     """
     part, mine = LINE_PHASES[LINE_WORKERS], tuple(_seen_on(lines, ranks))
-    found = outside_line([each for each in mine if not each.is_idle], part)
-    if found is None or not (waits_are_rare or workers_at_work(mine).is_most):
+    busy = [each for each in mine if not each.is_idle]
+    found = outside_line(busy, part)
+    if not (waits_are_rare or workers_at_work(mine).is_most):
         return None
 
-    if others and not _is_alone_in(found, tuple(_seen_on(lines, others))):
+    if others and (found is None or not _is_alone_in(found, tuple(_seen_on(lines, others)))):
+        found = _line_of_workers_alone(busy, part, tuple(_seen_on(lines, others)))
+
+    return None if found is None else replace(found, of_workers=True)
+
+
+def _line_of_workers_alone(busy: Sequence[SampledLine], part: str, usual: Sequence[SampledLine]) -> BlamedLine | None:
+    """Return a function that takes much of the workers' time, and hardly any of that of other ranks' workers."""
+    functions, total, _ = _by_function(busy, part)
+    if total < MIN_SHARE_SAMPLES:
         return None
 
-    return replace(found, of_workers=True)
+    often = [place for place, samples in functions.most_common() if samples >= NAMED_OF_EXCESS * total]
+    found = (_blamed(busy, part, place, functions[place] / total, total) for place in often)
+    return next((each for each in found if _is_alone_in(each, usual)), None)
 
 
 def _is_alone_in(found: BlamedLine, usual: Sequence[SampledLine]) -> bool:

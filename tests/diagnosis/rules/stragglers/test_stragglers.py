@@ -289,6 +289,22 @@ def test_a_rank_that_waits_for_an_iterator_of_the_script_waits_for_data(own: dic
         assert found.next == "Find out why rank 1 spends more time in train.py:9 read than the other ranks."
 
 
+@pytest.mark.parametrize(("own_samples", "is_late"), [(40, True), (2, False)])
+def test_a_rank_that_lacks_a_core_is_late_by_its_own_line_of_an_iterator(own_samples: int, is_late: bool) -> None:
+    """All wait for the iterator for long, and for cores; what only one rank does in it is no lack of a core."""
+    job = Job(own={"forward": 2.0, "backward": 4.0, "optimizer": 0.5, "other": 60.0})
+    lines = [_sampled(rank, "backward", 7, 20) for rank in range(2)]
+    lines += [SampledLine(rank, "input_wait", "/home/me/train.py", 9, "parse", None, 170) for rank in range(2)]
+    lines.append(SampledLine(1, "input_wait", "/home/me/train.py", 12, "decode", None, own_samples))
+    waits = dict.fromkeys(range(2), 0.4)
+
+    facts = JobFacts(world_size=2, wait_of_ready_time=waits, lines=lines)
+    late = [each for each in diagnose(window_of(job, adds("other", 14, (1,))), facts) if each.ranks == (1,)]
+
+    assert [each.kind for each in late] == ([Kind.INPUT_STRAGGLER] if is_late else [])
+    assert all("% of it in train.py:12 decode; that costs" in each.summary for each in late)
+
+
 def test_a_rank_that_is_late_by_other_code_waits_for_the_iterator_as_long_as_the_others() -> None:
     job = Job(own={"forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 20.0})
     lines = [_sampled(rank, "backward", 7, 40) for rank in range(2)]
@@ -591,6 +607,21 @@ def test_a_line_that_another_rank_runs_is_of_no_rank_alone() -> None:
     assert own_line_share(lines, "forward", (1,), (0, 2)) == 0.0
     assert own_line_share([*lines, _sampled(1, "forward", 9, 11)], "forward", (1,), (0, 2)) == 0.0
     assert own_line_share([*lines, _sampled(1, "forward", 9, 12)], "forward", (1,), (0, 2)) == pytest.approx(12 / 72)
+
+
+@pytest.mark.parametrize(("own", "is_named"), [(41, True), (12, False)])
+def test_what_only_the_workers_of_a_late_rank_do_is_named_beside_what_all_do(own: int, is_named: bool) -> None:
+    """Each decodes; those of one rank also resize its images, which takes as long."""
+    lines = [SampledLine(rank, "workers", "/x/data.py", 8, "decode", None, 45) for rank in range(2)]
+    lines += [SampledLine(0, "workers", None, None, None, None, 50)]
+    lines += [SampledLine(1, "workers", "/x/data.py", 9, "resize", None, own)]
+
+    facts = JobFacts(world_size=2, loader=LoaderFacts(num_workers=1), lines_of_workers={0: lines})
+    found, *_ = diagnose(window_of(Job(ranks=2, steps=200), adds("input_wait", 30.0, (1,))), facts)
+
+    assert (found.kind, found.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert ("in which its worker makes batches, 48 % is in data.py:9 resize" in found.summary) is is_named
+    assert (found.evidence.get("function") == "resize") is is_named
 
 
 @pytest.mark.parametrize(

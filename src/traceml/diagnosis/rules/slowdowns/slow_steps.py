@@ -138,7 +138,7 @@ class SlowSteps(NamedTuple):
             return True
 
         correlation = float(np.corrcoef(times_ns, inside)[0, 1])
-        return correlation * len(times_ns) ** 0.5 >= MIN_ERRORS
+        return bool(correlation * len(times_ns) ** 0.5 >= MIN_ERRORS)
 
     def ranks(self) -> tuple[int, ...]:
         """Return the ranks whose own work alone became longer; empty for all."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, Rows
+from traceml.diagnosis.steps.own_work import LateRanks, OwnWork, Rows, iterator_wait
 
 __all__ = [
     "FAR_MORE_WORK", "due_to_code_ns", "is_without_core", "may_be_without_core", "more_work_ns", "own_line_ns",
@@ -33,7 +33,10 @@ MIN_COUNTED_S = 3.0
 
 def own_line_ns(work: OwnWork, facts: JobFacts, rows: Rows, others: list[int], part: str, excess_ns: float) -> float:
     """Return the time per step of late ranks in a line that the others do not run; 0 below a third of the excess."""
-    share = own_line_share(facts.lines, part, work.ranks_of(rows), others)
+    # Waiting for an iterator of the script is measured as `other`, and its samples are those of `input_wait`.
+    is_iterator = part == "other" and iterator_wait(work, facts.lines, work.step_ns) > 0
+    parts = (part, "input_wait") if is_iterator else (part,)
+    share = max(own_line_share(facts.lines, each, work.ranks_of(rows), others) for each in parts)
     return share * work.step_ns if share * work.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
 
 
