@@ -206,7 +206,10 @@ def test_long_blocks_have_their_share(flight: FlightFile) -> None:
 
 
 def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
-    """Where other code runs for an iterator that gives batches, the phase of the sample is that of waiting for data."""
+    """Where other code runs for an iterator that gives batches, the phase of the sample is that of waiting for data.
+
+    It is watched as other code is: whether it computes decides what would make it faster.
+    """
     with Training(releases_the_lock) as training:
         flight.open_slots[Slot.STEP_START] = 1
         sampler = LineSampler(flight, training.ident, gives_batches=lambda _stack: True)
@@ -216,6 +219,7 @@ def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
         sampler.flush()
 
     assert [row[0] for row in rows_of(flight)] == [Phase.INPUT_WAIT, Phase.FORWARD]
+    assert (np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)["watched_ns"] > 0).all()
 
 
 class Weight:

@@ -284,7 +284,7 @@ class LineSampler:
         slots[Slot.LINE_AT] = at_ns
 
     def _count(self, stack: Sequence[FrameType], phase: int, at_ns: int) -> list[int] | None:
-        """Count a sample; return the counts of its line where they are those of the open phase."""
+        """Count a sample; return the counts of its line where they are those of what is open."""
         # Between two phases a hook may run: the line that it interrupted does nothing then.
         if not stack or (phase == LINE_OTHER and is_instrumentation(stack[0].f_code.co_filename)):
             return None
@@ -300,7 +300,8 @@ class LineSampler:
         counts[0] += 1
         self.samples += 1
         self._startup += key[0] == LINE_STARTUP
-        return counts if key[0] in (phase, LINE_OUTSIDE) else None
+        # An iterator of the script is waited for in what is open as code outside the phases.
+        return counts if key[0] in (phase, LINE_OUTSIDE, _INPUT_WAIT) else None
 
     def _counts_of(self, key: _Key) -> list[int] | None:
         """Return the counts of a line in the open step; None if there are too many lines."""
