@@ -55,6 +55,32 @@ def test_ranks_that_can_never_meet_hang_at_once():
     assert found(*(replace(each, quiet_s=7.0) for each in (GOES_ON, ENDED))) is not None
 
 
+UNREAD = {"groups": ()}
+
+
+@pytest.mark.parametrize("unread", [(0,), (1,), (0, 1)])
+def test_a_rank_whose_collective_could_not_be_read_in_time_waits_all_the_same(unread: tuple[int, ...]) -> None:
+    """Its line and its data are known. They may meet yet, as far as is known, so this takes the usual time."""
+    seen = [replace(each, **UNREAD) if each.rank in unread else each for each in (GOES_ON, ENDED)]
+    finding = found(*seen)
+
+    assert finding is not None
+    assert (finding.ranks, finding.evidence["cause"]) == ((1,), "data_ended")
+    assert "its data ended (51 batches, the others 52), and it has been in barrier" in finding.summary
+    assert finding.summary.endswith("in backward (train.py:28 main).")
+    assert found(*(replace(each, quiet_s=7.0) for each in seen)) is None
+
+
+def test_a_rank_in_join_may_answer_a_collective_that_could_not_be_read():
+    """Then its data is no reason: all may be in the same collective."""
+    shadow = FrameSnapshot(file=f"{TORCH}/distributed/algorithms/join.py", line=240, function="Join.__exit__")
+    joined = replace(ENDED, frames=(call("all_reduce"), shadow, line(8)), groups=(group(15, "all_reduce"),))
+    finding = found(replace(GOES_ON, **UNREAD), joined)
+
+    assert finding is not None
+    assert finding.evidence["cause"] == "unanswered"
+
+
 def test_what_the_rank_does_after_its_data_is_told_too():
     """It is not in a collective: it may still come, so this takes the usual time."""
     asleep = snapshot(1, line(50, "save"), batches=51, epoch=1, data_ended=True, wchan="hrtimer_nanosleep",

@@ -14,7 +14,7 @@ import msgspec
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends import RankExit, ReadData, UnevenData, uneven_data
-from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait, device_wait
+from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait, device_wait, is_in_join
 
 __all__ = ["RENDEZVOUS", "Blame", "HangCause", "blame"]
 
@@ -71,7 +71,7 @@ class Blame(msgspec.Struct, frozen=True):
             return False
 
         is_met = self.cause is HangCause.DATA_ENDED and (
-            self.has_ended or all(rank in self.waits for rank in self.ranks)
+            self.has_ended or all(rank in self.waits and _is_known(self.waits[rank]) for rank in self.ranks)
         )
         return is_met or self.cause in (*_DIFFERENT, HangCause.ENDED)
 
@@ -87,17 +87,18 @@ def blame(snapshots: _Snapshots, ended: Mapping[int, RankExit], world_size: int)
     known = {rank: each.data for rank, each in ended.items() if each.data is not None}
     running = {rank: ReadData(each.batches, each.epoch, each.data_ended) for rank, each in snapshots.items()}
     data = uneven_data(known | running)
-    return met if data is None else _of_data(met, data)
+    return met if data is None else _of_data(met, data, snapshots)
 
 
-def _of_data(met: Blame, data: UnevenData) -> Blame:
+def _of_data(met: Blame, data: UnevenData, snapshots: _Snapshots) -> Blame:
     """Return the blame of ranks that have left their loop over the data, if the others wait in theirs."""
     waiting = [wait for rank, wait in met.waits.items() if rank not in data.ranks]
     has_ended = met.cause is HangCause.ENDED
     if has_ended or met.cause in _NEVER_CAME:
         is_cause = set(met.ranks) <= set(data.ranks)
     else:
-        is_cause = met.cause in _APART and set(data.ranks) <= met.waits.keys()
+        are_apart = met.cause in _APART or _may_be_apart(met, snapshots)
+        is_cause = are_apart and set(data.ranks) <= met.waits.keys()
 
     if not (waiting and is_cause):
         return met
@@ -105,6 +106,19 @@ def _of_data(met: Blame, data: UnevenData) -> Blame:
     operation = min(waiting, key=lambda wait: wait.number)
     named = met.ranks if has_ended else data.ranks
     return Blame(HangCause.DATA_ENDED, named, met.waits, operation, data=data, has_ended=has_ended)
+
+
+def _may_be_apart(met: Blame, snapshots: _Snapshots) -> bool:
+    """Whether all ranks wait, and in which collective is not known of each: a busy host may not tell it in time.
+
+    A rank in `Join` answers the collectives of the others, so they may be in the same one.
+    """
+    is_open = met.cause is HangCause.UNANSWERED and not met.ranks
+    return is_open and snapshots.keys() == met.waits.keys() and not any(map(is_in_join, snapshots.values()))
+
+
+def _is_known(wait: GroupSnapshot) -> bool:
+    return wait.number > 0 or wait.is_p2p
 
 
 def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: int) -> Blame:

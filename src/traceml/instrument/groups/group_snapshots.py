@@ -91,7 +91,6 @@ class GroupSnapshots:
         if _queries_events() or self._is_late or state != self._state or now_s - self._read_s > _AGAIN_S:
             self._state, self._counted, self._read_s = state, _sequences(), now_s
             self._entries = self._dump()
-            self._is_late = self._is_dumping
 
         if self._is_late:
             return ()
@@ -107,7 +106,8 @@ class GroupSnapshots:
 
     def _dump(self) -> list[Mapping[str, Any]]:
         """Return the recorder's entries; on a thread that may be lost, as a dump queries events of the device."""
-        if self._is_dumping:
+        self._is_late = self._is_dumping
+        if self._is_late:
             return []
 
         found: list[Mapping[str, Any]] = []
@@ -116,7 +116,8 @@ class GroupSnapshots:
         )
         self._dumping.start()
         self._dumping.join(_DUMP_S)
-        return list(found)
+        self._is_late = self._is_dumping
+        return [] if self._is_late else found
 
     def _group(self, group: Any, name: str, members: Mapping[int, int], world_size: int) -> GroupSnapshot:
         from traceml.database.snapshots.rank_snapshot import GroupSnapshot  # a healthy rank does not pay for it
