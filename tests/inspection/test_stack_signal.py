@@ -241,5 +241,7 @@ def test_the_main_thread_is_the_last_one_written() -> None:
     assert main_first(text).startswith("Current thread 0x2")
     started = f'{text}  File "{PACKAGE_FOLDERS[0]}session/entry.py", line 26 in <module>\n'
     assert main_frames(started) == main_frames(text)  # what starts a script is in no traceback either
+    saves = f'line 2 in inner\n  File "{PACKAGE_FOLDERS[0]}instrument/patch.py", line 5 in call\n'
+    assert main_frames(text.replace("line 2 in inner\n", saves)) == main_frames(text)  # nor is a wrapper of ours
     assert main_frames(text + "\n...\n") == []
     assert main_frames("") == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from traceml.inspection.user_files import is_import_machinery, is_starter
+from traceml.inspection.user_files import is_import_machinery, is_package_file
 
 __all__ = ["FRAME", "main_first", "main_frames", "other_frames"]
 
@@ -20,7 +20,7 @@ def main_first(text: str) -> str:
 def main_frames(text: str) -> list[tuple[str, int, str]]:
     """Return the main thread's frames as (file, line, function), the innermost first; empty if they are missing.
 
-    Those of the import machinery, and of what starts a script, are left out.
+    Those of the import machinery, and ours, as of what starts a script, are left out.
     """
     if text.rstrip().endswith(_CUT):
         return []
@@ -35,4 +35,4 @@ def other_frames(text: str) -> list[list[tuple[str, int, str]]]:
 
 def _frames(thread: str) -> list[tuple[str, int, str]]:
     frames = [(found["file"], int(found["line"]), found["function"]) for found in FRAME.finditer(thread)]
-    return [frame for frame in frames if not (is_import_machinery(frame[0]) or is_starter(frame[0]))]
+    return [frame for frame in frames if not (is_import_machinery(frame[0]) or is_package_file(frame[0]))]
