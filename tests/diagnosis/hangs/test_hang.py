@@ -50,6 +50,19 @@ def summary(finding: Finding | None) -> str:
     return finding.summary
 
 
+@pytest.mark.parametrize("operation", ["new_group", "monitored_barrier"])
+def test_a_rank_in_a_call_without_a_number_is_told_to_meet_the_others(operation: str) -> None:
+    """It asks torch's store, which is no server of the script's."""
+    calls = snapshot(1, call(operation), line(12, "hook"), wchan="inet_wait", waits_on="tcp [::ffff:127.0.0.1]:35429",
+                     groups=(group(14, "all_reduce", flying=False),))  # fmt: skip
+    finding = found(in_backward(0), calls)
+
+    assert summary(finding).startswith(
+        f"Rank 1 never reached all_reduce #15: it has been in {operation} (train.py:12 hook)"
+    )
+    assert finding.next.startswith("Call the same collectives in the same order on every rank")
+
+
 def test_a_rank_in_its_own_code_never_came_to_the_collective():
     """It is named, with its line and state; the others' collective and line are evidence."""
     finding = found(in_backward(0), STUCK)

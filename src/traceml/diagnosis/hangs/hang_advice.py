@@ -52,6 +52,10 @@ def hang_advice(found: DetectedHang) -> str:
     if what is not None:
         return what
 
+    wait = found.blame.waits.get(first.rank) if first is not None else None
+    if wait is not None and not wait.is_p2p:  # it waits for the others, too, as in new_group
+        return SAME_COLLECTIVES
+
     text = _advice_for(first, found) if first is not None else _check_process(found)
     is_slow = found.timed_out and cause is HangCause.NEVER_CAME
     return f"{text} If it should take so long, {longer_limit()}" if is_slow else text
