@@ -15,6 +15,7 @@ LOCK = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
 HOLDER = ProcessSnapshot(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
 CHILD = ProcessSnapshot(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
 FULL = ProcessSnapshot(pid=79, name="ffmpeg", state="S", wchan="anon_pipe_write", waits_on="stdout")
+STOPPED = ProcessSnapshot(pid=82, name="ffmpeg", state="T", wchan="do_signal_stop")
 DEAD = ProcessSnapshot(pid=81, state="Z", end="ended with exit code 3")
 HELPER = ThreadSnapshot(name="Thread-1", line=line(40, "upload"))
 QUEUE = FrameSnapshot(file="/usr/lib/python3.11/multiprocessing/queues.py", line=103, function="get")
@@ -58,6 +59,11 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             {"wchan": "do_wait", "blocker": FULL},
             "waiting for process 79 to end (ffmpeg, nobody reads its stdout) for 75 s.",
             "communicate()",
+        ),
+        (
+            {"wchan": "do_wait", "blocker": STOPPED},
+            "waiting for process 82 to end (ffmpeg, stopped by a signal) for 75 s.",
+            "`kill -CONT 82`",
         ),
         ({"wchan": "do_sys_poll", "blocker": CHILD}, "waiting for process 78 to end (ffmpeg)", "what process 78 does"),
         ({"wchan": "do_wait"}, "waiting for a child process to end for 75 s.", "traceml stacks"),
@@ -210,6 +216,17 @@ def test_an_end_does_not_wait_for_a_daemon() -> None:
     daemon = ThreadSnapshot(name="Thread-1", line=line(40, "upload"), is_daemon=True)
 
     assert "waiting for its thread" not in stuck(END, phase="exit", threads=(daemon,)).summary
+
+
+def test_a_stopped_worker_is_to_be_continued() -> None:
+    """Nothing in the data set keeps it."""
+    worker = WorkerSnapshot(index=0, pid=80, state="T", waits_for_batch=2, frames=(line(9, "__getitem__"),))
+    waits = snapshot(1, QUEUE, line(28), phase="input_wait", groups=BEHIND, workers=(worker,), wchan="futex_do_wait")
+    finding = found(in_backward(0), waits)
+
+    assert finding is not None
+    assert "stopped by a signal" in finding.summary
+    assert finding.next == "Continue process 80 with `kill -CONT 80`, and find out what stopped it."
 
 
 def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:

@@ -216,6 +216,12 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
 def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     """Return the advice about what a process waits for by itself; empty if there is none."""
     what, blocker = doing(snapshot), snapshot.blocker
+    if isinstance(snapshot, WorkerSnapshot) and snapshot.state == "T":
+        return _continued(snapshot.pid)
+
+    if blocker is not None and blocker.state == "T":
+        return _continued(blocker.pid)
+
     for frame in snapshot.frames:
         if text := _AT_END.get(("/".join(frame.file.split("/")[-2:]), frame.function.rpartition(".")[2])):
             return text
@@ -251,6 +257,10 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."
 
     return ""
+
+
+def _continued(pid: int) -> str:
+    return f"Continue process {pid} with `kill -CONT {pid}`, and find out what stopped it."
 
 
 def _for_lock(holder: ProcessSnapshot | None) -> str:

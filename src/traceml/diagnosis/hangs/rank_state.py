@@ -85,6 +85,7 @@ _SLEEPS = (
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
 _FROZEN = "frozen by its cgroup"
+_STOPPED = "stopped by a signal"
 _FREEZERS = ("__refrigerator", "do_freezer_trap", "get_signal")
 _VFORKS = ("kernel_clone", "wait_for_vfork_done")
 _POLLED_LOCK = f"{AwaitedKind.LOCK} "
@@ -254,7 +255,7 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     """Return what the process does, as far as the kernel and its silence show it: `sleeping`; empty if they do not."""
     state = snapshot.process_state if isinstance(snapshot, RankSnapshot) else snapshot.state
     if state == "T":
-        return "stopped by a signal"
+        return _STOPPED
 
     if _is_frozen(state, snapshot.wchan):
         return _FROZEN
@@ -351,7 +352,8 @@ def _for_child(child: ProcessSnapshot | None) -> str:
         return ""
 
     unread = f"nobody reads its {child.waits_on or 'output'}" if is_blocked_by_full_pipe(child) else ""
-    return f"waiting for process {child.pid} to end{_bracketed(child.name, unread)}"
+    stopped = _STOPPED if child.state == "T" else ""
+    return f"waiting for process {child.pid} to end{_bracketed(child.name, unread, stopped)}"
 
 
 def _path(target: str) -> list[str]:
