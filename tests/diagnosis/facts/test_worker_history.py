@@ -38,6 +38,28 @@ def test_workers_that_start_again_and_start_up_do_not_count():
     assert use.busy == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_time_in_which_a_job_hangs_does_not_count(*, at_once: bool) -> None:
+    """Its workers are idle then, or one of them is what it waits for. Once the step ends it counts."""
+    rows = worker_rows(2, busy=0.5)
+    rows["step"][20:], rows["cpu_ns"][20:] = rows["step"][20], rows["cpu_ns"][20]
+    history = WorkerHistory()
+    for some in [rows] if at_once else np.split(rows, 6):
+        history.add(0, some)
+
+    hung = history.use()
+    later = rows[-1:].copy()
+    later["t_ns"] += 10**9
+    later["step"] += 1
+    history.add(0, later)
+    ended = history.use()
+
+    assert hung is not None
+    assert ended is not None
+    assert hung.busy == pytest.approx(0.5)
+    assert ended.busy == pytest.approx(0.5 * 19 / 59)  # the first second is before the first step
+
+
 def two_loaders() -> WorkerHistory:
     """Return the history of an idle loader 1, and a busy loader 0."""
     history = WorkerHistory()

@@ -42,7 +42,8 @@ class _Watched(msgspec.Struct):
     last: NDArray[np.void]
     kept: ThinnedRows = msgspec.field(default_factory=ThinnedRows)  # some of the rows, over the run
     memory: NDArray[np.void] | None = None  # first and newest rows with private memory of the same processes
-    passed: TimeSums = (0.0, 0.0, 0.0)  # of all workers together
+    passed: TimeSums = (0.0, 0.0, 0.0)  # of all workers together, until the newest step began
+    opened: TimeSums = (0.0, 0.0, 0.0)  # in that step: a job that hangs in it makes no batches meanwhile
 
 
 def _use(parts: Sequence[_Watched]) -> WorkerUse | None:
@@ -82,7 +83,13 @@ class WorkerHistory(msgspec.Struct):
 
         joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
-        watched.passed = added_up(watched.passed, _passed(joined))
+        is_before = joined["step"] < joined["step"][-1]
+        if is_before.any():
+            count = int(np.flatnonzero(is_before)[-1]) + 2  # with the row that ends the last of these steps
+            watched.passed = added_up(watched.passed, watched.opened, _passed(joined[:count]))
+            watched.opened, joined = (0.0, 0.0, 0.0), joined[count - 1 :]
+
+        watched.opened = added_up(watched.opened, _passed(joined))
         watched.last = joined[-1:].copy()
         watched.kept.add(rows)
         measured = rows[rows["private_bytes"] >= 0]
