@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,8 +106,33 @@ def test_repeated_rows_are_set_apart_also_over_a_restart() -> None:
     assert [each.timestamp for each in first] == [100, 101, 100, 101]
     assert shifter.shift([row]) == [row]  # the first batch failed: nothing of it counts
     shifter.commit()
-    after = DuplicateShifter([tuple(each) for each in shifter.recent()])
+    after = _restarted(shifter)
     assert after.shift([row]) == [MetricRow("loss", 1.0, 101, 0)]
+
+
+@pytest.mark.parametrize("per_batch", [1, 7, 1000])
+def test_repeated_rows_stay_apart_however_many_they_are(per_batch: int) -> None:
+    """A flag that is logged five times a millisecond at one step, beside others, from threads, over restarts."""
+    order = random.Random(per_batch)
+    rows = [MetricRow("flag", 1.0, 1_000 + at // 5 - order.randrange(2), 0) for at in range(3_000)]
+    others = [MetricRow(f"n{at % 300}", float(at), row.timestamp, at) for at, row in enumerate(rows)]
+    given = [row for pair in zip(rows, others, strict=True) for row in pair]
+    shifter, sent = DuplicateShifter(), []
+    for first in range(0, len(given), per_batch):
+        batch = given[first : first + per_batch]
+        sent += shifter.shift(batch)
+        assert shifter.shift(batch) == sent[first:]
+        shifter.commit()
+        shifter = _restarted(shifter)
+        assert len(shifter.taken()) < 40
+
+    assert [row for row in sent if row.key != "flag"] == others
+    assert len(set(sent)) == len(given)
+
+
+def _restarted(shifter: DuplicateShifter) -> DuplicateShifter:
+    """Return the shifter of the next process, which has what a state file kept of this one."""
+    return DuplicateShifter((tuple(series), spans) for series, spans in json.loads(json.dumps(shifter.taken())))
 
 
 def test_another_content_gets_another_path() -> None:

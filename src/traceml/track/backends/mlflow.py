@@ -119,7 +119,7 @@ class MLflowBackend(BatchBackend):
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Continue the same run."""
         self._run_id = mark["run_id"]
-        self._duplicates = DuplicateShifter([tuple(each) for each in mark.get("last", [])])
+        self._duplicates = DuplicateShifter((tuple(series), spans) for series, spans in mark.get("taken", []))
         self._paths = RepeatedPaths(mark.get("paths"))
         return True
 
@@ -246,8 +246,8 @@ class MLflowBackend(BatchBackend):
         return None if self._ended is None else round(1000 * self._ended)
 
     def mark(self) -> dict[str, Any]:
-        """Return the run, the rows of its last millisecond, and its newest paths."""
-        mark = {"run_id": self._run_id, "last": self._duplicates.recent(), "paths": self._paths.recent()}
+        """Return the run, the times that its last rows have taken, and its newest paths."""
+        mark = {"run_id": self._run_id, "taken": self._duplicates.taken(), "paths": self._paths.recent()}
         return mark | ({"database": self._uri} if self._is_default else {})
 
     def _own_tags(self) -> dict[str, str]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 __all__ = ["TESTED_VERSIONS", "DuplicateShifter", "MetricRow", "RepeatedPaths", "insert", "is_insertable"]
 
 # `insert` writes MLflow's tables itself, so it is used only with versions for which a test compares the two.
 TESTED_VERSIONS = frozenset({"3.17"})
-# Rows of the last millisecond, and newest paths, that are kept over a restart to tell duplicates again.
+# Series with rows since the last millisecond, and newest paths, kept over a restart to tell duplicates again.
+_REMEMBERED_ROWS = 1024
 _REMEMBERED = 256
+
+_Series = tuple[str, float | str, int]  # name, value and step of rows that are equal but for their time
+_Spans = list[list[int]]  # milliseconds that they have taken: the first of each span, and the first after it
 
 
 class MetricRow(NamedTuple):
@@ -38,46 +44,60 @@ class _StoredMetric(NamedTuple):
 class DuplicateShifter:
     """Shifts rows that MLflow would store as one: same name, value, step and millisecond.
 
-    The result is a pure function of the rows since the start, so a replay gives the same.
+    The result is a pure function of the rows since the start, so a replay gives the same. Where the same row comes
+    faster than one a millisecond, the shifted times run ahead of the clock, and all of them stay taken.
 
     Args:
-        recent: what `recent` returned before a restart.
+        taken: what `taken` returned before a restart.
     """
 
-    def __init__(self, recent: Sequence[tuple[Any, ...]] = ()) -> None:
-        self._sent: list[tuple[Any, ...]] = list(recent)  # (time of the call, the row that was sent for it)
-        self._pending: list[tuple[Any, ...]] = []
+    def __init__(self, taken: Iterable[tuple[_Series, _Spans]] = ()) -> None:
+        self._taken: dict[_Series, _Spans] = dict(taken)
+        self._pending: dict[_Series, _Spans] = {}  # of the rows shifted last, in place of those above
+        self._latest = 0
 
     def shift(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
         """Return the rows, each duplicate a millisecond later than the one before."""
-        self._pending = []
-        seen = {tuple(sent) for _, *sent in self._sent}
-        result = []
-        for key, value, stamp, step in rows:
-            # NaN differs from itself and would not be found, and JSON has neither NaN nor infinities.
-            comparable = value if math.isfinite(value) else repr(value)
-            shifted = stamp
-            while (key, comparable, shifted, step) in seen:
-                shifted += 1
-
-            seen.add((key, comparable, shifted, step))
-            self._pending.append((stamp, key, comparable, shifted, step))
-            result.append(MetricRow(key, value, shifted, step))
-
-        return result
+        self._pending = {}
+        self._latest = max((row.timestamp for row in rows), default=0)
+        return [MetricRow(row.key, row.value, self._take(row), row.step) for row in rows]
 
     def commit(self) -> None:
-        """Record the rows shifted last as sent; only rows of their last moment can still have duplicates."""
+        """Record the rows shifted last as sent; only times since their last moment can be those of later rows."""
         if not self._pending:
             return
 
-        latest = max(stamp for stamp, *_ in self._pending)
-        self._sent = [each for each in (*self._sent, *self._pending) if each[0] >= latest - 1][-_REMEMBERED:]
-        self._pending = []
+        known, self._pending = self._taken | self._pending, {}
+        recent = {key: [each for each in spans if each[1] >= self._latest] for key, spans in known.items()}
+        self._taken = {key: spans for key, spans in recent.items() if spans}
+        if len(self._taken) > _REMEMBERED_ROWS:
+            newest = sorted(self._taken, key=lambda each: self._taken[each][-1][1])
+            self._taken = {key: self._taken[key] for key in newest[-_REMEMBERED_ROWS:]}
 
-    def recent(self) -> list[list[Any]]:
+    def taken(self) -> list[tuple[_Series, _Spans]]:
         """Return what a new process needs to continue."""
-        return [list(each) for each in self._sent]
+        return list(self._taken.items())
+
+    def _take(self, row: MetricRow) -> int:
+        """Return the first free millisecond from the row's own on, which is then taken."""
+        # NaN differs from itself and would not be found, and JSON has neither NaN nor infinities.
+        series = row.key, row.value if math.isfinite(row.value) else repr(row.value), row.step
+        spans = self._pending.get(series)
+        if spans is None:
+            spans = self._pending[series] = [list(span) for span in self._taken.get(series, ())]
+
+        at = bisect_right(spans, row.timestamp, key=itemgetter(0)) - 1
+        if at >= 0 and row.timestamp <= spans[at][1]:
+            free = spans[at][1]
+            spans[at][1] += 1
+        else:
+            at, free = at + 1, row.timestamp
+            spans.insert(at, [free, free + 1])
+
+        if at + 1 < len(spans) and spans[at + 1][0] == spans[at][1]:
+            spans[at][1] = spans.pop(at + 1)[1]
+
+        return free
 
 
 class RepeatedPaths:
