@@ -161,6 +161,22 @@ def test_a_replay_doubles_nothing(make: Maker, uri: str, request: pytest.Fixture
     assert len(_history(uri, run_id, "loss")) == 1
 
 
+def test_a_resumed_run_has_the_words_of_its_newest_verdict(
+    make: Maker, uri: str, request: pytest.FixtureRequest
+) -> None:
+    """A parameter keeps its first value: the run of a killed job said `ended without a report` after its last job."""
+    from mlflow import MlflowClient
+
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    run_id = backend.start_experiment("first", "tests")
+    for words in ("Rank 0 ended without a report.", "Nothing was found."):
+        backend.log_facts({"traceml/verdict_summary": words, "system/cores": 8})
+
+    data = MlflowClient(uri).get_run(run_id).data
+    assert data.tags["traceml/verdict_summary"] == "Nothing was found."
+    assert data.params == {"system/cores": "8"}
+
+
 def test_a_start_that_was_not_noted_finds_its_run(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
     """A delivery that died right after it had created the run leaves no second one."""
     experiment = {"id": request.node.name}

@@ -443,6 +443,22 @@ def test_a_tracker_without_the_run_to_resume_begins_another(run: LoggedRun) -> N
     assert "resume='nope': jsonl has no run with that id" in done.stderr
 
 
+@pytest.mark.parametrize(("resume", "sent"), [("earlier", True), (None, False)])
+def test_a_run_that_is_resumed_loses_the_verdict_of_its_earlier_job(
+    run: LoggedRun, resume: str | None, sent: bool
+) -> None:
+    """A job that only logs gets no verdict, but its run must not stay `RANK_LOST` because the job before was killed."""
+    run.experiment(["jsonl"], id="own", resume=resume)
+    run.metrics({"loss": [0.5]})
+    run.end()
+    verdict = {"kind": "INSUFFICIENT_DATA", "summary": "Only logs.", "evidence": {"steps": 0}}
+    (run.path / "report.json").write_text(json.dumps({"run": {"state": "finished"}, "verdict": verdict}))
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    tags = [line["tags"] for line in lines_of(run.path) if line["type"] == "tags"]
+    assert ({"traceml/verdict": "INSUFFICIENT_DATA"} in tags) is sent
+
+
 def test_a_fallbacks_id_is_not_the_trackers(run: LoggedRun, tmp_path: Path) -> None:
     """A run that began while its tracker was down was continued by the id that its fallback had given."""
     ids = {"tensorboard:0-exp": str(tmp_path / "tb"), "0-exp": str(tmp_path / "exp.jsonl")}

@@ -46,6 +46,7 @@ _SYSTEM_TAGS = {
     "git/branch": "mlflow.source.git.branch",
     "git/remote": "mlflow.source.git.repoURL",
 }
+_VERDICT = "traceml/verdict"
 _LOCAL = "local"  # the tracking URI of the database next to the runs
 _TERMINAL: dict[str, str] = {  # of all others FAILED
     RunStatus.FINISHED: "FINISHED",
@@ -187,9 +188,14 @@ class MLflowBackend(BatchBackend):
         self._tags |= changed.keys()
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
-        """Send facts as parameters, and those that MLflow shows itself as its own tags."""
-        self.log_params(facts)
-        self.set_tags({_SYSTEM_TAGS[key]: str(value) for key, value in facts.items() if key in _SYSTEM_TAGS and value})
+        """Send facts as parameters, and those that MLflow shows itself as its own tags.
+
+        The words of the verdict are tags: a run that is resumed gets others, and a parameter keeps its first value.
+        """
+        words = {key: str(value) for key, value in facts.items() if key.startswith(_VERDICT)}
+        self.log_params({key: value for key, value in facts.items() if key not in words})
+        own = {_SYSTEM_TAGS[key]: str(value) for key, value in facts.items() if key in _SYSTEM_TAGS and value}
+        self.set_tags(own | words)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Send tags, cut to the length that MLflow accepts."""

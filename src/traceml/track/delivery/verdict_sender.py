@@ -47,7 +47,8 @@ def send_verdict(delivery: Delivery, main: PlannedExperiment) -> None:
         last = delivery.reader.last_event("verdict")
         verdict = (last.data.get("verdict") or {}) if last is not None else {}
 
-    if verdict.get("kind") and not _has_no_step(verdict):
+    # A run that is resumed has that of its earlier job until it gets another one.
+    if verdict.get("kind") and (main.row.get("resume") or not _has_no_step(verdict)):
         facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
         with refusal_counted(delivery.state, "the verdict"):
             delivery.session.tags(main, {"traceml/verdict": verdict["kind"]})
