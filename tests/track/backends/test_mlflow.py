@@ -17,6 +17,7 @@ import pytest
 from tests.track.backends.conftest import Maker
 from tests.track.servers import MLflowServer
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError, PluginError
+from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
 
 # MLflow and SQLAlchemy warn about each other; neither is ours to mend.
@@ -175,6 +176,29 @@ def test_a_resumed_run_has_the_words_of_its_newest_verdict(
     data = MlflowClient(uri).get_run(run_id).data
     assert data.tags["traceml/verdict_summary"] == "Nothing was found."
     assert data.params == {"system/cores": "8"}
+
+
+def test_a_deleted_run_refuses_no_row(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """The rows wait for its restoration; each of them was searched for, counted as refused and lost."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    run_id = backend.start_experiment("first", "tests")
+    client.delete_run(run_id)
+    for call in (
+        lambda: backend.log_metrics([Metric("loss", 0.5, 1, 1.7e9)]),
+        lambda: backend.log_params({"lr": 0.1}),
+        lambda: backend.set_tags({"a": "b"}),
+    ):
+        with pytest.raises(BackendError, match="deleted in MLflow") as raised:
+            call()
+
+        assert classify(raised.value).kind is FailureKind.TRANSIENT
+
+    client.restore_run(run_id)
+    backend.log_metrics([Metric("loss", 0.5, 1, 1.7e9)])
+    assert len(_history(uri, run_id, "loss")) == 1
 
 
 def test_a_start_that_was_not_noted_finds_its_run(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:

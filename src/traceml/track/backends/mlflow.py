@@ -34,6 +34,7 @@ __all__ = ["MLflowBackend"]
 # MLflow refuses other characters, and names that are not clean relative paths (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
 _RETRIED = re.compile(r"too many (\d{3}) error")
+_DELETED = "must be in the 'active' state"
 _LONGEST_NAME = 250
 _LONGEST_PROJECT = 500
 _LONGEST_PATH = 400
@@ -364,7 +365,7 @@ class MLflowBackend(BatchBackend):
         )
         if response.status_code != 200:
             retry_after = response.headers.get("Retry-After")
-            raise error_of_status("MLflow", response.status_code, response.text[:500], retry_after=retry_after)
+            raise _error_of(response.status_code, response.text[:500], retry_after)
 
 
 def _database(uri: str) -> Path | None:
@@ -391,7 +392,15 @@ def _errors() -> Iterator[None]:
 
         status, retry_after = _answer(error)
         status = status or error.get_http_status_code()
-        raise error_of_status("MLflow", status, str(error), retry_after=retry_after) from error
+        raise _error_of(status, str(error), retry_after) from error
+
+
+def _error_of(status: int | None, why: str, retry_after: str | None) -> BackendError:
+    """Return the error for an answer. A deleted run refuses every row: they wait, as it may be restored."""
+    if _DELETED in why:
+        return BackendError(f"the run or its experiment was deleted in MLflow, and gets its rows when restored: {why}")
+
+    return error_of_status("MLflow", status, why, retry_after=retry_after)
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
