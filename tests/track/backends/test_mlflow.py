@@ -201,6 +201,34 @@ def test_a_deleted_run_refuses_no_row(make: Maker, uri: str, request: pytest.Fix
     assert len(_history(uri, run_id, "loss")) == 1
 
 
+def test_parameters_that_a_run_has_are_not_sent_again(
+    make: Maker, uri: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand took longer than a call may last; each process began with the first, and none came to the end."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    sent: list[str] = []
+    real = MlflowClient.log_batch
+
+    def log_batch(self: Any, run_id: str, *, params: list[Param] = (), **rows: Any) -> None:  # type: ignore[assignment]
+        sent.extend(param.key for param in params)
+        real(self, run_id, params=params, **rows)
+
+    given = {f"p{number}": str(number) for number in range(150)}
+    first = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    run_id = first.start_experiment("first", "tests")
+    first.log_params(dict(list(given.items())[:100]))
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    second = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    assert second.start_experiment("first", "tests") == run_id
+    second.log_params(given)
+    second.log_params(given)
+    assert sent == list(given)[100:]
+    assert MlflowClient(uri).get_run(run_id).data.params == given
+
+
 def test_a_start_that_was_not_noted_finds_its_run(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
     """A delivery that died right after it had created the run leaves no second one."""
     experiment = {"id": request.node.name}

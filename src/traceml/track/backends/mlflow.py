@@ -162,26 +162,28 @@ class MLflowBackend(BatchBackend):
         self._duplicates.commit()  # only after all are sent: a batch that failed is shifted again, the same way
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Send parameters, nested ones as `model.depth`.
+        """Send parameters that the run has not yet, nested ones as `model.depth`.
 
-        One that changes keeps its first value in MLflow, and the newest becomes a tag.
+        One that changes keeps its first value in MLflow, and the newest becomes a tag. A server takes milliseconds for
+        each: what follows a call that was cut off continues it.
         """
         from mlflow.entities import Param
 
-        fresh, changed, long = [], {}, {}
+        fresh, changed, long = {}, {}, {}
         for name, value in flattened(params, ".").items():
             key, text = safe_name(name, _REFUSED, _LONGEST_NAME), value if isinstance(value, str) else repr(value)
             if len(text) > _LONGEST_PARAM:
                 long[key], text = text, text[: _LONGEST_PARAM - 3] + "..."
 
             tag = safe_name(f"param.{name}", _REFUSED, _LONGEST_NAME)
-            if self._params.setdefault(key, text) != text or tag in self._tags:
+            if self._params.get(key, text) != text or tag in self._tags:
                 changed[tag] = text
-            else:
-                fresh.append(Param(key, text))
+            elif key not in self._params:
+                fresh[key] = text
 
         with _errors():
-            self._client.log_batch(self._run_id, params=fresh)
+            self._client.log_batch(self._run_id, params=[Param(*each) for each in fresh.items()])
+            self._params |= fresh
             for key, text in long.items():
                 self._client.log_text(self._run_id, text, f"params/{_file(key)}.txt")
 
