@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -737,6 +738,16 @@ def test_large_values_travel_both_ways(driver: Driver) -> None:
 
     assert found[0] == data[::-1]
     assert [name for name in _descriptors(driver).values() if "memfd" in name] == []
+
+
+def test_a_host_has_more_workers_than_its_soft_limit_of_open_files_allows() -> None:
+    """The agent has many descriptors per worker: it raises its own limit, and workers keep theirs."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with Driver(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))) as driver:
+        driver.prepare()
+        limits = driver.run(resource.getrlimit, resource.RLIMIT_NOFILE, workers=12)
+
+    assert limits == [(64, hard)] * 12
 
 
 def test_an_agent_leaks_nothing(driver: Driver) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.launch.agent.address_probe import AddressProbe
+from traceml.launch.agent.descriptor_limit import raise_descriptor_limit
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
@@ -77,6 +78,7 @@ class Agent:
 
     def __init__(self, channel: Channel, *, mark: str, silence_s: float) -> None:
         self._channel, self._mark, self._silence_s = channel, mark, silence_s
+        self._descriptors = raise_descriptor_limit()
         self._selector = selectors.DefaultSelector()
         self._zygote: ZygoteClient | None = None
         self._group: WorkerGroup | None = None
@@ -217,7 +219,12 @@ class Agent:
         self._preparing = True
         try:
             self._zygote = ZygoteClient(
-                self._selector, spec, mark=self._mark, on_message=self._on_zygote, on_output=self._forward_output
+                self._selector,
+                spec,
+                mark=self._mark,
+                descriptors=self._descriptors,
+                on_message=self._on_zygote,
+                on_output=self._forward_output,
             )
         except OSError as error:
             self._send_prepared(message.job, error={"kind": "died", "text": str(error)})

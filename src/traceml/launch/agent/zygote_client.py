@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from traceml.launch.agent.descriptor_limit import soft_limit
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import (
     ChildEnded,
@@ -75,6 +76,7 @@ class ZygoteClient:
 
     Args:
         mark: marks the processes of its workers.
+        descriptors: its soft limit of open files, and so that of its workers.
 
     Attributes:
         up: whether Python has started there.
@@ -88,6 +90,7 @@ class ZygoteClient:
         spec: ZygoteSpec,
         *,
         mark: str,
+        descriptors: int,
         on_message: Callable[[Message], None],
         on_output: Callable[[bytes], None],
     ) -> None:
@@ -100,7 +103,8 @@ class ZygoteClient:
         self._read_fd, write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
         try:
-            self.pid = self._spawn(theirs, write_fd)
+            with soft_limit(descriptors):
+                self.pid = self._spawn(theirs, write_fd)
         finally:
             theirs.close()
             os.close(write_fd)
