@@ -57,6 +57,18 @@ def _end_of(link: AgentConnection) -> str | None:
     return None
 
 
+def _hello(link: AgentConnection) -> AgentHello:
+    """Return the agent's first message."""
+
+    def first() -> Message | None:
+        link.channel.flush()
+        return next(iter(link.channel.receive()), None)
+
+    hello = eventually(first, "the agent's first message")
+    assert isinstance(hello, AgentHello)
+    return hello
+
+
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter whose environment has no torch."""
@@ -244,6 +256,63 @@ def test_a_shell_that_ends_before_python_is_told_apart(
     assert [len(line) for line in error.words] == [1000, 1000]
 
 
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ('eval "$word"', "The host is not the cause: ssh was killed here, by a user or for lack of memory."),
+        (
+            '(eval "$word"); echo why >&2; exit 1',
+            "The agent ended itself with this status. Its last lines say why.",
+        ),
+        (
+            '(eval "$word"); echo "OSError: [Errno 24] Too many open files" >&2; exit 1',
+            "Its limit of open files is too low for so many workers: raise it (`ulimit -n`), or start fewer there.",
+        ),
+    ],
+)
+def test_a_lost_connection_is_explained_by_what_has_ended(
+    remote: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that nobody has killed was said to be killed."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/sh\ncase "$*" in *-G*) exit 0;; esac\nfor word; do :; done\n{remote}\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    link = AgentConnection(HostSpec("node1", "ssh", 1), sys.executable, None)
+    link.hello = _hello(link)
+    agent = psutil.Process(link.hello.pid)
+    psutil.Process(agent.ppid()).kill()  # its parent, which is our ssh, or what ssh waits for
+
+    error = link.failure(eventually(lambda: _end_of(link), "the channel to close"))
+
+    link.await_cleanup(60)
+    assert error.advice == told
+    eventually(lambda: not agent.is_running(), "the agent to end")
+
+
+@pytest.mark.parametrize(
+    ("setting", "option"), [("remotecommand tmux", "RemoteCommand=none"), ("stdinnull yes", "StdinNull=no")]
+)
+def test_a_configuration_for_logins_does_not_keep_the_agent_out(
+    setting: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options that an older ssh does not know are given only where its configuration shows them."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\ncase "$*" in *-G*) cat "$SETTING"; exit 0;; esac\necho "$*" >&2; exit 255\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SETTING", str(tmp_path / "setting"))
+    options = {}
+    for shown in (setting, "user me"):
+        (tmp_path / "setting").write_text(f"{shown}\n")
+        link = AgentConnection(HostSpec("node1", "ssh", 1), "/opt/python", None)
+        options[shown] = link.failure(eventually(lambda link=link: _end_of(link), "the channel to close")).words[0]
+
+    assert f"-o {option} -- node1" in options[setting]
+    assert "=none" not in options["user me"]
+    assert "StdinNull" not in options["user me"]
+
+
 def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> None:
     """A hanging sshd is told apart from a host that is down."""
     code = "import socket, time; s = socket.create_server(('', 2323)); print('up', flush=True); time.sleep(600)"
@@ -262,13 +331,7 @@ def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> No
 def test_an_agent_that_was_stopped_is_reported() -> None:
     """It still exists and is silent; nothing of it is left."""
     link = AgentConnection(HostSpec("localhost", "local", 1), sys.executable, None)
-
-    def first() -> Message | None:
-        link.channel.flush()
-        return next(iter(link.channel.receive()), None)
-
-    link.hello = eventually(first, "the agent's first message")
-    assert isinstance(link.hello, AgentHello)
+    link.hello = _hello(link)
     agent = psutil.Process(link.hello.pid)
     agent.suspend()
     eventually(lambda: agent.status() == psutil.STATUS_STOPPED, "the agent to stop")

@@ -30,10 +30,16 @@ __all__ = ["AgentConnection"]
 
 _SSH_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
 _CONNECT_TIMEOUT_S = 20  # for ssh, unless the user's configuration sets one
-# The command line overrides the configuration, so ask `ssh -G` first whether the configuration sets a timeout.
+# The command line overrides the configuration, so ask `ssh -G` first whether the configuration sets a timeout. What it
+# sets for a user's own logins would keep the agent from running, or from reading; older versions of ssh know no such
+# options, and show none.
 _SSH_SCRIPT = """
 host=$1 command=$2 limit=$3; shift 3
-if ssh "$@" -G "$host" 2>/dev/null | grep -q "^connecttimeout none"; then set -- "$@" -o ConnectTimeout="$limit"; fi
+found=$(ssh "$@" -G "$host" 2>/dev/null)
+has() { printf '%s\\n' "$found" | grep -q "^$1"; }
+if has "connecttimeout none"; then set -- "$@" -o ConnectTimeout="$limit"; fi
+if has "remotecommand "; then set -- "$@" -o RemoteCommand=none; fi
+if has "stdinnull yes"; then set -- "$@" -o StdinNull=no; fi
 exec ssh "$@" -- "$host" "$command"
 """
 
@@ -45,6 +51,7 @@ _KEPT_LINES = 20
 _LONGEST_LINE = 1000
 _READ_BYTES = 65536
 _SSH_FAILED = 255  # exit status of ssh itself
+_SIGNALED = 128  # from here on a status may be that of a signal: 128 + n from srun, 255 from ssh
 _TOO_OLD = 78  # exit status of the bootstrap program
 _SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
 _LOST = "A host whose agent is silent that long counts as lost, and the job ends: the other ranks would wait for it."
@@ -305,7 +312,7 @@ class AgentConnection:
         ended = f"{carrier} {'still runs' if status is None else end_of_status(status)}"
         if self.hello is not None:
             what = f"its agent was lost {during} ({reason}; {ended})"
-            return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
+            return what, _explain_loss(carrier, status, output, silence_s)
 
         advice = "The launcher starts the Python at its own path; give that host's path with `python=`."
         program = re.escape(self._python)
@@ -358,14 +365,26 @@ class AgentConnection:
         )
 
 
-def _explain_loss(output: str, silence_s: float) -> str:
+def _explain_loss(carrier: str, status: int | None, output: str, silence_s: float) -> str:
     """Return why a connection that worked may have broken."""
+    if "Too many open files" in output:
+        return "Its limit of open files is too low for so many workers: raise it (`ulimit -n`), or start fewer there."
+
+    if carrier == "the agent":
+        return ""
+
     if silence_s >= _SILENT_S or re.search(r"Timeout, server|timed out|Broken pipe|No route|unreachable", output):
         down = "the host or the network is down, or its agent was stopped (SIGSTOP, a suspended machine)"
         return f"Nothing was received from it for {left_text(silence_s)}: {down}. {_LOST}"
 
     if re.search(r"closed by remote host|[Cc]onnection (closed|reset)", output):
         return "Its sshd closed the connection: the host shuts down, or the session was ended."
+
+    if status is not None and status < 0:
+        return f"The host is not the cause: {carrier} was killed here, by a user or for lack of memory."
+
+    if status is not None and status < _SIGNALED:
+        return "The agent ended itself with this status." + (" Its last lines say why." if output else "")
 
     return "The connection worked to the end: the agent was killed, by a user or for lack of memory."
 
