@@ -35,6 +35,21 @@ def test_a_report_that_could_not_be_written_is_refused_first(
     assert "started" not in shown
 
 
+@pytest.mark.parametrize("words", [["python", "train.py"], ["torchrun", "train.py"], ["--no-python", "./train.sh"]])
+def test_what_is_no_script_is_refused_with_the_way_that_works(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of the PATH, as other tools take it, was a missing file; an option of torchrun was unknown."""
+    program = tmp_path / words[0]
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    status = cli.main(["run", *words])
+
+    assert status == 2
+    assert f"`TRACEML=1 {'torchrun ' if words[0].startswith('-') else ''}{words[0]} ...`" in capsys.readouterr().err
+
+
 def test_torchrun_without_torch_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,3 +198,15 @@ def test_ranks_that_end_well_are_reported_when_they_end(tmp_path: Path) -> None:
     assert (first["rank"], first["exitcode"]) == (0, 0)
     assert [(end["rank"], end["exitcode"]) for end in rest] == [(1, 0)]
     assert torchrun.returncode == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("option", ["--tee=9", "--local-ranks-filter=a", "--rdzv-backend=none"])
+def test_a_value_that_torchrun_refuses_is_a_usage_error(option: str, tmp_path: Path) -> None:
+    """It was a traceback of torch with the status of a script that has failed."""
+    command = [sys.executable, "-m", "traceml.supervise.elastic", option, str(tmp_path / "script.py")]
+    done = forked.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "torchrun: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.cli.notices import print_unused_address
@@ -44,7 +44,7 @@ __all__ = ["main", "make_parser"]
 _ENTRY = Path(__file__).parents[1] / "session" / "entry.py"
 
 # torchrun's options with a value, so that the script is not taken for one. Listed here because importing torch takes a
-# second. `--no-python` is missing: only Python scripts can be traced.
+# second.
 _TORCHRUN_WITH_VALUE = (
     "--nnodes",
     "--rdzv-backend",
@@ -72,6 +72,7 @@ _TORCHRUN_WITH_VALUE = (
     "--shutdown-timeout",
 )
 _TORCHRUN_FLAGS = ("--standalone", "--virtual-local-rank")
+_REFUSED_OF_TORCHRUN = ("--no-python", "--run-path")
 _NUMBERS: dict[str, Callable[[str], object]] = {
     "--nnodes": node_count,
     "--max-restarts": NumberRange(minimum=0),
@@ -249,16 +250,35 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for name in _TORCHRUN_WITH_VALUE:
         names = [_SHORT[name]] if name in _SHORT else []
-        alias = name.replace("-", "_").replace("__", "--", 1)
-        torchrun.add_argument(*names, name, alias, type=_NUMBERS.get(name, str), help=argparse.SUPPRESS)
+        torchrun.add_argument(
+            *names, name, _with_underscores(name), type=_NUMBERS.get(name, str), help=argparse.SUPPRESS
+        )
 
     for name in _TORCHRUN_FLAGS:
-        torchrun.add_argument(
-            name, name.replace("-", "_").replace("__", "--", 1), action="store_true", help=argparse.SUPPRESS
-        )
+        torchrun.add_argument(name, _with_underscores(name), action="store_true", help=argparse.SUPPRESS)
+
+    for name in _REFUSED_OF_TORCHRUN:
+        torchrun.add_argument(name, _with_underscores(name), nargs=0, action=_Refused, help=argparse.SUPPRESS)
 
     torchrun.description = "All options of torchrun but --no-python and --run-path are passed on; PET_ variables count."
     return parser
+
+
+class _Refused(argparse.Action):
+    """An option of torchrun for what is no Python script, or not run as one."""
+
+    def __call__(self, *call: Any) -> None:
+        """Raise an error that names another way."""
+        option = call[-1]
+        raise UsageError(
+            f"{option}: `traceml run` starts Python scripts only. "
+            f"`TRACEML=1 torchrun {option} ...` traces the Python programs that yours starts"
+        )
+
+
+def _with_underscores(option: str) -> str:
+    """Return the other name that torchrun gives an option."""
+    return "--" + option.strip("-").replace("-", "_")
 
 
 def _torchrun_defaults(environ: Mapping[str, str]) -> dict[str, object]:

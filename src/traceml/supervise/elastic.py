@@ -53,6 +53,13 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run(options)
+    except ValueError as error:
+        if agents:
+            raise
+
+        # another option: `--tee 9`, an unknown --rdzv-backend
+        print(f"torchrun: {error}", file=sys.stderr)  # noqa: T201 - as below
+        return 2
     except ChildFailedError as error:
         if not reported:
             report(error.failures.items())

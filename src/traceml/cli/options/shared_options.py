@@ -107,6 +107,14 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
         raise UsageError(f"unknown option {target[0]}")
 
     if not options.module and not Path(target[0]).exists():
+        import shutil  # with compressors of archives; the script waits for imports of ours
+
+        if shutil.which(target[0]):
+            raise UsageError(
+                f"{target[0]} is a program, and no Python script. Try: {example}; "
+                f"or trace what it starts: `TRACEML=1 {target[0]} ...`"
+            )
+
         raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
 
     return target
