@@ -363,6 +363,18 @@ def test_describe_names_the_users_own_line() -> None:
     assert "decoder.py" in facts["stack"]
 
 
+def test_a_module_that_does_not_exist_has_no_place() -> None:
+    """As for `-m nosuch.module`: the line of Python's own that looked for it says nothing."""
+    path = "<frozen importlib.util>"
+    try:
+        exec(compile("raise ModuleNotFoundError(\"No module named 'nosuch'\", name='nosuch')", path, "exec"))
+    except ModuleNotFoundError as error:
+        facts = describe(error.with_traceback(error.__traceback__.tb_next if error.__traceback__ else None))
+
+    assert facts["message"] == "No module named 'nosuch'"
+    assert "file" not in facts
+
+
 def raised_again(error: Exception, where: str) -> dict[str, object]:
     """Return what is described of an error that torch has carried here from another process."""
     try:

@@ -29,7 +29,13 @@ from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.inspection.raised_again import raised_first
-from traceml.inspection.user_files import PACKAGE_FOLDERS, display_path, is_package_file, is_user_file
+from traceml.inspection.user_files import (
+    PACKAGE_FOLDERS,
+    display_path,
+    is_import_machinery,
+    is_package_file,
+    is_user_file,
+)
 from traceml.privacy import secrets_only
 from traceml.recorder.user_code import UserCode, user_line
 
@@ -374,10 +380,12 @@ def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dic
     facts: dict[str, Any] = {"exception": _type_name(error), "message": _masked(text)}
     frames = [*above, *traceback.extract_tb(error.__traceback__)]
     shown = [frame for frame in frames if not is_package_file(frame.filename)] or frames
-    if shown:
-        # The innermost line may be deep in a library; the user needs the line of their own code that led there.
-        own = [frame for frame in shown if is_user_file(frame.filename)]
-        facts |= _place((own or shown)[-1])
+    # The innermost line may be deep in a library; the user needs the line of their own code that led there.
+    own = [frame for frame in shown if is_user_file(frame.filename)]
+    # The import system is in no traceback but that of a module to run which does not exist.
+    places = own or [frame for frame in shown if not is_import_machinery(frame.filename)]
+    if places:
+        facts |= _place(places[-1])
 
     phases = [phase for frame in frames if (phase := _PHASE_OF.get(os.path.normpath(frame.filename))) is not None]
     if phases:
