@@ -86,9 +86,10 @@ def test_without_runs_there_is_nothing_to_deliver(runs_dir, capsys):
     assert capsys.readouterr().out == "Nothing to deliver\n"
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--runs-dir", "--from-dir"])
+def test_a_folder_that_is_not_there_is_named(runs_dir, tmp_path, capsys, option):
     """A misspelt folder is no folder in which everything is delivered."""
-    assert cli.main(["sync", "--runs-dir", str(tmp_path / "gone")]) == 0
+    assert cli.main(["sync", option, str(tmp_path / "gone")]) == 0
     assert capsys.readouterr().out == f"There is no folder {tmp_path / 'gone'}\n"
 
 

@@ -112,8 +112,10 @@ def main(argv: list[str]) -> int:
         rows = [{"run": run, **{name: getattr(tracker, name) for name in _PRINTED}} for run, tracker in outcomes]
         print(json.dumps(rows, indent=2))
     elif not outcomes and has_stored:
-        is_misspelt = options.runs_dir is not None and not config.runs_dir.is_dir()
-        print(printable(f"There is no folder {config.runs_dir}" if is_misspelt else "Nothing to deliver"))
+        named = [Path(options.from_dir)] if options.from_dir else []
+        named += [config.runs_dir] if options.runs_dir is not None else []
+        misspelt = next((folder for folder in named if not folder.is_dir()), None)
+        print("Nothing to deliver" if misspelt is None else printable(f"There is no folder {misspelt}"))
 
     left = [
         each
