@@ -93,6 +93,19 @@ def test_names_that_the_locale_lacks_are_escaped(command, monkeypatch, errors):
     assert printed.getvalue() == b"loss/\\u03b1\n"
 
 
+@pytest.mark.parametrize("argument", ["gr\udcff\udce9", None])
+def test_an_argument_that_is_no_text_is_named(command, capsys, argument):
+    """As the shell passes a name of another encoding, which no file of ours can hold; a fault of ours is raised."""
+    command(lambda argv: len("gr\udcff".encode()))
+    if argument is None:
+        with pytest.raises(UnicodeEncodeError):
+            cli.main(["report"])
+        return
+
+    assert cli.main(["report", argument]) == 2
+    assert capsys.readouterr().err.startswith("traceml report: an argument is no text in ")
+
+
 @pytest.mark.parametrize(
     ("word", "meant"),
     [

@@ -83,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave_broken_pipe() if is_pipe else _status_of(error)
     except TraceMLError as error:
         return _explain(_title(args), error)
+    except UnicodeEncodeError as error:
+        if not any(map(_is_no_text, args)):
+            raise
+
+        encoding = sys.getfilesystemencoding()
+        _print_error(f"{_title(args)}: an argument is no text in {encoding}, the locale's encoding: {error.object!a}")
+        return EXIT_USAGE
     except OSError as error:
         if _is_output_lost(error):
             reason = (error.strerror or str(error)).lower()
@@ -110,6 +117,11 @@ def _escape_what_the_locale_lacks() -> None:
     is_default = getattr(sys.stdout, "errors", "") in ("strict", "surrogateescape")  # the latter in the C locale
     if is_default and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_no_text(arg: str) -> bool:
+    """Return whether an argument has bytes that the locale's encoding lacks."""
+    return any("\udc80" <= each <= "\udcff" for each in arg)
 
 
 def _dispatch(args: list[str]) -> int:
