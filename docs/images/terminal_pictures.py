@@ -29,7 +29,7 @@ from rich.text import Text
 import traceml
 
 FOLDER = Path(__file__).resolve().parent
-COLUMNS, ROWS = 96, 40
+COLUMNS, ROWS = 100, 40  # the command of the demonstration breaks after its path
 FIRST, LAST = "step  300/400", "step  350/400"  # the live view is drawn between these lines of output
 COLORS = {"default": None, "brown": "yellow"}  # pyte's names that rich does not have
 FONTS = "ui-monospace, SFMono-Regular, Menlo, DejaVu Sans Mono, monospace"  # instead of one from the network
