@@ -83,6 +83,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     tensor-parallel groups, one counts: `data_ranks` is the number that do. They are None if the model's input is not
     known, or has parts of samples (nodes of graphs); tokens also where it is not integers by sample and position.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
+    Means and percentiles leave out the first ten, which include set-up.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
     Where hosts are merged, `summed_ranks` is the number of ranks whose steps are all in the mean, the percentiles and
     the phases' means, as their hosts have summed them; else it is 0.
