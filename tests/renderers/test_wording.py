@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.renderers.reports import finding, straggler
-from traceml.renderers.wording import cost_text, gain_sentence, phase_heading, restarts_text
+from traceml.renderers.wording import cost_text, gain_sentence, phase_heading, restarts_text, tracker_text
 from traceml.runs.report.line_shares import PhaseLines
-from traceml.runs.report.report_types import RestartSection
+from traceml.runs.report.report_types import RestartSection, TrackerSection
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,16 @@ def test_the_cost_is_of_what_the_kind_costs(kind, says):
 def test_the_heading_of_lines_has_the_time_that_is_known(seconds, text):
     """Samples of a phase of which the hooks saw nothing would stand under `0.0 s`."""
     assert phase_heading(PhaseLines("forward", 3, seconds, ())) == text
+
+
+@pytest.mark.parametrize(
+    ("delivered", "derived", "pending", "text"),
+    [
+        (203, 31, 0, "jsonl 203 delivered"),
+        (0, 31, 0, "jsonl 31 derived values delivered"),  # a script that logs nothing has its step times there
+        (0, 31, 5, "jsonl 0 delivered, 5 pending"),
+        (0, 0, 0, "jsonl 0 delivered"),
+    ],
+)
+def test_a_tracker_of_a_run_that_logs_nothing_has_its_derived_values(delivered, derived, pending, text):
+    assert tracker_text(TrackerSection(backend="jsonl", delivered=delivered, derived=derived, pending=pending)) == text

@@ -404,6 +404,7 @@ def _outcome(process: DeliveryProcess, logged: int) -> TrackerSection:
         failed=state.failed,
         error=state.error,
         fallback=state.fallback,
+        derived=state.derived,
     )
 
 

@@ -84,8 +84,13 @@ def _restart_text(restart: RestartSection) -> str:
 
 
 def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str:
-    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`."""
-    parts = [f"{count_text(tracker.delivered)} delivered"]
+    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`.
+
+    A run that logs nothing has values derived from its steps alone.
+    """
+    is_derived = tracker.derived > 0 and not (tracker.delivered or tracker.pending or tracker.failed)
+    delivered = f"{count_text(tracker.derived)} derived values" if is_derived else count_text(tracker.delivered)
+    parts = [f"{delivered} delivered"]
     if tracker.fallback:
         parts.append(f"{count_text(min(tracker.fallback, tracker.delivered))} of them to its fallback")
 
