@@ -50,6 +50,18 @@ def test_what_is_no_script_is_refused_with_the_way_that_works(
     assert f"`TRACEML=1 {'torchrun ' if words[0].startswith('-') else ''}{words[0]} ...`" in capsys.readouterr().err
 
 
+def test_a_live_view_without_a_terminal_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--live terminal in a pipe is a usage error before anything is started."""
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it was started')\n")
+
+    status = cli.main(["run", "--live", "terminal", "--runs-dir", str(tmp_path / "runs"), str(script)])
+
+    assert status == 2
+    assert "--live terminal needs a terminal" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_torchrun_without_torch_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

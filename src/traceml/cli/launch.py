@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
     add_run_options,
+    check_live,
     check_report,
     default_name,
     given,
@@ -56,9 +56,7 @@ def main(argv: list[str]) -> int:
         on_hang="abort" if options.kill_after_report else None,
     )
     config = settings.load(**named)
-    if options.live == "terminal" and not sys.stdout.isatty():
-        raise UsageError("--live terminal needs a terminal; standard output is not one")
-
+    check_live(options.live)
     if config.enabled:
         print_unused_address(config, "traceml launch")
 

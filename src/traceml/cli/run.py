@@ -17,12 +17,13 @@ from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
     add_prometheus_option,
     add_run_options,
+    check_live,
     check_report,
     default_name,
     given,
     script_words,
 )
-from traceml.errors import TraceMLError, UsageError
+from traceml.errors import TraceMLError
 from traceml.fail_open import print_notice
 from traceml.helper_programs import helper_program
 from traceml.ids import detect_rank
@@ -103,6 +104,7 @@ def main(argv: list[str]) -> int:
         launcher = ["-m", "torch.distributed.run", *_torchrun_words(options)] if _uses_torchrun(options) else []
         os.execv(sys.executable, [sys.executable, *launcher, *script])  # noqa: S606 - the user's own script
 
+    check_live(options.live)
     if _uses_torchrun(options) and find_spec("torch") is None:
         raise TraceMLError(f"torchrun's options need PyTorch, which is not installed: {install_command('torch')}")
 
@@ -347,9 +349,6 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
         return PassThroughScreen
 
     if live == "none" or not sys.stdout.isatty():
-        if live == "terminal":
-            raise UsageError("--live terminal needs a terminal; standard output is not one")
-
         return None
 
     def make() -> Screen:

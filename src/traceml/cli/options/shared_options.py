@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from traceml.supervise.listen_address import ListenAddress
 __all__ = [
     "add_prometheus_option",
     "add_run_options",
+    "check_live",
     "check_report",
     "default_name",
     "given",
@@ -118,6 +120,16 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
         raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
 
     return target
+
+
+def check_live(view: str) -> None:
+    """Check that the live view that was asked for can be shown.
+
+    Raises:
+        UsageError: there is no terminal for it.
+    """
+    if view == "terminal" and not sys.stdout.isatty():
+        raise UsageError("--live terminal needs a terminal; standard output is not one")
 
 
 def check_report(path: Path | None) -> None:
