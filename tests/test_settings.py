@@ -254,6 +254,14 @@ def test_variables_of_our_own_processes_are_exempt() -> None:
     assert not set(INTERNAL_ENV) & {each.env for each in declarations().values()}
 
 
+@pytest.mark.parametrize("name", sorted({*INTERNAL_ENV, *USER_ENV}))
+def test_an_exempt_variable_is_used(name: str) -> None:
+    """One that nothing reads hides a misspelt setting, as TRACEML_RUN_DIR did TRACEML_RUNS_DIR."""
+    sources = [path for path in (ROOT / "src" / "traceml").rglob("*.py") if path.name != "setting_sources.py"]
+
+    assert any(name in path.read_text() for path in sources)
+
+
 def test_the_reference_page_is_current() -> None:
     """docs/settings.md is what `python -m traceml.settings` writes."""
     assert (ROOT / "docs" / "settings.md").read_text() == reference()

@@ -43,13 +43,10 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
     "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
-    "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
     "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
     "TRACEML_NODE_RUN": "`token` or `given`: has our torchrun agree with other nodes on one run, and show them the "
     "token, or rely on one that all were given",
     "TRACEML_PARENT": "run of the parent process, for the processes that it starts",
-    "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
-    "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }
 # Variables that users may set for tools that read no settings file.
 USER_ENV: dict[str, str] = {

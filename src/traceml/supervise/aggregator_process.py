@@ -139,7 +139,6 @@ class AggregatorProcess(RestartingProcess):
             "TRACEML_TOKEN": self.token,
             "TRACEML_RUN_ID": self.run_id,
             "TRACEML_RUNS_DIR": str(self.runs_dir),
-            "TRACEML_SUPERVISED": "1",
         }
 
     def check(self) -> None:
