@@ -23,7 +23,7 @@ from traceml.cli.options.shared_options import (
     given,
     script_words,
 )
-from traceml.errors import TraceMLError
+from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import print_notice
 from traceml.helper_programs import helper_program
 from traceml.ids import detect_rank
