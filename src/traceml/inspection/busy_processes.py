@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from traceml.inspection.kernel_state import DEAD_STATES, ProcessInfo, process_info
+from traceml.inspection.kernel_state import ProcessInfo, process_info
 from traceml.inspection.program_names import program_name
 
 __all__ = ["MIN_CORES", "SHORT_LIVED", "BusyProcesses", "CoreUse"]
@@ -96,9 +96,9 @@ def _used_s(
     Of a rank only the latter: it is the training.
     """
     counted_s = Counter[int]()  # what descendants that have ended had used before
-    living = {pid for pid, info in known.items() if info.state not in DEAD_STATES}  # only these collect anything
     for pid in before.keys() - known.keys():
-        counted_s[_above(pid, living, before)] += before[pid].cpu_s + before[pid].collected_s  # type: ignore
+        for above in _ancestors(pid, before):  # one of them has collected it: an orphan not the nearest that lives
+            counted_s[above] += before[pid].cpu_s + before[pid].collected_s  # type: ignore[assignment]
 
     found = {}
     for pid, info in known.items():
@@ -113,17 +113,18 @@ def _used_s(
 
 def _above(pid: int, some: Collection[int], known: Mapping[int, ProcessInfo]) -> int | None:
     """Return the process itself or its nearest ancestor that is one of some; None without any."""
-    for _ in range(len(known)):
-        if pid in some:
-            return pid
+    return next((each for each in (pid, *_ancestors(pid, known)) if each in some), None)
 
+
+def _ancestors(pid: int, known: Mapping[int, ProcessInfo]) -> Iterator[int]:
+    """Yield the ancestors of a process, the nearest first, as far as they are known."""
+    for _ in range(len(known)):
         info = known.get(pid)
         if info is None:
-            return None
+            return
 
         pid = info.parent
-
-    return None
+        yield pid
 
 
 def _most(used: Counter[str]) -> dict[str, float]:
