@@ -82,6 +82,15 @@ def test_why_slurm_ends_a_job(
     assert scheduler_end({}) is None
 
 
+def test_a_jobs_name_in_another_encoding_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm prints the bytes that it was given, whatever the locale of who asks."""
+    shown = _SHOWN.format_map(_USUAL | {"state": "TIMEOUT"}).replace("train", "gr\\344\\337e")
+    slurm_that_shows("", tmp_path, monkeypatch)
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\nprintf '{shown}'\n")
+
+    assert scheduler_end({"SLURM_JOB_ID": "7"}) == "time_limit"
+
+
 def test_a_slurm_that_does_not_answer_does_not_use_up_the_time_to_store_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

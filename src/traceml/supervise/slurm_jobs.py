@@ -219,4 +219,6 @@ def _request(*command: str) -> None:
 
 def _run(command: tuple[str, ...], timeout_s: float = _TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(
+        command, env=environ, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+    )

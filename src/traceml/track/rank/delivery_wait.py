@@ -106,8 +106,9 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
 
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="backslashreplace",
+            timeout=timeout, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
 

@@ -57,6 +57,14 @@ def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
     assert [p.transport for p in resolve_hosts(["localhost", "127.0.0.1"], 1, config, {})] == ["ssh", "local"]
 
 
+def test_the_ssh_configuration_may_have_another_encoding(tmp_path: Path) -> None:
+    """A path in it does, or the script that launches has set the locale."""
+    config = tmp_path / "config"
+    config.write_bytes(b"Host localhost\n  IdentityFile /home/j\xfcrgen/key\n  HostName 192.0.2.7\n")
+
+    assert [p.transport for p in resolve_hosts(["localhost"], 1, config, {})] == ["ssh"]
+
+
 @pytest.mark.parametrize(
     ("names", "numbers", "words"),
     [

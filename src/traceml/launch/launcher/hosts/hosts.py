@@ -190,6 +190,7 @@ def _is_another_host(name: str, ssh_config_file: str) -> bool:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=_SSH_TIMEOUT_S,
             check=False,
         ).stdout
