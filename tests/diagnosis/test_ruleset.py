@@ -835,6 +835,16 @@ def test_a_program_that_was_not_traced_is_told(library: str, is_told: bool) -> N
     assert ("trace_step()" in found.next) is not is_told
 
 
+def test_a_process_that_was_started_has_a_run_of_its_own() -> None:
+    """Its parent has no step to be marked, and does not work where it waits."""
+    library = "/usr/lib/python3.11/multiprocessing/popen_fork.py:28 Popen.poll"
+    lines = [SampledLine(0, "startup", "/me/start.py", 2, "main", library, 40)]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="finished", lines=lines))[0]
+
+    assert found.next.startswith("start.py:2 main waits for a process that the script has started. If that one trains,")
+    assert "trace_step()" not in found.next
+
+
 @pytest.mark.parametrize("launches", [True, False])
 def test_a_script_that_launches_functions_is_told_to_trace_these(launches: bool) -> None:
     """It trains nothing itself: no steps of its own are to be marked."""

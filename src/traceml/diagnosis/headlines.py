@@ -512,7 +512,7 @@ def insufficient_data(finding: FindingFacts) -> str:
     if "function" not in finding.evidence:
         return "Not enough data for a verdict"
 
-    return f"No training step was seen; most of the work is in {_place(finding.evidence)}"
+    return f"No training step was seen; most of the time is in {_place(finding.evidence)}"
 
 
 def unknown(finding: FindingFacts) -> str:

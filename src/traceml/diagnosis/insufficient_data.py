@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.database.states import RunStatus
 from traceml.diagnosis.advice import EMPTY_DATA_SET
-from traceml.diagnosis.facts.blamed_lines import PROGRAMS, calls_code, line_beside_imports, outside_line
+from traceml.diagnosis.facts.blamed_lines import PROCESSES, PROGRAMS, calls_code, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.facts.sampled_shares import import_share
@@ -27,6 +27,10 @@ _TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(lo
 _TO_INHERIT = (
     "If that one trains, it was not traced: start it by the same Python, with the script's environment (env=None, or "
     "os.environ with more), or let `traceml run` start it itself."
+)
+_TO_FIND = (
+    "If that one trains, it has a run and a verdict of its own (`traceml runs`). A class that overrides Process.run "
+    "has to call traceml.init() there."
 )
 _TO_LAUNCH = (
     "The script runs functions by traceml.launch: with trace=True their run has steps and a verdict of its own."
@@ -63,6 +67,8 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
         advice = f"If the run should be faster, look at {line.place}. {advice}"
         if calls_code(facts.lines, OUTSIDE_STEPS[0], line, PROGRAMS):
             advice = f"{line.place} waits for a program that it starts. {_TO_INHERIT}"
+        elif calls_code(facts.lines, OUTSIDE_STEPS[0], line, PROCESSES):
+            advice = f"{line.place} waits for a process that the script has started. {_TO_FIND}"
 
     return Finding.of(
         Kind.INSUFFICIENT_DATA,

@@ -195,7 +195,7 @@ def test_a_run_without_steps_names_its_line():
     (found,) = diagnose(window_of(replace(ALONE, steps=0)), facts)
 
     assert found.kind is Kind.INSUFFICIENT_DATA
-    assert found.headline == "No training step was seen; most of the work is in infer.py:12 tokenize"
+    assert found.headline == "No training step was seen; most of the time is in infer.py:12 tokenize"
     assert "80 % of the run's time is in infer.py:12 tokenize." in found.summary
     imports = SampledLine(0, "startup", "/x/infer.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 100)
     (beside, *_) = diagnose(window_of(replace(ALONE, steps=0)), structs.replace(facts, lines=(imports, *lines)))

@@ -36,7 +36,7 @@ from traceml.diagnosis.facts.sampled_shares import (
 from traceml.formatting import line_text
 
 __all__ = [
-    "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROGRAMS", "TORCH",
+    "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROCESSES", "PROGRAMS", "TORCH",
     "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model",
     "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
     "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_of_ranks_alone",
@@ -95,6 +95,8 @@ LOADERS = LibraryCode(re.compile(r"(^|/)torch/utils/data/"))
 """Loaders, whose code in torch makes the batches."""
 PROGRAMS = LibraryCode(re.compile(r"(^|/)subprocess\.py:"))
 """The waiting for a program that was started."""
+PROCESSES = LibraryCode(re.compile(r"(^|/)multiprocessing/popen_fork\.py:"))
+"""The waiting in `Process.join`, of each way of starting one."""
 DEEP_COPIES = LibraryCode(
     re.compile(r"(^|/)(copy\.py:|torch/\S+ \w+\.(__deepcopy__|_deepcopy)|torch/storage\.py:\d+ )")
 )
