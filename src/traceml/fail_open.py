@@ -10,7 +10,7 @@ from types import TracebackType
 
 from traceml.errors import TraceMLError
 
-__all__ = ["fail_open", "failures", "print_notice", "warn_once", "writing"]
+__all__ = ["fail_open", "failures", "is_terminal", "print_notice", "warn_once", "writing"]
 
 _MAX_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
@@ -111,6 +111,14 @@ def print_notice(line: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a standard stream is a terminal; what a script has put in its place may have no method but `write`."""
+    with suppress(AttributeError, ValueError):  # ValueError: it is closed
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+
+    return False
 
 
 @contextmanager

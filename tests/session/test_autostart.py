@@ -142,6 +142,38 @@ def test_another_host_names_the_run_of_its_ranks(python: Python, local_rank: str
     assert not CARD.search(ended.stderr)
 
 
+@pytest.mark.parametrize(("encoding", "first"), [("utf-8", "─"), ("latin-1", "-")])
+def test_the_card_has_the_encoding_of_standard_error(python: Python, encoding: str, first: str) -> None:
+    """Not that of the locale, which a script sets with others, as for the decimal point."""
+    ended = python(f"import locale\nlocale.setlocale(locale.LC_ALL, 'C')\n{SCRIPT}", PYTHONIOENCODING=encoding)
+
+    assert ended.returncode == 0, ended.stderr
+    assert f"\n{first} traceml {first} " in ended.stderr
+    assert "\\x" not in ended.stderr
+
+
+def test_the_card_goes_to_what_replaces_standard_error(python: Python, tmp_path: Path) -> None:
+    """A script's class that writes to a file too has no method but those which `print` calls."""
+    tee = """
+        import sys
+
+        class Tee:
+            def write(self, text):
+                open("copy.txt", "a").write(text)
+
+            def flush(self):
+                pass
+
+        sys.stderr = Tee()
+    """
+    ended = python(f"{textwrap.dedent(tee)}\n{SCRIPT}")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    copied = (tmp_path / "copy.txt").read_text()
+    assert LINE.match(copied)
+    assert len(CARD.findall(copied)) == 1, copied
+
+
 def test_each_run_of_a_process_has_its_card(python: Python, tmp_path: Path) -> None:
     """At the end, in their order: the script's own output stays together."""
     fold = f"traceml.init(local=True, run_name=name)\n{LOOP}\ntrain()\ntraceml.shutdown()\nprint(name)"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.clock import own_time as time
-from traceml.fail_open import fail_open, print_notice
+from traceml.fail_open import fail_open, is_terminal, print_notice
 from traceml.formatting import printable
 from traceml.helper_programs import helper_program
 from traceml.inspection.script_time import is_interactive
@@ -99,11 +99,13 @@ def show_verdict(run_dir: Path, *, stored_late: bool = False) -> None:
         _print(f"traceml: the run is not stored completely yet; `{command}` shows the verdict later")
         return
 
+    # That of the stream, not of the locale: a script may have set that one, and this process alone would follow it.
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     try:
         done = subprocess.run(
             helper_program("traceml", "report", str(run_dir)),
-            env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace",
-            timeout=_SHOW_S, check=True,
+            env=_environ(encoding), stdin=subprocess.DEVNULL, capture_output=True, encoding=encoding,
+            errors="backslashreplace", timeout=_SHOW_S, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:
         message = getattr(failure, "stderr", None) or failure
@@ -174,10 +176,11 @@ def _print(line: str) -> None:
     print_notice(printable(line))
 
 
-def _environ() -> dict[str, str]:
+def _environ(encoding: str) -> dict[str, str]:
     """Return an environment in which the report is formatted for this process's terminal."""
     environ = {key: value for key, value in os.environ.items() if key != "TRACEML"}
-    if sys.stderr.isatty():
+    environ["PYTHONIOENCODING"] = encoding
+    if is_terminal(sys.stderr):
         environ.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
         if "NO_COLOR" not in environ:
             environ["FORCE_COLOR"] = "1"

@@ -12,7 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
+from traceml.fail_open import is_terminal
 from traceml.process_ends import start_without_signals
 from traceml.supervise.supervisor import Screen
 
@@ -24,7 +26,7 @@ MakeScreen = Callable[[Path], Screen | None]
 
 def terminal_screen(run_dir: Path) -> Screen | None:
     """Return the live view in the terminal, None if standard output is not one."""
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         return None
 
     from traceml.display.terminal.live_screen import LiveScreen
@@ -90,7 +92,10 @@ class Output(io.TextIOBase):
         """Write or queue text; return the number of characters."""
         waiting = self.redirected
         if waiting is None:
-            return int(getattr(sys, self._name).write(text))
+            if (stream := self._stream) is not None:
+                stream.write(text)
+
+            return len(text)
 
         while len(waiting) >= _MAX_WAITING and self.redirected is waiting:
             time.sleep(_WAIT_S)
@@ -100,5 +105,11 @@ class Output(io.TextIOBase):
 
     def flush(self) -> None:
         """Flush, unless text is queued."""
-        if self.redirected is None:
-            getattr(sys, self._name).flush()
+        if self.redirected is None and (stream := self._stream) is not None:
+            stream.flush()
+
+    @property
+    def _stream(self) -> TextIO | None:
+        """Stream of the script now: perhaps of its own class, whose `write` returns None; None in a daemon."""
+        stream: TextIO | None = getattr(sys, self._name)
+        return stream
