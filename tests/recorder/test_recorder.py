@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,24 @@ def test_the_tables_of_an_ended_run_are_freed(serving: Serving) -> None:
     assert len(run_notices._due) >= len(flights)
     assert [flight() is not None for flight in flights] == [False, False, False, True]
     run_notices._due.clear()
+
+
+def test_tools_of_the_script_do_not_follow_the_recorder(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that trace or profile each new thread: its work is none of the script's."""
+    seen: set[str] = set()
+
+    def note(frame: FrameType, _event: str, _value: object) -> None:
+        if threading.current_thread().name == "traceml-recorder":
+            seen.add(frame.f_code.co_name)
+
+    monkeypatch.setattr(threading, "_trace_hook", note)
+    monkeypatch.setattr(threading, "_profile_hook", note)
+    recorder = traceml.init(port=serving.port, token=TOKEN, flush_interval=0.05)
+    do_steps(5)
+    assert recorder.wait_until_stored(120)
+
+    assert "_run" in seen
+    assert "_cycle" not in seen
 
 
 def test_init_disabled_stops_a_running_recorder(serving: Serving) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from _thread import allocate_lock
 from collections import deque
@@ -174,6 +175,10 @@ class RecorderThread:
         return self._stored
 
     def _run(self) -> None:
+        # Tools of the script (`python -m trace`, coverage, profilers) follow each new thread. This one would be slow,
+        # in their results, and change these while they are written at the end.
+        sys.settrace(None)
+        sys.setprofile(None)
         while self._end is None:
             self._wake.clear()
             self._guarded(self._cycle)
