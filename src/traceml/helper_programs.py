@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +23,7 @@ __all__ = [
     "importing",
     "lower_priority",
     "search_working_directory",
+    "without_debugger",
 ]
 
 _LOWEST = 19
@@ -53,6 +54,16 @@ def change_command_line(words: list[str]) -> None:
     start, end = int(fields[45]), int(fields[46])
     text = b"\0".join(map(os.fsencode, words))[: end - start - 1]
     ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
+
+
+def without_debugger() -> AbstractContextManager[Any]:
+    """Return a context in which this process starts programs that the debugger of its script leaves alone.
+
+    pydevd, of VS Code and PyCharm, changes the command line of Python programs, so that it debugs them too: with
+    threads, after which a fork in them may never return, and as a session that the user did not ask for.
+    """
+    debugger = sys.modules.get("_pydev_bundle.pydev_monkey")
+    return getattr(debugger, "skip_subprocess_arg_patch", nullcontext)()
 
 
 @contextmanager

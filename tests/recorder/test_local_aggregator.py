@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +125,25 @@ def test_a_script_that_changes_its_folder_is_stored_where_it_began(tmp_path: Pat
     # A busy machine starts an aggregator in more than the seconds that the end of so short a script waits for it.
     eventually(lambda: list((tmp_path / "traceml_runs").glob("*/store.db")), "the run")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.process
+def test_a_script_in_a_debugger_has_its_run(tmp_path: Path) -> None:
+    """debugpy, of VS Code, debugs the Python programs that a script starts, too; a fork in these never returned."""
+    script = tmp_path / "train.py"
+    script.write_text("import traceml\ntraceml.init(local=True)\nwith traceml.trace_step():\n    pass\n")
+    words = [sys.executable, "-m", "debugpy", "--listen", f"127.0.0.1:{free_port()}", str(script)]  # ipykernel has it
+    with (tmp_path / "output").open("wb") as output:
+        own = environ(tmp_path, TRACEML_CONNECT_TIMEOUT="60")
+        job = subprocess.Popen(words, env=own, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
+        try:
+            assert job.wait(120) == 0, (tmp_path / "output").read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)  # with the debugger's own processes
+
+    eventually(lambda: list((tmp_path / "traceml_runs").glob("2*/report.json")), "the report")
+    assert "pydevd" not in (tmp_path / "output").read_text()
 
 
 def test_files_do_not_override_the_settings_of_the_job(

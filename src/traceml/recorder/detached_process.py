@@ -11,8 +11,11 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import IO
 
+from traceml.helper_programs import without_debugger
+
 __all__ = ["DetachedProcess"]
 
+_START_S = 30.0  # it takes 20 ms, and seconds on a busy machine; what wraps Python programs may stop it
 # Fork in a process of one thread; both the fork and the program that replaces it keep the pipe open.
 _FORK = """
 import os, signal, sys
@@ -39,16 +42,21 @@ class DetachedProcess:
     ) -> None:
         self._alive_fd, theirs = os.pipe()  # reads as ended when no process has the other end
         try:
-            done = subprocess.run(
-                [sys.executable, "-ISc", _FORK, str(theirs), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=dict(environ),
-                pass_fds=(*fds, theirs),
-                start_new_session=True,  # Ctrl-C at the terminal is not for it
-                check=False,
-            )
+            with without_debugger():
+                done = subprocess.run(
+                    [sys.executable, "-ISc", _FORK, str(theirs), *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=dict(environ),
+                    pass_fds=(*fds, theirs),
+                    start_new_session=True,  # Ctrl-C at the terminal is not for it
+                    timeout=_START_S,
+                    check=False,
+                )
+        except subprocess.TimeoutExpired as error:
+            os.close(self._alive_fd)
+            raise OSError(f"the process that starts it has not ended within {_START_S:.0f} s") from error
         except BaseException:
             os.close(self._alive_fd)
             raise

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from traceml.clock import own_time as time
 from traceml.fail_open import fail_open, is_terminal, print_notice
 from traceml.formatting import printable
-from traceml.helper_programs import helper_program
+from traceml.helper_programs import helper_program, without_debugger
 from traceml.inspection.script_time import is_interactive
 from traceml.recorder.lifecycle import on_end, on_shutdown
 from traceml.run_folder import REPORT_NAME, moved_text, report_command
@@ -102,11 +102,12 @@ def show_verdict(run_dir: Path, *, stored_late: bool = False) -> None:
     # That of the stream, not of the locale: a script may have set that one, and this process alone would follow it.
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     try:
-        done = subprocess.run(
-            helper_program("traceml", "report", str(run_dir)),
-            env=_environ(encoding), stdin=subprocess.DEVNULL, capture_output=True, encoding=encoding,
-            errors="backslashreplace", timeout=_SHOW_S, check=True,
-        )  # fmt: skip
+        with without_debugger():
+            done = subprocess.run(
+                helper_program("traceml", "report", str(run_dir)),
+                env=_environ(encoding), stdin=subprocess.DEVNULL, capture_output=True, encoding=encoding,
+                errors="backslashreplace", timeout=_SHOW_S, check=True,
+            )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:
         message = getattr(failure, "stderr", None) or failure
         _log.warning("the verdict cannot be shown: %s. See `%s`.", str(message).strip(), report_command(run_dir))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from traceml.clock import own_time as time
 from traceml.coerce import path_text, seconds_to_wait
 from traceml.errors import SettingsError, TraceMLError
-from traceml.helper_programs import helper_program
+from traceml.helper_programs import helper_program, without_debugger
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.dialing import dial_as_client
 from traceml.track.rank.active_experiment import loggers
@@ -105,10 +105,11 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         command += ["--runs-dir", str(recorder.config.runs_dir)]
 
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="backslashreplace",
-            timeout=timeout, check=False,
-        )  # fmt: skip
+        with without_debugger():
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="backslashreplace",
+                timeout=timeout, check=False,
+            )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
 

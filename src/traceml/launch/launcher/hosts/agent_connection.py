@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from traceml.errors import AgentFailedError
 from traceml.formatting import cut_text, left_text
-from traceml.helper_programs import end_process
+from traceml.helper_programs import end_process, without_debugger
 from traceml.inspection.kernel_state import process_info
 from traceml.launch.launcher.hosts import bootstrap
 from traceml.launch.launcher.hosts.hostfile import split_port
@@ -153,15 +153,16 @@ class AgentConnection:
         self._environ = {name: value for name, value in os.environ.items() if name not in hidden}
         self._cleanup: subprocess.Popen[bytes] | None = None
         try:
-            # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
-            self._process = subprocess.Popen(
-                command,
-                stdin=inner_in,
-                stdout=inner_out,
-                stderr=inner_err,
-                env=self._environ,
-                start_new_session=True,
-            )
+            with without_debugger():
+                # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=inner_in,
+                    stdout=inner_out,
+                    stderr=inner_err,
+                    env=self._environ,
+                    start_new_session=True,
+                )
         except OSError as error:
             for fd in (outer_in, outer_out, self.errors_fd):
                 os.close(fd)

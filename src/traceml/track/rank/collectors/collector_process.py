@@ -21,7 +21,7 @@ import msgpack
 
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open
-from traceml.helper_programs import end_process
+from traceml.helper_programs import end_process, without_debugger
 from traceml.inspection.user_files import working_folder
 from traceml.process_ends import start_without_signals
 
@@ -69,13 +69,14 @@ class CollectorProcess:
             "path": path,
             "config": facts | {"path": path, "mask": list(mask)},
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BOOT, *_roots()],  # -P: no file beside the script shadows a library
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if debug else subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the training; the child ends with its pipe
-        )
+        with without_debugger():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, *_roots()],  # -P: no file beside the script shadows a library
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if debug else subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the training; the child ends with its pipe
+            )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
         self._process.stdin.flush()
