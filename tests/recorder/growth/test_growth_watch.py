@@ -179,6 +179,23 @@ def test_hooks_and_parameter_groups_are_seen_with_their_object() -> None:
     assert not any(type(part) is dict and "param_groups" in part for part in held)
 
 
+def test_a_parameter_group_has_the_size_of_all_that_is_kept_for_it() -> None:
+    """Parameters, gradients, and the two states of Adam; the newest group may have no gradients yet."""
+    first = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.Adam([first])
+    for _ in range(9):
+        added = torch.nn.Parameter(torch.zeros(1000))
+        optimizer.add_param_group({"params": [added]})
+        added.grad = torch.zeros(1000)
+
+    optimizer.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1000))]})
+
+    held = by_path(read_containers(sys._getframe(), is_here))["optimizer"]
+
+    assert 4 * 4000 <= held.item_bytes < 5 * 4000
+
+
 class Record:
     """An element with a tensor of its own, and an object that it shares."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ __all__ = [
     "HOOKS",
     "PARAMETER_GROUPS",
     "Holder",
+    "group_bytes",
     "holders_of",
     "is_tensor",
     "pixel_bytes",
@@ -33,6 +34,7 @@ class Holder(NamedTuple):
     path: str  # expression that reaches the object whose it is: `model.encoder`
     kind: str
     value: Any
+    owner: Any = None  # the optimizer of parameter groups
 
 
 def is_tensor(value: Any) -> bool:
@@ -60,7 +62,7 @@ def holders_of(value: Any, path: str) -> Iterator[Holder]:
             for each, parameter in module.named_parameters(recurse=False):
                 yield from _hooks(parameter, ".".join(filter(None, (path, name, each))))
     elif _is_optimizer(value):
-        yield Holder(path, PARAMETER_GROUPS, value.param_groups)
+        yield Holder(path, PARAMETER_GROUPS, value.param_groups, value)
 
 
 def _hooks(owner: Any, path: str) -> Iterator[Holder]:
@@ -79,6 +81,21 @@ def tensors_of(value: Any) -> Iterator[Any]:
     elif _is_optimizer(value):
         for state in list(islice(value.state.values(), _MAX_STATES)):
             yield from (each for each in list(state.values()) if is_tensor(each))
+
+
+def group_bytes(optimizer: Any) -> int:
+    """Return the size of an optimizer's newest parameter group: its parameters, their gradients and states.
+
+    A group that was added in the open step has no gradients and states yet: the one before it is looked at, too.
+    """
+    return max((_kept_bytes(group["params"], optimizer.state) for group in optimizer.param_groups[-2:]), default=0)
+
+
+def _kept_bytes(parameters: list[Any], states: Mapping[Any, Mapping[str, Any]]) -> int:
+    counted = parameters[:_MAX_TENSORS]
+    kept = [part for each in counted for part in (each, each.grad, *states.get(each, {}).values())]
+    known = sum(int(each.untyped_storage().nbytes()) for each in kept if is_tensor(each))
+    return known * len(parameters) // max(len(counted), 1)
 
 
 def pyplot_figures() -> Holder | None:

@@ -25,6 +25,8 @@ from traceml.instrument.facts.instance_attributes import attribute_values, named
 from traceml.privacy import secrets_only
 from traceml.recorder.growth.library_holders import (
     FIGURES,
+    PARAMETER_GROUPS,
+    group_bytes,
     holders_of,
     is_tensor,
     pixel_bytes,
@@ -95,6 +97,7 @@ class _Place(NamedTuple):
     kind: str = ""
     function: str = ""  # whose variable it is, if not that of the frame's code
     file: str = ""  # the same
+    owner: Any = None  # the optimizer whose parameter groups it is
 
 
 def read_containers(
@@ -288,7 +291,6 @@ def _extent(value: Any) -> tuple[int, int]:
 def _entry(place: _Place, kind: str, count: int, item: Any) -> ReachableObjects:
     code = place.frame.f_code
     path = secrets_only().mask_text(place.path[:_MAX_PATH])
-    item_type, size = type(item).__name__, pixel_bytes(item) if place.kind == FIGURES else _size(item)
     kind = place.kind or kind
     return ReachableObjects(
         path,
@@ -296,12 +298,19 @@ def _entry(place: _Place, kind: str, count: int, item: Any) -> ReachableObjects:
         place.function or code.co_name,
         kind,
         count,
-        item_type,
-        size,
+        type(item).__name__,
+        _item_bytes(place, item),
         _holds_graph(item),
         place.of_dataset,
         max_size=(place.value.maxlen or 0) if isinstance(place.value, deque) else 0,
     )
+
+
+def _item_bytes(place: _Place, item: Any) -> int:
+    if place.kind == PARAMETER_GROUPS:
+        return group_bytes(place.owner)
+
+    return pixel_bytes(item) if place.kind == FIGURES else _size(item)
 
 
 def _newest(value: Any) -> Any:
@@ -343,7 +352,9 @@ def _inside(place: _Place) -> Iterator[_Place]:
             yield place._replace(value=each, path=f"{place.path}[{number}]", depth=place.depth + 1)
     else:
         for holder in holders_of(value, place.path):
-            yield place._replace(value=holder.value, path=holder.path, depth=_MAX_DEPTH, kind=holder.kind)
+            yield place._replace(
+                value=holder.value, path=holder.path, depth=_MAX_DEPTH, kind=holder.kind, owner=holder.owner
+            )
 
         yield from _attributes(place)
 
