@@ -173,6 +173,17 @@ def test_detection_in_a_part_of_each_step_is_reported(traced: Traced, begin: Cal
     assert [row["on"] for row in traced.info if row["kind"] == "anomaly_detection"] == on
 
 
+def test_compiling_is_no_detection_of_anomalies(traced: Traced) -> None:
+    """Torch turns it on while it traces a backward pass."""
+    model = net()
+    optimizer = sgd(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for (x,) in data(3):
+        train(compiled, optimizer, x)
+
+    assert not [row for row in traced.info if row["kind"] == "anomaly_detection"]
+
+
 def test_a_profiler_is_reported_while_it_records(traced: Traced) -> None:
     """One that is left on is on at each look; it is told when it has ended."""
     model = net()

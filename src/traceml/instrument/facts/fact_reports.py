@@ -216,9 +216,12 @@ class FactReports:
         self._switch(InfoKind.PROFILER, is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))
 
     def look_for_detection(self) -> None:
-        """Note whether autograd detects anomalies now: it may be on in a part of each step alone."""
+        """Note whether autograd detects anomalies now: it may be on in a part of each step alone.
+
+        Torch turns it on itself while it traces a backward pass to compile it: that is no choice of the script.
+        """
         torch = loaded_module("torch")  # a script may have steps without it
-        if torch is not None and torch.is_anomaly_enabled():
+        if torch is not None and torch.is_anomaly_enabled() and torch._guards.TracingContext.try_get() is None:
             self._detected = self._clock.step
 
     def _switch(self, kind: InfoKind, *, is_on: bool) -> None:
