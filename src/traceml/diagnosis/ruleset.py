@@ -43,7 +43,12 @@ from traceml.diagnosis.rules.devices import device_contention, device_faults, th
 from traceml.diagnosis.rules.gil_contention import gil_contention
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer, with_own_code
+from traceml.diagnosis.rules.no_bottleneck import (
+    nothing_found,
+    with_costlier_code,
+    with_optimizer,
+    with_own_code,
+)
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_collectives import periodic_collectives
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
@@ -138,7 +143,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     found = without_changes_by_others(found, shared)
     timing, of_timing = _split_remarks(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
-    timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
+    timing = [_with_other_costs(each, work, facts) if each is lead else each for each in timing]
     timing = _of_seen_ranks(_of_slowest_ranks(timing, judged, faster), judged, facts)
     main, remarks = [*main, *timing], [*remarks, *of_timing]
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]
@@ -165,6 +170,11 @@ def _is_code_that_costs_more(nothing: Finding, contention: Finding) -> bool:
     """Return whether the script's own code in forward or backward costs more than waiting for cores."""
     is_code = nothing.kind is Kind.COMPUTE_BOUND and "own_code" in nothing.evidence  # a waiting host is not healthy
     return is_code and nothing.evidence.get("line_share", 0.0) > contention.cost_share
+
+
+def _with_other_costs(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
+    """Return the costliest finding about the time of steps with what costs more, and no rule judges beside another."""
+    return _with_other_advice(with_optimizer(with_costlier_code(finding, work, facts), work, facts), facts)
 
 
 def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:

@@ -253,6 +253,8 @@ def test_a_function_of_forward_that_is_hardly_trained_is_named(function: str, is
     assert found.kind is kind
     assert ("so net.py:12 Net.mask seems not to be trained: if it makes the same in each" in found.next) is is_named
     assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) is not is_named
+    assert ("If it only watches (a hook), run it every n-th step." in found.next) is is_named
+    assert ("What only measures the model (on other samples) can run every n-th step." in found.next) is not is_named
     assert "Nothing needs fixing" not in found.next or not is_named
 
 
@@ -446,6 +448,43 @@ def test_a_hook_that_calls_numpy_is_code_of_the_script(library: str, named: bool
 
     assert found.kind is Kind.COMPUTE_BOUND
     assert ("in train.py:6 watch" in found.summary) is named
+
+
+@pytest.mark.parametrize(("other_ms", "kind"), [(0.3, Kind.COMPUTE_BOUND), (1.7, Kind.HEALTHY)])
+def test_a_hook_that_calls_numpy_is_to_be_made_cheaper(other_ms: float, kind: Kind) -> None:
+    """No operations of the model have frames in NumPy; what else the function does may be some."""
+    own = {"input_wait": other_ms, "forward": 12.0, "backward": 4.0, "optimizer": 0.5, "other": other_ms}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 6, "watch", QUANTILE, 60),
+        SampledLine(0, "forward", "/me/train.py", 7, "watch", None, 20),
+        SampledLine(0, "forward", "/me/train.py", 14, "main", LINEAR, 20),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 33),
+    ]
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is kind
+    assert "Make train.py:6 watch cheaper, which calls other libraries than torch (NumPy, PIL) inside" in found.next
+    assert "Nothing needs fixing" not in found.next
+    assert "train.py:6 watch" in found.headline
+    step = sum(own.values())
+    assert found.speedup_if_fixed == pytest.approx(step / (step - 0.6 * 12.0), rel=0.1)
+
+
+@pytest.mark.parametrize(("passes", "is_told"), [(40, True), (200, False)])
+def test_code_that_costs_more_than_the_cause_is_told_beside_it(passes: int, is_told: bool) -> None:
+    """The backward of a Function takes half of the step, and waiting for data a fifth: that alone gains little."""
+    lines = [
+        SampledLine(0, "backward", "/me/ops.py", 8, "Quantize.backward", None, 100),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, passes),
+        SampledLine(0, "forward", "/me/train.py", 21, "main", LINEAR, 40),
+    ]
+    own = {"input_wait": 4.0, "forward": 2.0, "backward": 12.0, "optimizer": 0.5, "other": 0.3}
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is Kind.INPUT_BOUND
+    assert ("of step time is spent in ops.py:8 Quantize.backward, which backward calls" in found.next) is is_told
 
 
 def test_own_code_of_less_than_a_millisecond_is_not_to_be_made_cheaper() -> None:

@@ -37,8 +37,8 @@ from traceml.formatting import line_text
 
 __all__ = [
     "AUTOGRAD", "AWAITS_ANSWERS", "COLLECTIVES", "DEEP_COPIES", "LOADERS", "PICKLING", "PROCESSES", "PROGRAMS", "TORCH",
-    "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "calls_code", "calls_model",
-    "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
+    "WAITS_FOR_OTHERS", "WITHOUT_MODELS", "BlamedLine", "awaits_others", "blamed_line", "called_share", "calls_code",
+    "calls_model", "calls_trainer", "changed_line", "computes_loss", "importing_line", "is_of_loop", "is_of_model",
     "is_of_ranks_alone", "is_waiting", "leading_lines", "line_beside_imports", "line_of_ranks_alone",
     "line_without_hidden", "lines_of_ranks_alone", "main_library", "main_line_share", "of_longest_startup",
     "outside_line", "own_line", "own_line_share", "runs_forward", "threads_line", "unless_trainer", "workers_line",
@@ -321,7 +321,12 @@ def main_line_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -
 
 def calls_code(lines: Sequence[SampledLine], part: str, line: BlamedLine, code: LibraryCode) -> bool:
     """Return whether a function of the user calls code of libraries for so much of its samples in some time."""
-    return (library_share(_seen_in(lines, part, line), code.names, fewest=0) or 0.0) >= code.least
+    return called_share(lines, part, line, code) >= code.least
+
+
+def called_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, code: LibraryCode) -> float:
+    """Return the share of the samples of a function of the user, in some time, that are in code of libraries."""
+    return library_share(_seen_in(lines, part, line), code.names, fewest=0) or 0.0
 
 
 def calls_model(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from traceml.diagnosis.advice import WAITED_FOR, for_debugging, for_rollouts, for_straggler
 from traceml.diagnosis.facts.blamed_lines import (
     AUTOGRAD,
+    WITHOUT_MODELS,
     BlamedLine,
     blamed_line,
+    called_share,
     calls_code,
     calls_model,
     calls_trainer,
@@ -42,7 +44,7 @@ from traceml.formatting import (
     ranks_text,
 )
 
-__all__ = ["for_compute", "nothing_found", "shares_text", "with_optimizer", "with_own_code"]
+__all__ = ["for_compute", "nothing_found", "shares_text", "with_costlier_code", "with_optimizer", "with_own_code"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
@@ -209,28 +211,40 @@ class _OwnCode(NamedTuple):
         return f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
 
 
+_WITHOUT_LAYERS = "other libraries than torch (NumPy, PIL)"
 _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
 
 
 def _own_code(facts: JobFacts, heavy: _Code | None, *, device: bool) -> _OwnCode | None:
     """Return the script's own code that takes much of the step; None if it may be operations of torch.
 
-    These have no frames of their own. So code in forward counts if it waits, and code in backward unless forward runs
-    it too, as where activations are computed again (checkpointing).
+    These have no frames of their own. So code in forward counts if it waits or calls libraries without layers (NumPy),
+    and code in backward unless forward runs it too, as where activations are computed again (checkpointing).
     """
     if heavy is None or device or facts.detects_anomalies:  # of a device's time, samples of the CPU say nothing
         return None
 
     part, line, phase_share = heavy
     places = {(each.file, each.function) for each in facts.lines if each.part == "forward"}
-    waits = facts.waits_in(part, line)
-    if not waits and (part == "forward" or (line.file, line.function) in places):
+    waits, is_apart = (
+        facts.waits_in(part, line),
+        part == "forward" and calls_code(facts.lines, part, line, WITHOUT_MODELS),
+    )
+    if not (waits or is_apart) and (part == "forward" or (line.file, line.function) in places):
         return None
 
-    called = "which backward calls (a hook, or the backward of a Function)"
-    what = f"which waits inside {part} ({WAITED_FOR})" if waits else called
     # What else the function does in forward may be the model's operations.
-    share = line.share * (main_line_share(facts.lines, part, line) if waits else 1.0)
+    if waits:
+        what, of_line = f"which waits inside {part} ({WAITED_FOR})", main_line_share(facts.lines, part, line)
+    elif is_apart:
+        what, of_line = (
+            f"which calls {_WITHOUT_LAYERS} inside forward",
+            called_share(facts.lines, part, line, WITHOUT_MODELS),
+        )
+    else:
+        what, of_line = "which backward calls (a hook, or the backward of a Function)", 1.0
+
+    share = line.share * of_line
     return _OwnCode(line, what, waits, 1.0 if line.is_rough else 1 / max(1.0 - share * phase_share, 0.01))
 
 
@@ -278,7 +292,7 @@ def _compute_bound(
     untrained = _untrained(facts, shares, step, heavy)
     faster = own.advice if own else f"{for_compute(heaviest, facts, device=work.device)} {untrained}".rstrip()
     if heavy and own is None and heavy.part == heaviest == "forward" and not work.device and not for_debugging(facts):
-        watches = "" if heavy.line.is_module else "; if it only watches (a hook), run it every n-th step"
+        watches = "" if heavy.line.is_module or untrained else "; if it only watches (a hook), run it every n-th step"
         faster = f"If {heavy.line.place} loops in Python, use operations on whole tensors{watches}. {faster}"
     return Finding.of(
         Kind.COMPUTE_BOUND,
@@ -439,11 +453,15 @@ def _untrained(facts: JobFacts, shares: Mapping[str, float], step: float, heavy:
         "(torch.no_grad())."
     )
     if heavy is None or not heavy.is_named:
-        return f"{only}: where forward is not trained (a frozen part, a teacher, sampling), {repeated}"
+        return (
+            f"{only}: where forward is not trained (a frozen part, a teacher, sampling), {repeated} What only measures "
+            "the model (on other samples) can run every n-th step."
+        )
 
     return (
         f"{only}, so {heavy.line.place} seems not to be trained: if it makes the same in each step (a mask, "
-        f"positions), make it once (register_buffer). If it is a frozen part, a teacher or sampling, {repeated}"
+        f"positions), make it once (register_buffer). If it only watches (a hook), run it every n-th step. If it is a "
+        f"frozen part, a teacher or sampling, {repeated}"
     )
 
 
@@ -474,8 +492,20 @@ def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     return finding.with_part(Explanation(action=f"The optimizer takes {taken}: use its fused form (fused=True)."))
 
 
+def with_costlier_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
+    """Return a finding about the time of all steps with the script's own code in forward or backward, if it costs more.
+
+    Not one about ranks or computation: these may be about the same time, as is waiting for the interpreter's lock.
+    """
+    if finding.blames_ranks or finding.kind is Kind.GIL_CONTENTION or finding.phase in COMPUTE:
+        return finding
+
+    heavy = _heavy_code(facts, _step_shares(work)[1], work.step_ns)
+    return finding if heavy is None or heavy.share <= finding.cost_share else with_own_code(finding, work, facts)
+
+
 def with_own_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
-    """Return the finding about too few cores with the script's own code that takes much of the step beside that."""
+    """Return a finding with the script's own code in forward or backward that takes much of the step beside that."""
     step, shares = _step_shares(work)
     heavy = _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, device=work.device)
