@@ -322,6 +322,16 @@ def test_the_model_s_own_line_is_not_to_run_half_as_often():
     assert "UNet.forward" not in found.next
 
 
+def test_an_object_that_each_epoch_makes_is_to_be_made_once():
+    """A data set that is made in each epoch is none that may be made in every second one."""
+    line = SampledLine(0, "other", "/home/me/data.py", 11, "Pairs.__init__", None, 120)
+    rest = SampledLine(0, "backward", "/home/me/train.py", 40, "main", None, 40)
+    found = findings(ALONE, adds("other", 700, every=25), lines=(line, rest))[0]
+
+    assert found.next.startswith("If data.py:11 Pairs.__init__ makes the same each time, make it once, before the loop")
+    assert "every 50th step" not in found.next
+
+
 @pytest.mark.parametrize(("part", "collects"), [("forward", True), ("forward", False), ("other", True)])
 def test_rollouts_are_made_cheaper_not_rarer(part, collects):
     """The model is called for them before every n-th step; what else runs in these steps may be a log of them."""

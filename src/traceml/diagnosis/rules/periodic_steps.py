@@ -382,6 +382,12 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
             f"{ordinal_text(2 * period.every)} step: {gain_text(half)}."
         )
 
+    if line is not None and line.function.endswith("__init__"):  # as of a data set that each epoch makes
+        return (
+            f"If {line.place} makes the same each time, make it once, before the loop, and use it again. Otherwise "
+            f"make it cheaper, or half as often: {gain_text(half)}."
+        )
+
     what, see = "what else these steps do", " `traceml report --lines` shows the lines."
     evaluation = line if _INPUT_WAIT in period.removed else None
     if period.part == "forward" and evaluation is None:  # the line is the model's, which runs in each step
