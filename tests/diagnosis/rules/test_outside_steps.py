@@ -577,6 +577,29 @@ def test_workers_of_an_evaluation_are_to_be_kept(persistent: bool, evaluated: in
     ) is not persistent
 
 
+@pytest.mark.parametrize(("workers", "persistent", "told"), [(2, False, True), (2, True, False), (0, False, False)])
+def test_workers_that_live_for_one_evaluation_are_to_be_kept(workers: int, persistent: bool, told: bool) -> None:
+    """They are gone before they are seen to make batches; the training's loader has none."""
+    time = RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)
+    loaders = [
+        LoaderFacts(dataset="Images", length=900, num_workers=0, number=0),
+        LoaderFacts(dataset="Val", length=9, num_workers=workers, number=1, persistent_workers=persistent),
+    ]
+    facts = JobFacts(
+        time=time,
+        lines=(SampledLine(0, "outside", "/me/train.py", 15, "validate", WAITS_FOR_WORKERS, 80),),
+        loader=loaders[0],
+        loaders={0: loaders},
+        state="finished",
+    )
+
+    found = diagnose(window_of(ALONE), facts)[0]
+
+    assert found.kind is Kind.EVAL_HEAVY
+    assert ("which start for each evaluation: keep them from one evaluation to the next" in found.next) is told
+    assert ("larger num_workers" in found.next) is (workers > 0 and persistent)
+
+
 EVALUATED = "Val is read there by the process itself (num_workers=0): set num_workers=2"
 
 

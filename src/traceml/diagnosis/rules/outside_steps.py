@@ -337,8 +337,7 @@ def _less_evaluation(
     if time.in_steps == 0:
         return 0.0, f"{_for_inference(code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
 
-    # One like the training's is none of the others.
-    evaluated = facts.other_loader or (facts.loader, facts.worker_lines)
+    evaluated = _evaluated_loader(facts)
     elsewhere = f"with larger ones{gradients}, or in another process."
     share, repeated = seconds / time.wall_s, time.repeated_evaluation(seconds)
     if alone:
@@ -363,6 +362,16 @@ def _less_evaluation(
     less = f"Evaluate on half as many batches: {saves} Or evaluate"
     less = less if once else f"Evaluate half as often: {saves} Or evaluate on fewer batches,"
     return saved, f"{less} {elsewhere}" + _IF_IT_LEARNS * time.evaluates_before
+
+
+def _evaluated_loader(facts: JobFacts) -> tuple[LoaderFacts | None, Sequence[SampledLine]]:
+    """Return the loader of the evaluation, and the lines of its workers; one like the training's is none of the others.
+
+    Workers that each evaluation starts anew may be gone before they are seen.
+    """
+    others = [each for each in facts.other_loaders if each.num_workers]
+    unseen = (others[0], ()) if len(others) == 1 and not facts.worker_lines else None
+    return facts.other_loader or unseen or (facts.loader, facts.worker_lines)
 
 
 def _on_all_ranks(time: RunTime, code: BlamedLine | None, saves: str, gradients: str, elsewhere: str) -> str:
@@ -428,6 +437,9 @@ def _for_awaited_workers(
     keep = f"keep them from one evaluation to the next ({loader.option('persistent_workers')}=True), "
     kept = keep if rarer and loader.can_keep_workers else ""
     whom = "worker" if loader.num_workers == 1 else f"{loader.num_workers} workers"
+    if kept and not lines:
+        return f"It waits for the {whom} of its DataLoader, which start for each evaluation: {kept}use none, or {rarer}"
+
     return (
         f"It waits for the {whom} of its DataLoader: set a larger {loader.option('num_workers')} there if there are "
         f"cores for them, {kept}" + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
