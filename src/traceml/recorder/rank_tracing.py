@@ -269,6 +269,7 @@ class RankTracing:
                     self._training_thread,
                     gives_batches=self._gives_batches,
                     is_evaluating=lambda: self.is_evaluating,
+                    may_be_done=self._may_be_done,
                     on_gradients=lambda file, function: self._note(InfoKind.OWN_UPDATE, file=file, function=function),
                     interval_s=interval_s,
                 )
@@ -319,6 +320,11 @@ class RankTracing:
     def _gives_batches(self, stack: Sequence[FrameType]) -> bool:
         source = self.instrumentation.events.batch_source if self.instrumentation is not None else None
         return source is not None and source.contains(stack)
+
+    def _may_be_done(self) -> bool:
+        """Return whether the open step may be done: what it waits for then may be an evaluation's batch."""
+        clock = self._step_clock()
+        return clock is not None and (clock.has_stepped or bool(clock.ended.may_be_step))
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None

@@ -271,6 +271,41 @@ def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: i
     assert (watched > 0).all()  # whether it computes is known in an evaluation, too
 
 
+@pytest.mark.parametrize("evaluates", [True, False])
+@pytest.mark.parametrize(("may_be_done", "counts_as"), [(True, LINE_OUTSIDE), (False, Phase.INPUT_WAIT)])
+def test_the_wait_for_the_first_batch_of_an_evaluation_is_its_own(
+    flight: FlightFile, may_be_done: bool, counts_as: int, evaluates: bool
+) -> None:
+    """That it is one is known after that batch; the step may also go on, and wait for a batch of another loader."""
+    evaluating: list[bool] = []
+    with Training(releases_the_lock) as training:
+        flight.open_slots[Slot.STEP_START], flight.open_slots[Phase.INPUT_WAIT] = 1, 2
+        sampler = LineSampler(
+            flight, training.ident, is_evaluating=lambda: bool(evaluating), may_be_done=lambda: may_be_done
+        )
+        sampler.sample(time.sleep)
+        sampler.flush()
+        evaluating += [True] * evaluates
+        flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
+        sampler.flush()
+
+    assert {row[0] for row in rows_of(flight)} == {counts_as if evaluates else Phase.INPUT_WAIT}
+
+
+def test_an_evaluation_that_is_over_has_its_first_wait(flight: FlightFile) -> None:
+    """Its other batches may have come between two samples."""
+    with Training(releases_the_lock) as training:
+        flight.open_slots[Slot.STEP_START], flight.open_slots[Phase.INPUT_WAIT] = 1, 2
+        sampler = LineSampler(flight, training.ident, may_be_done=lambda: True)
+        sampler.sample(time.sleep)
+        for name in ("evals", "steps"):
+            flight.ring(name).append(*range(len(flight.ring(name)._table.columns)))
+
+        sampler.flush()
+
+    assert {row[0] for row in rows_of(flight)} == {LINE_OUTSIDE}
+
+
 @pytest.mark.parametrize(("phase", "rows"), [(None, 0), (Phase.BACKWARD, 1)])
 def test_a_hook_between_phases_is_no_sample(flight: FlightFile, phase: Phase | None, rows: int) -> None:
     """The line that it interrupted does nothing then; in a phase, it may have been seen late."""

@@ -89,6 +89,12 @@ _Key = tuple[int, SampledPlace]
 _Counts = dict[_Key, list[int]]
 
 
+def _move(counts: _Counts, to: _Counts) -> None:
+    for key, sums in counts.items():
+        known = to.get(key)
+        to[key] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
+
+
 class LineSampler:
     """Counts samples by (open phase, line of the user's code, library function that it has called).
 
@@ -99,6 +105,7 @@ class LineSampler:
         gives_batches: returns whether a stack (the innermost frame first) runs for an iterator that gives batches, and
             is no DataLoader.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
+        may_be_done: returns whether the open step may be done: a batch that is waited for then may be an evaluation's.
         on_gradients: called with file and function of the user's code that reads gradients outside the phases.
         interval_s: usual time between two samples.
     """
@@ -110,6 +117,7 @@ class LineSampler:
         user: UserCode | None = None,
         gives_batches: Callable[[Sequence[FrameType]], bool] | None = None,
         is_evaluating: Callable[[], bool] | None = None,
+        may_be_done: Callable[[], bool] | None = None,
         on_gradients: Callable[[str, str], None] | None = None,
         interval_s: float = 0.1,
     ) -> None:
@@ -123,13 +131,16 @@ class LineSampler:
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
         self._gives_batches = gives_batches or (lambda _stack: False)
-        self._is_evaluating = is_evaluating or (lambda: False)
+        self._is_evaluating, self._may_be_done = is_evaluating or (lambda: False), may_be_done or (lambda: False)
         self._on_gradients = on_gradients or (lambda _file, _function: None)
         self._others, self._cost_ns = OtherThreads(), 0.0
         self._switch_s, self._judged = SHORT_S, 0  # its interval, and samples since the last look at the cost
         self._native_of = self._native = 0  # training thread, and its id in the system
         self._counts: _Counts = {}
         self._open: _Counts = {}  # since a step has ended: the next one may never do
+        self._late: _Counts = {}  # waits for batches in the open step when it may be done
+        self._was_late = False  # there were some at the last flush
+        self._evals, self._evaluated = flight.ring("evals"), 0  # evaluations that had ended before these
         self._ended, self._seen_ns = 0, 0  # steps that have, and the time of the newest sample before that was seen
         self._newest_ns = 0  # of all samples
         self._ids: dict[_Key, tuple[int, int]] = {}
@@ -247,6 +258,11 @@ class LineSampler:
         It is that of the samples: where none is taken, as at the prompt of an interpreter, this call may come late.
         """
         self._close_ended()
+        if self._was_late or self.due_s == math.inf:  # the step may never end
+            _move(self._late, self._open)
+            self._late.clear()
+
+        self._was_late = bool(self._late)
         for counts, at_ns in ((self._counts, self._seen_ns), (self._open, self._newest_ns)):
             self._append(counts, at_ns)
             counts.clear()
@@ -258,16 +274,22 @@ class LineSampler:
                 self._lines.append(at_ns, step, key[0], *ids, *sums)
 
     def _close_ended(self) -> None:
-        """Add the counts of an open step to the others, if it has ended since."""
+        """Add the counts of an open step to the others, if it has ended since.
+
+        That the first batch of an evaluation was one is known after it: until then its wait may be the training's.
+        """
+        has_ended = self._evals.appended != self._evaluated
+        if self._late and (has_ended or self._is_evaluating()):
+            _move({(LINE_OUTSIDE, place): sums for (_, place), sums in self._late.items()}, self._open)
+            self._late.clear()
+
         if self._steps.appended == self._ended:
             return
 
         self._ended, self._seen_ns = self._steps.appended, self._newest_ns
-        for key, sums in self._open.items():
-            known = self._counts.get(key)
-            self._counts[key] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
-
-        self._open.clear()
+        for counts in (self._late, self._open):
+            _move(counts, self._counts)
+            counts.clear()
 
     def _ids_of(self, key: _Key) -> tuple[int, int] | None:
         ids = self._ids.get(key)
@@ -305,9 +327,13 @@ class LineSampler:
 
     def _counts_of(self, key: _Key) -> list[int] | None:
         """Return the counts of a line in the open step; None if there are too many lines."""
-        counts = self._open.get(key)
-        if counts is None and len(self._counts) + len(self._open) < _MAX_LINES:
-            counts = self._open[key] = [0, 0, 0]
+        if not self._late:
+            self._evaluated = self._evals.appended
+
+        of_step = self._late if key[0] == _INPUT_WAIT and self._may_be_done() else self._open
+        counts = of_step.get(key)
+        if counts is None and len(self._counts) + len(self._open) + len(self._late) < _MAX_LINES:
+            counts = of_step[key] = [0, 0, 0]
 
         return counts
 
