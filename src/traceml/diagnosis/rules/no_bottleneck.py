@@ -211,7 +211,6 @@ class _OwnCode(NamedTuple):
         return f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
 
 
-_WITHOUT_LAYERS = "other libraries than torch (NumPy, PIL)"
 _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
 
 
@@ -226,25 +225,20 @@ def _own_code(facts: JobFacts, heavy: _Code | None, *, device: bool) -> _OwnCode
 
     part, line, phase_share = heavy
     places = {(each.file, each.function) for each in facts.lines if each.part == "forward"}
-    waits, is_apart = (
-        facts.waits_in(part, line),
-        part == "forward" and calls_code(facts.lines, part, line, WITHOUT_MODELS),
-    )
+    waits = facts.waits_in(part, line)
+    is_apart = part == "forward" and calls_code(facts.lines, part, line, WITHOUT_MODELS)
     if not (waits or is_apart) and (part == "forward" or (line.file, line.function) in places):
         return None
 
     # What else the function does in forward may be the model's operations.
+    what, share = "which backward calls (a hook, or the backward of a Function)", line.share
     if waits:
-        what, of_line = f"which waits inside {part} ({WAITED_FOR})", main_line_share(facts.lines, part, line)
+        what = f"which waits inside {part} ({WAITED_FOR})"
+        share *= main_line_share(facts.lines, part, line)
     elif is_apart:
-        what, of_line = (
-            f"which calls {_WITHOUT_LAYERS} inside forward",
-            called_share(facts.lines, part, line, WITHOUT_MODELS),
-        )
-    else:
-        what, of_line = "which backward calls (a hook, or the backward of a Function)", 1.0
+        what = "which calls other libraries than torch (NumPy, PIL) inside forward"
+        share *= called_share(facts.lines, part, line, WITHOUT_MODELS)
 
-    share = line.share * of_line
     return _OwnCode(line, what, waits, 1.0 if line.is_rough else 1 / max(1.0 - share * phase_share, 0.01))
 
 
