@@ -138,7 +138,13 @@ def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:
     command = ["scontrol", "show", "hostnames", listed]
     try:
         done = subprocess.run(
-            command, env=dict(environ), capture_output=True, text=True, timeout=_SCONTROL_TIMEOUT_S, check=False
+            command,
+            env=dict(environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SCONTROL_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         text = f"`{' '.join(command)}` cannot be run, so the job's nodes are unknown: {error}; or name the hosts"
