@@ -13,7 +13,7 @@ from pathlib import Path
 from traceml.aggregator.recovery import DeadFlight, appended_rows, dead_flights, recover
 from traceml.aggregator.streams.run_streams import RunStreams
 from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
-from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, state_of_dead
+from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, note_host_lost, state_of_dead
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.states import RunStatus
@@ -136,7 +136,7 @@ class ActiveRun(RunStreams):
             return
 
         if report.lost:
-            stream.exit["host_lost"] = report.lost
+            note_host_lost(stream, report)
             if not stream.ended or stream.state is StreamState.LOST:
                 self._end_stream(stream, StreamState.LOST, is_total_known=False)
 
@@ -164,7 +164,7 @@ class ActiveRun(RunStreams):
             incarnation = Incarnation(report.host or socket.gethostname(), boot_id(), report.pid or 0, 0, "")
             stream = self._add_stream(self.attempt, rank, incarnation, report.local_rank, "")
             if report.lost:
-                stream.exit["host_lost"] = report.lost
+                note_host_lost(stream, report)
                 self._end_stream(stream, StreamState.LOST, is_total_known=False)
                 continue
 

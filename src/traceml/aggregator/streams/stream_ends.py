@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.ends import EndingSignal, RankExit, ended_badly, sc
 from traceml.inspection.crash_stacks import crash_facts
 from traceml.transport.exit_report import ExitReport
 
-__all__ = ["final_state", "note_exit", "note_flight", "note_oom", "resumed_at", "state_of_dead"]
+__all__ = ["final_state", "note_exit", "note_flight", "note_host_lost", "note_oom", "resumed_at", "state_of_dead"]
 
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
@@ -45,6 +45,13 @@ def note_exit(stream: RankStream, report: ExitReport) -> None:
     stream.exit |= scheduler_words(report.to_message())
     if report.crash:
         stream.exit = {**crash_facts(report.crash), **stream.exit}
+
+
+def note_host_lost(stream: RankStream, report: ExitReport) -> None:
+    """Add to a stream that its launcher has lost the host; where it was ending the rank, that is no failure."""
+    stream.exit["host_lost"] = report.lost
+    if report.stopped:
+        stream.exit["stopped"] = True
 
 
 def note_oom(stream: RankStream) -> None:

@@ -9,7 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from tests.eventually import eventually
 from tests.launch.hosts import Hosts, Slurm
 from tests.processes import command_of
+from traceml.run_folder import AGGREGATOR_LOG
 from traceml.runs.run import load_run
 
 # DDP and optimizers import torch._dynamo, which takes as long as torch itself: trainings that can do without have none.
@@ -207,6 +208,24 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def steps_seen(folder: Path) -> int:
+    """Return the newest step that both ranks of a `slow` training have begun."""
+    files = [folder / f"at-{rank}" for rank in (0, 1)]
+    return min(int(file.read_text() or 0) for file in files) if all(file.exists() for file in files) else 0
+
+
+def interrupted(process: subprocess.Popen[str], folder: Path, meanwhile: Callable[[], object]) -> tuple[str, str]:
+    """Press Ctrl-C twice, with a call in between, in a job that runs as `INTERRUPTED`; return what it has written."""
+    os.killpg(process.pid, signal.SIGINT)
+    eventually((folder / "held").exists, "the end of the job has begun")
+    meanwhile()
+    os.killpg(process.pid, signal.SIGINT)  # a second one does not cut it short
+    (folder / "again").touch()
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    return out, errors
+
+
 def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> None:
     """Its successor takes over, and ranks find it by the same way through the channel; then Ctrl-C ends everything."""
     python, _, _, *words = command(hosts, "train.py", "slow", "100000")
@@ -216,29 +235,42 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
         found = (each for each in hosts.launcher.processes() if "serve" in command_of(each))
         return next(found, None)  # what it starts has the same words for a moment
 
-    def step() -> int:
-        return min((int((folder / f"at-{rank}").read_text() or 0) for rank in (0, 1)), default=0)
-
-    eventually(lambda: (folder / "at-0").exists() and (folder / "at-1").exists() and step() > 20, "some steps")
+    eventually(lambda: steps_seen(folder) > 20, "some steps")
     eventually(aggregator).kill()
-    at = step()
-    eventually(lambda: step() > at + 20 and aggregator(), "more steps, and another aggregator")
-    os.killpg(process.pid, signal.SIGINT)
-    eventually((folder / "held").exists, "the end of the job has begun")
-    os.killpg(process.pid, signal.SIGINT)  # a second one does not cut it short
-    (folder / "again").touch()
-    out, err = process.communicate(timeout=240)
+    at = steps_seen(folder)
+    eventually(lambda: steps_seen(folder) > at + 20 and aggregator(), "more steps, and another aggregator")
+    out, errors = interrupted(process, folder, lambda: None)
 
-    assert process.returncode == 130, err
-    assert " here:\n" in err  # where each rank was
-    assert "train.py" in err.partition(" here:\n")[2]
-    assert "recorder/recorder_thread.py" not in err  # threads of ours are nobody's business
+    assert out.startswith("rank 0 of 2")
+    assert " here:\n" in errors  # where each rank was
+    assert "train.py" in errors.partition(" here:\n")[2]
+    assert "recorder/recorder_thread.py" not in errors  # threads of ours are nobody's business
     report = report_of(folder)
-    assert report["run"]["state"] == "stopped"
+    assert report["run"]["state"] == "stopped", (
+        errors + (folder / "traceml_runs" / "latest" / AGGREGATOR_LOG).read_text()
+    )
     assert report["telemetry"]["rows_lost"] == 0
     assert [rank["steps"] > at for rank in report["ranks"]] == [True, True]
     assert report["verdict"]["kind"] != "RANK_LOST"  # it was stopped by hand
-    assert out.startswith("rank 0 of 2")
+    wait_until_clean(hosts)
+
+
+def test_a_host_that_is_lost_while_the_job_is_stopped_is_no_failure(hosts: Hosts, folder: Path) -> None:
+    """Its ranks were asked to end, as the others: nobody can say how they did."""
+    python, _, _, *words = command(hosts, "train.py", "slow", "100000")
+    process = hosts.launcher.start(python, "-c", INTERRUPTED, *words, cwd=folder)
+    eventually(lambda: steps_seen(folder) > 20, "some steps")
+
+    def lose_host() -> None:
+        for each in hosts["node2"].processes():
+            if command_of(each)[-1:] == ["traceml-agent"]:
+                each.kill()
+
+    _, errors = interrupted(process, folder, lose_host)
+
+    report = report_of(folder)
+    assert report["run"]["state"] == "stopped", errors
+    assert report["verdict"]["kind"] != "RANK_LOST"
     wait_until_clean(hosts)
 
 

@@ -300,6 +300,7 @@ class LaunchJob:
     def _abort(self, error: BaseException) -> None:
         """End everything; add the workers' stacks to an error that does not explain itself."""
         state = self._state
+        state.stopping = not isinstance(error, Exception)  # by Ctrl-C or a signal: what ends from here on is no failure
         explained = any(failure.explains(error) for failure in state.failures)
         failed = {failure.rank for failure in state.failures}
         running = [w for w in state.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]

@@ -239,7 +239,7 @@ class JobState:
         """Record a lost host."""
         if self._tracing is not None:
             ranks = {worker.rank: worker.pid for worker in host.workers if not worker.ended}
-            self._tracing.host_lost(host.name, ranks, error.reason)
+            self._tracing.host_lost(host.name, ranks, error.reason, stopped=self.stopping)
 
         if not self.workers:
             self.host_errors.append(error)

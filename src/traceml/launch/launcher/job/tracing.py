@@ -268,8 +268,13 @@ class Tracing:
             )
         )
 
-    def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str) -> None:
-        """Record a lost host."""
+    def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str, *, stopped: bool) -> None:
+        """Record a lost host.
+
+        Args:
+            ranks: its ranks that have not ended, with their processes.
+            stopped: whether we were ending them because of others.
+        """
         known = self._hosts.get(host)
         if known is None:
             return
@@ -278,7 +283,9 @@ class Tracing:
             known.tunnel.close()
 
         for rank, pid in ranks.items():
-            self._exits.append(ExitReport(rank=rank, pid=pid, host=known.name, lost=reason, time=time.time()))
+            self._exits.append(
+                ExitReport(rank=rank, pid=pid, host=known.name, lost=reason, time=time.time(), stopped=stopped)
+            )
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
