@@ -128,3 +128,20 @@ def test_what_others_do_meanwhile_is_no_progress_of_the_rank(kind: InfoKind, is_
 
     assert (progress.snapshot is None) is is_progress
     assert progress.quiet_s == pytest.approx(0 if is_progress else 31)
+
+
+@pytest.mark.parametrize("was_aborted", [True, False])
+def test_what_a_rank_does_once_its_job_is_aborted_ends_no_hang(was_aborted: bool) -> None:
+    """A peer has ended, so its collective fails: it closes the step in which it hung, and begins another one."""
+    found = history(LINE_OTHER)
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=150 * S, quiet_s=30, phase="other"))
+    found.was_aborted = was_aborted
+    steps = np.zeros(1, STEPS.dtype)
+    steps["step"], steps["t_end_ns"], steps["total_ns"] = 10, 152 * S, 32 * S
+    found.steps(np.zeros(1, np.int64), steps)
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=153 * S, quiet_s=0, ended=True))
+
+    progress = found.build({0: "host"}, {}).ranks[0]
+
+    assert (progress.snapshot is not None) is was_aborted
+    assert progress.quiet_s == pytest.approx(32 if was_aborted else 0, abs=1)

@@ -334,10 +334,13 @@ class ProgressHistory:
         if snapshot is not None and over_ns is not None:
             # What it did after the job was asked to end, such as to print an error, is part of its end, too.
             is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _NS_PER_S)
-            snapshot = snapshot if is_dying else None
+            snapshot = snapshot if is_dying or self.was_aborted else None
 
-        if snapshot is not None and progress_ns <= snapshot.at_ns:
-            quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _NS_PER_S
+        # The end of one rank lets others continue: an error ends their collective, and with it the wait for its thread.
+        is_freed = self.was_aborted and snapshot is not None and progress_ns > snapshot.at_ns
+        if snapshot is not None and (is_freed or progress_ns <= snapshot.at_ns):
+            until_ns = min(over_ns or now_ns, progress_ns) if is_freed else over_ns or now_ns
+            quiet_s = snapshot.quiet_s + max(until_ns - snapshot.at_ns, 0) / _NS_PER_S
             snapshot = replace(snapshot, quiet_s=quiet_s, seen_line=_frame(names.get(snapshot.line_id)))
             snapshot = _with_failure(snapshot, activity.end)
         else:
