@@ -253,6 +253,63 @@ def test_sub_groups_in_different_order_are_a_cycle():
     )
 
 
+def test_a_collective_of_a_thread_is_told_with_the_threads_line():
+    """The training thread waits for the lock that it holds, at a line that calls none."""
+    metrics = GroupSnapshot(name="metrics", members=(0, 1), number=4, operation="all_reduce", in_flight=True)
+    thread = ThreadSnapshot(name="metrics", line=line(10, "publish"), is_daemon=True, collective="all_reduce")
+    waits = {"wchan": "futex_do_wait", "groups": (group(14, "all_reduce", flying=False), metrics)}
+    finding = found(snapshot(0, line(19), threads=(thread,), **waits), in_backward(1))
+
+    assert summary(finding) == (
+        "Ranks 0, 1 wait for each other: rank 0 in all_reduce #4 of group 'metrics' in its thread 'metrics' in "
+        "train.py:10 publish, while train.py:19 main is waiting for a lock, rank 1 in all_reduce #15 in backward "
+        "(train.py:28 main), for 75 s."
+    )
+    assert finding.next.endswith("Hold no lock in a thread's collective for which the training waits.")
+
+
+def test_a_cycle_without_threads_tells_nothing_of_locks():
+    """The training thread itself is in the collective."""
+    metrics = GroupSnapshot(name="metrics", members=(0, 1), number=4, operation="all_reduce", in_flight=True)
+    thread = ThreadSnapshot(name="log", line=line(10, "log"), is_daemon=True)
+    waits = {"wchan": "futex_do_wait", "groups": (group(14, "all_reduce", flying=False), metrics)}
+    finding = found(snapshot(0, call("all_reduce"), line(19), threads=(thread,), **waits), in_backward(1))
+
+    assert "rank 0 in all_reduce #4 of group 'metrics' (train.py:19 main), rank 1" in summary(finding)
+    assert "lock" not in finding.next
+
+
+CHECKPOINT = ThreadSnapshot(name="checkpoint", is_daemon=True, collective="gather_object")
+
+
+def test_two_threads_in_collectives_of_one_group_are_told():
+    """As an asynchronous checkpoint without a group of its own: ranks are apart, and no branch is the cause."""
+    gathers = snapshot(1, call("all_gather"), line(20), groups=(group(15, "all_gather"),), threads=(CHECKPOINT,))
+    finding = found(in_backward(0, threads=(CHECKPOINT,)), gathers)
+
+    assert summary(finding).endswith(
+        ", for 75 s. On ranks 0, 1 the thread 'checkpoint' in gather_object is in a collective, too."
+    )
+    assert finding.next.startswith("If that thread uses the same process group, give it one of its own")
+
+
+@pytest.mark.parametrize(
+    ("collective", "groups"),
+    [
+        ("gather_object", (GroupSnapshot(name="saving", number=3, operation="gather", in_flight=True),)),
+        ("", ()),
+    ],
+)
+def test_a_thread_in_a_group_of_its_own_is_not_the_cause(collective: str, groups: tuple[GroupSnapshot, ...]):
+    """Nor is one that is in no collective."""
+    threads = (replace(CHECKPOINT, collective=collective),)
+    gathers = snapshot(1, call("all_gather"), line(20), groups=(group(15, "all_gather"), *groups), threads=threads)
+    finding = found(in_backward(0), gathers)
+
+    assert summary(finding).endswith(": different code paths.")
+    assert finding.next.startswith("Call the same collectives in the same order")
+
+
 def test_ranks_in_one_operation_are_compared_once(monkeypatch):
     """With 10,000 ranks each comparison of all with all would take minutes."""
     compared = []

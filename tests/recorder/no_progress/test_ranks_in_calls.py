@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot
-from traceml.recorder.no_progress.library_waits import open_transfer, with_root
+from traceml.recorder.no_progress.library_waits import called_collective, open_transfer, with_root
 
 TORCH = "/site-packages/torch/distributed/distributed_c10d.py"
 CODE = """
@@ -85,3 +85,17 @@ def test_the_root_of_a_collective_is_reported(call: str, arguments: tuple[Any, .
 
     assert [group.peer for group in with_root(groups, frame, is_test)] == [None, root]
     assert [group.peer for group in with_root([*groups, groups[1]], frame, is_test)] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("file", "call", "name"),
+    [
+        (f"/venv{TORCH}", "all_reduce", "all_reduce"),
+        (f"/venv{TORCH}", "broadcast_object_list", "broadcast_object_list"),
+        ("/home/me/mail.py", "broadcast", ""),
+    ],
+)
+def test_the_collective_that_a_thread_has_called_is_told(file: str, call: str, name: str) -> None:
+    """The outermost function of torch, as objects are sent in several; a function of that name elsewhere is none."""
+    assert called_collective(functions(file)[call](None), is_test) == name
+    assert called_collective(None, is_test) == ""

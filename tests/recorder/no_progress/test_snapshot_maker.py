@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,24 @@ def test_a_thread_without_user_code_is_reported_at_the_end(monkeypatch: pytest.M
 
     assert "prefetcher" not in before
     assert found == [ThreadSnapshot(name="prefetcher")]
+
+
+def test_a_librarys_thread_in_a_collective_is_reported() -> None:
+    """As that of an asynchronous checkpoint, which may use the training's process group."""
+    upload = Upload()
+    file = "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py"
+    called: dict[str, Any] = {"upload": upload}
+    exec(compile("def gather_object():\n    upload.ready.set()\n    upload.done.wait()", file, "exec"), called)
+    thread = threading.Thread(target=called["gather_object"], name="checkpoint")
+    thread.start()
+    upload.ready.wait()
+    try:
+        (found,) = [each for each in snapshots() if each.name == "checkpoint"]
+    finally:
+        upload.done.set()
+        thread.join()
+
+    assert found.collective == "gather_object"
 
 
 def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:

@@ -97,6 +97,20 @@ def test_other_threads_and_the_awaited_process_are_shown() -> None:
     assert text.count("upload") == 1
 
 
+def test_threads_in_a_collective_are_shown_with_it() -> None:
+    """Also those of a library, which have no line of the script."""
+    threads = (
+        ThreadSnapshot(name="metrics", line=_STUCK, collective="all_reduce"),
+        ThreadSnapshot(name="checkpoint", collective="gather_object"),
+        ThreadSnapshot(name="idle"),
+    )
+
+    assert stacks_text([_stack(0, threads=threads)]).splitlines()[-2:] == [
+        "  thread 'metrics': train.py:6 stuck, in all_reduce",
+        "  thread 'checkpoint': in gather_object",
+    ]
+
+
 def test_the_awaited_worker_is_shown() -> None:
     """With its stack; the others are not."""
     idle = WorkerSnapshot(index=0, pid=10, state="S", wchan="pipe_read")

@@ -155,19 +155,21 @@ class ProcessSnapshot(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadSnapshot(_Record):
-    """Another thread of the rank: one that runs the user's code, that its end waits for, or that has failed.
+    """Another thread of the rank: one that runs the user's code or a collective, that its end waits for, or has failed.
 
     Attributes:
         name: its name; empty if a library has started it in C.
         line: innermost frame of the user's code, if it runs that, or where it has failed.
         is_daemon: whether the interpreter ends without waiting for it.
         exception: that has ended it, `Type: message`; empty while it runs.
+        collective: function of torch.distributed that it is in; empty if in none.
     """
 
     name: str = ""
     line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     is_daemon: bool = False
     exception: str = ""
+    collective: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,8 +249,8 @@ class RankSnapshot(_Record):
         workers: workers of the data loader that is being read.
         handled: exception that the training thread is handling, in `except` or `finally`, `Type: message`; else empty.
         raised_line: innermost frame of the user's code where it was raised.
-        threads: other threads: those that an exception has ended, and those that run the user's code, the ones without
-            which the interpreter does not end first; at most `MAX_THREADS` of each.
+        threads: other threads: those that an exception has ended, and those that run the user's code or a collective,
+            the ones without which the interpreter does not end first; at most `MAX_THREADS` of each.
         ended: whether the rank has made progress again: the quiet period of `quiet_s` is over.
         is_last: whether it was made because the job is being ended.
     """

@@ -8,17 +8,19 @@ from traceml.database.snapshots.rank_snapshot import ProcessSnapshot, RankSnapsh
 from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, SAME_COLLECTIVES, WITHOUT_ANSWERS, longer_limit
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank
+from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank, rivals
 from traceml.diagnosis.hangs.rank_state import (
     COMPUTING,
     FOR_JOIN,
     WAITS_FOR_THREAD,
     awaited_thread,
     blocked_worker,
+    calling_thread,
     doing,
     is_blocked_by_full_pipe,
     is_in_join,
     is_spawned,
+    running_threads,
 )
 from traceml.formatting import ranks_text
 
@@ -45,6 +47,12 @@ def hang_advice(found: DetectedHang) -> str:
 
     if cause in _APART and any(map(is_in_join, snapshots.values())):
         return _OF_JOIN
+
+    if rivals(found) is not None:
+        return _OF_RIVALS
+
+    if cause is HangCause.CYCLE and _holds_lock_in_collective(found):
+        return f"{what} {_WITHOUT_LOCKS}"
 
     if cause is HangCause.RENDEZVOUS and any(map(is_spawned, snapshots.values())):
         return f"{_OF_SPAWNED} {what}"
@@ -90,6 +98,11 @@ def _check_process(found: DetectedHang) -> str:
 
 _OF_TRANSFERS = "Give each send a receive on the other rank, and each receive a send, in the same order on both ranks."
 _APART = (HangCause.DATA_ENDED, HangCause.MISMATCH, HangCause.SIZES)
+_OF_RIVALS = (
+    "If that thread uses the same process group, give it one of its own (torch.distributed.new_group(); for "
+    "dcp.async_save its argument process_group): which of two threads in one group goes first is left to chance."
+)
+_WITHOUT_LOCKS = "Hold no lock in a thread's collective for which the training waits."
 _OF_JOIN = (
     "Move collectives of the script out of `with Join(...)`: a rank without data answers those of the models and "
     "optimizers that Join was given, and no others. Or give each rank the same number of batches (drop_last=True)."
@@ -176,9 +189,19 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
     return _for_wait(snapshot) or _for_held_lock(snapshot) or _for_thread(snapshot) or _check_process(found)
 
 
+def _holds_lock_in_collective(found: DetectedHang) -> bool:
+    """Whether the training thread of a rank waits for another one, while a thread of the rank is in a collective."""
+    waiting = ((found.snapshots[rank], wait) for rank, wait in found.blame.waits.items() if rank in found.snapshots)
+    return any(
+        calling_thread(snapshot, wait) is not None and doing(snapshot).endswith(WAITS_FOR_THREAD)
+        for snapshot, wait in waiting
+    )
+
+
 def _for_thread(snapshot: RankSnapshot) -> str:
     """Return the advice about a lock, a queue or an event that may wait for the only other thread; empty for others."""
-    thread = snapshot.threads[0] if len(snapshot.threads) == 1 else None
+    threads = running_threads(snapshot)
+    thread = threads[0] if len(threads) == 1 else None
     if thread is None or thread.line is None or thread.exception or not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
 

@@ -9,7 +9,15 @@ from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends import UnevenData
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, WAITS_FOR_THREAD, awaited_thread, blocked_worker, doing
+from traceml.diagnosis.hangs.rank_state import (
+    REMOTE_CALLS,
+    WAITS_FOR_THREAD,
+    awaited_thread,
+    blocked_worker,
+    calling_thread,
+    doing,
+    rival_thread,
+)
 from traceml.formatting import (
     capitalized,
     count_text,
@@ -21,7 +29,7 @@ from traceml.formatting import (
     short_exception,
 )
 
-__all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "operation_text"]
+__all__ = ["are_apart", "failed_thread", "handling_rank", "hang_summary", "operation_text", "rivals"]
 
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
@@ -62,7 +70,7 @@ def hang_summary(found: DetectedHang) -> str:
         text = _late_text(found)
 
     data = f" {found.blame.data.sentence}" if found.blame.data is not None and found.blame.has_ended else ""
-    more = (_time_limit_text, _failed_thread_text, _handled_text, _raised_text)
+    more = (_rivals_text, _time_limit_text, _failed_thread_text, _handled_text, _raised_text)
     return f"{capitalized(text)}.{data}{''.join(sentence(found) for sentence in more)}"
 
 
@@ -207,8 +215,8 @@ def _different_text(found: DetectedHang) -> str:
         be = "is" if len(ranks) == 1 else "are"
         parts.append(f"{ranks_text(ranks)} {be} in {_where_they_wait(found, ranks, of)}")
 
-    why = _WHY.get(found.blame.cause, "different code paths")
-    return f"{', '.join(parts)}, for {_age(found)}: {why}{_waiters_text(found)}"
+    why = _WHY.get(found.blame.cause, "" if rivals(found) else "different code paths")
+    return f"{', '.join(parts)}, for {_age(found)}{why and f': {why}'}{_waiters_text(found)}"
 
 
 def _elements_text(sizes: tuple[int, ...]) -> str:
@@ -253,7 +261,7 @@ def _place(found: DetectedHang, rank: int) -> str:
 
 
 def _thread_place(thread: ThreadSnapshot) -> str:
-    at = f" in {thread.line.place}" if thread.line else ""
+    at = f" in {thread.line.place if thread.line else thread.collective}" if thread.line or thread.collective else ""
     return f"thread {thread.name!r}{at}" if thread.name else f"thread{at}"
 
 
@@ -309,12 +317,44 @@ def _by_place(ranks: Iterable[int], place: Callable[[int], str]) -> list[tuple[s
 def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") -> str:
     """Return `all_reduce #15 (train.py:28 main)` of ranks that wait in one operation, with their different lines."""
     wait, snapshot = found.blame.waits[ranks[0]], found.snapshots[ranks[0]]
-    known = filter(None, (user_line(found.snapshots[rank]) for rank in ranks))
+    what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
+    callers = [calling_thread(found.snapshots[rank], wait) for rank in ranks]
+    if callers[0] is not None and len(set(callers)) == 1:
+        return f"{what}{of} in {'its' if len(ranks) == 1 else 'their'} {_caller_text(callers[0], snapshot)}"
+
+    called = zip(callers, ranks, strict=True)
+    known = filter(None, (each.line if each else user_line(found.snapshots[rank]) for each, rank in called))
     lines = list(dict.fromkeys(line.place for line in known))
     at = f" ({', '.join(lines[:_LISTED])}{', …' if len(lines) > _LISTED else ''})" if lines else ""
-    what = operation_text(wait) or (phase_words(snapshot.phase) if snapshot.phase else "a collective")
     phase = _phase_text(snapshot) if wait.operation and snapshot.phase not in ("comm", "outside") else ""
     return f"{what}{of}{phase and f' {phase}'}{at}"
+
+
+def _caller_text(thread: ThreadSnapshot, snapshot: RankSnapshot) -> str:
+    """Return `thread 'metrics' in train.py:10 publish, while train.py:19 main is waiting for a lock`."""
+    line, what = user_line(snapshot), doing(snapshot)
+    if line is None:
+        return _thread_place(thread)
+
+    return f"{_thread_place(thread)}, {f'while {line.place} is {what}' if what else f'beside {line.place}'}"
+
+
+def _rivals_text(found: DetectedHang) -> str:
+    """Return the sentence about a thread in a collective, where ranks are in different ones."""
+    rival = rivals(found)
+    if rival is None:
+        return ""
+
+    ranks, thread = rival
+    return f" On {ranks_text(ranks)} the {_thread_place(thread)} is in a collective, too."
+
+
+def rivals(found: DetectedHang) -> tuple[list[int], ThreadSnapshot] | None:
+    """Return the ranks in different collectives that have a thread in one, too, and that of the first of them."""
+    threads = {rank: rival_thread(found.snapshots[rank], found.blame.waits[rank]) for rank in found.blame.apart}
+    ranks = [rank for rank, thread in threads.items() if thread is not None]
+    first = threads[ranks[0]] if ranks else None
+    return None if first is None else (ranks, first)
 
 
 def _waiters_text(found: DetectedHang) -> str:

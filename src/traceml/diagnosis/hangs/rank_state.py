@@ -19,9 +19,9 @@ from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
-    "COMPUTING", "FOR_JOIN", "REMOTE_CALLS", "WAITS_FOR_THREAD", "awaited_thread", "blocked_worker", "collective_wait",
-    "device_wait", "doing", "gil_holder", "is_blocked_by_full_pipe", "is_busy", "is_expected_wait", "is_in_join",
-    "is_in_long_call", "is_spawned",
+    "COMPUTING", "FOR_JOIN", "REMOTE_CALLS", "WAITS_FOR_THREAD", "awaited_thread", "blocked_worker", "calling_thread",
+    "collective_wait", "device_wait", "doing", "gil_holder", "is_blocked_by_full_pipe", "is_busy", "is_expected_wait",
+    "is_in_join", "is_in_long_call", "is_spawned", "rival_thread", "running_threads",
 ]  # fmt: skip
 
 _DISTRIBUTED = "/torch/distributed/"
@@ -108,7 +108,33 @@ def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | 
 
 def gil_holder(snapshot: RankSnapshot) -> ThreadSnapshot | None:
     """Return the thread that holds the GIL for which the training thread waits; None if several may be it."""
-    return snapshot.threads[0] if snapshot.is_waiting_for_gil and len(snapshot.threads) == 1 else None
+    threads = running_threads(snapshot)
+    return threads[0] if snapshot.is_waiting_for_gil and len(threads) == 1 else None
+
+
+def running_threads(snapshot: RankSnapshot) -> list[ThreadSnapshot]:
+    """Return the other threads but for those that only wait for other ranks, in a collective that a library calls."""
+    return [thread for thread in snapshot.threads if thread.line is not None or not thread.collective]
+
+
+def calling_thread(snapshot: RankSnapshot, wait: GroupSnapshot) -> ThreadSnapshot | None:
+    """Return the thread that has called the collective that a rank waits in; None if it is the training's."""
+    if _distributed_call(snapshot.frames) or snapshot.phase in _WAITING_PHASES or not wait.operation:
+        return None
+
+    return next((thread for thread in snapshot.threads if wait.operation in thread.collective), None)
+
+
+def rival_thread(snapshot: RankSnapshot, wait: GroupSnapshot) -> ThreadSnapshot | None:
+    """Return a thread that is in a collective beside that of the training thread, and perhaps in the same group.
+
+    Then chance decides on each rank which of the two comes first.
+    """
+    others = any(group.in_flight and group.name != wait.name for group in snapshot.groups)
+    if others or wait.is_p2p or calling_thread(snapshot, wait) is not None:
+        return None
+
+    return next((thread for thread in snapshot.threads if thread.collective), None)
 
 
 def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSnapshot) -> bool:

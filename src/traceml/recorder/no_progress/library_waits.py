@@ -21,7 +21,9 @@ from traceml.process_ends import end_of_status
 if TYPE_CHECKING:
     from traceml.database.snapshots.rank_snapshot import GroupSnapshot
 
-__all__ = ["awaited_child", "awaited_lock", "dead_sender", "library_frames", "open_transfer", "with_root"]
+__all__ = [
+    "awaited_child", "awaited_lock", "called_collective", "dead_sender", "library_frames", "open_transfer", "with_root",
+]  # fmt: skip
 
 _SUBPROCESS = "/subprocess.py"
 _WAITS = ("wait", "communicate", "_wait", "_communicate")
@@ -102,6 +104,15 @@ def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) 
             return path
 
     return ""
+
+
+def called_collective(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> str:
+    """Return the function of torch.distributed that a thread has called, and is in; empty if in none."""
+    name = ""
+    for call in _calls(frame, is_user):
+        name = call.f_code.co_name
+
+    return name
 
 
 def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:

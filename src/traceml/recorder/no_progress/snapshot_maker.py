@@ -48,6 +48,7 @@ from traceml.recorder.no_progress.failed_threads import handled_exception
 from traceml.recorder.no_progress.library_waits import (
     awaited_child,
     awaited_lock,
+    called_collective,
     dead_sender,
     open_transfer,
     with_root,
@@ -225,7 +226,7 @@ def _frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
 
 
 def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
-    """Return the threads that run the user's code, those that the interpreter waits for at its end first.
+    """Return threads that run the user's code or a collective, first those that the interpreter waits for at its end.
 
     Once it waits, also those that run a library's.
     """
@@ -241,16 +242,12 @@ def _snapshots(frames: Mapping[int, FrameType], user: UserCode) -> Iterator[Thre
     for ident, frame in frames.items():
         code, line = user_line(frame, user.contains)
         thread = known.get(ident)  # none of threads that a library has started in C, as those of torch.distributed.rpc
-        if code is None:
-            if has_ended and thread is not None and not thread.daemon:
-                yield ThreadSnapshot(name=thread.name)
+        name, is_daemon = ("", True) if thread is None else (thread.name, thread.daemon)
+        collective = called_collective(frame, user.contains)
+        innermost = None
+        if code is not None:
+            file = display_path(code.co_filename)
+            innermost = FrameSnapshot(file=file, line=line, function=code.co_qualname, is_user=True)
 
-            continue
-
-        innermost = FrameSnapshot(
-            file=display_path(code.co_filename), line=line, function=code.co_qualname, is_user=True
-        )
-        if thread is None:
-            yield ThreadSnapshot(line=innermost, is_daemon=True)
-        else:
-            yield ThreadSnapshot(name=thread.name, line=innermost, is_daemon=thread.daemon)
+        if innermost is not None or collective or (has_ended and not is_daemon):
+            yield ThreadSnapshot(name=name, line=innermost, is_daemon=is_daemon, collective=collective)

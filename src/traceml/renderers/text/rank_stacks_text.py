@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import (
+    FrameSnapshot,
+    GroupSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+    WorkerSnapshot,
+)
 from traceml.formatting import count_text, duration_text, phase_label, plural, printable, ranks_text
 
 __all__ = ["MissingRank", "StacksRank", "stacks_text"]
@@ -71,11 +77,17 @@ def _group_text(group: Sequence[StacksRank]) -> str:
     lines = [f"{ranks}{of_one}: {', '.join(_facts(group))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
-    lines += [f"  thread{each.name and f' {each.name!r}'}: {each.line.place}" for each in first.threads if each.line]
+    lines += [_thread_text(each) for each in first.threads if each.line or each.collective]
     for worker in first.workers:
         lines += _worker(worker) if worker.waits_for_batch is not None else []
 
     return "\n".join(lines)
+
+
+def _thread_text(thread: ThreadSnapshot) -> str:
+    where = [thread.line.place] if thread.line else []
+    where += [f"in {thread.collective}"] if thread.collective else []
+    return f"  thread{thread.name and f' {thread.name!r}'}: {', '.join(where)}"
 
 
 def _facts(snapshots: Sequence[RankSnapshot]) -> Iterable[str]:
