@@ -15,7 +15,7 @@ from typing import Any, Literal
 from traceml.errors import SlurmError, UsageError
 from traceml.formatting import plural
 from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
-from traceml.launch.launcher.hosts.slurm import Allocation, ScontrolMissingError, allocation
+from traceml.launch.launcher.hosts.slurm import Allocation, ScontrolError, allocation
 
 __all__ = ["HostSpec", "Transport", "resolve_hosts"]
 
@@ -65,7 +65,7 @@ def resolve_hosts(
     if asked or not _all_here(hostnames):
         try:
             found = allocation(environ)
-        except ScontrolMissingError:
+        except ScontrolError:
             if asked or isinstance(hostnames, str):
                 raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 from traceml.errors import SlurmError
 
-__all__ = ["Allocation", "ScontrolMissingError", "allocation", "step_command", "task_options"]
+__all__ = ["Allocation", "ScontrolError", "allocation", "step_command", "task_options"]
 
 _SCONTROL_TIMEOUT_S = 30
 _MAX_DIGITS = 6  # of a number of CPUs, tasks or nodes
@@ -24,8 +25,8 @@ _TASK_OPTIONS = (
 _log = logging.getLogger("traceml.launch")
 
 
-class ScontrolMissingError(SlurmError):
-    """The nodes of a job cannot be told: containers often have none of Slurm's programs."""
+class ScontrolError(SlurmError):
+    """The nodes of a job cannot be told: containers often lack Slurm's programs, or their configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +141,23 @@ def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:
         done = subprocess.run(
             command,
             env=dict(environ),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=_SCONTROL_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         text = f"`{' '.join(command)}` cannot be run, so the job's nodes are unknown: {error}; or name the hosts"
-        raise ScontrolMissingError(text) from error
+        raise ScontrolError(text) from error
 
-    if done.returncode or not done.stdout.split():
-        raise SlurmError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
+    # As Python decodes the variables, whatever the locale of the script: srun is given these names.
+    nodes = os.fsdecode(done.stdout).split()
+    if done.returncode or not nodes:
+        *_, why = ["it printed nothing", *done.stderr.decode(errors="replace").strip().splitlines()]
+        text = f"`{' '.join(command)}` ended with {done.returncode}, so the job's nodes are unknown: {why}"
+        raise ScontrolError(f"{text}; or name the hosts")
 
-    return done.stdout.split()
+    return nodes
 
 
 def _read_counts(text: str) -> list[int]:
