@@ -38,7 +38,8 @@ __all__ = [
     "AS_MUCH_IN_EACH_STEP", "EMPTY_DATA_SET", "EVENT_LOOP", "EVEN_BATCHES", "EVEN_OR_TOGETHER", "EXPLICIT_EXIT",
     "IN_SAME_STEPS", "SAME_COLLECTIVES", "STOP_TOGETHER", "STORE_OF_ITS_OWN", "WAITED_FOR", "WITHOUT_ANOMALIES",
     "WITHOUT_ANSWERS", "WITHOUT_PROFILER", "flush_denormals", "for_comm", "for_copies", "for_debugging",
-    "for_first_batches", "for_jitter", "for_long_stage", "for_more_work", "for_own_code", "for_rank_without_core",
+    "for_first_batches", "for_jitter", "for_large_batches", "for_long_stage", "for_more_work", "for_own_code",
+    "for_rank_without_core",
     "for_reading_ranks", "for_residual", "for_rollouts", "for_saving", "for_slow_group", "for_straggler",
     "for_unmeasured_jitter", "in_threads", "longer_limit", "reading_ahead", "waiting_text",
 ]  # fmt: skip
@@ -662,6 +663,9 @@ def _host_of(ranks: tuple[int, ...], facts: JobFacts) -> str | None:
     return hosts.pop() if len(hosts) == 1 else None
 
 
+_SENT = "what the others send to {}, such as the tokens of an expert (all_to_all)"
+
+
 def for_more_work(ranks: tuple[int, ...], *, is_known: bool) -> str:
     """Return advice on ranks that compute far longer than the others.
 
@@ -669,7 +673,7 @@ def for_more_work(ranks: tuple[int, ...], *, is_known: bool) -> str:
         is_known: whether it is more work, by their CPU time; else a slower host may be a cause, too.
     """
     has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
-    sent = f"what the others send to {it}, such as the tokens of an expert (all_to_all)"
+    sent = _SENT.format(it)
     if is_known:
         return (
             f"{capitalized(ranks_text(ranks))} {has} more to compute: compare the sizes of {its} batches with the "
@@ -679,6 +683,15 @@ def for_more_work(ranks: tuple[int, ...], *, is_known: bool) -> str:
     return (
         f"See whether {ranks_text(ranks)} {has} more to compute: larger or longer batches, other layers, or {sent}. "
         f"Otherwise look at {its} number of threads (OMP_NUM_THREADS), and at what shares {its} cores."
+    )
+
+
+def for_large_batches(ranks: tuple[int, ...]) -> str:
+    """Return advice on ranks that have larger batches than the others, or more of them, in each step."""
+    its, it, s = ("its", "it", "") if len(ranks) == 1 else ("their", "them", "s")
+    return (
+        f"Give {ranks_text(ranks)} as much data per step as the others have: look at {its} batch size{s}, {its} number "
+        f"of batches per step (gradient accumulation), {its} sampler{s} and data, and {_SENT.format(it)}."
     )
 
 

@@ -128,6 +128,23 @@ def test_larger_batches_of_a_late_rank_are_told(larger, is_told):
     assert found.next.startswith("Give rank 1 as much data per step as the others have") is is_told
 
 
+@pytest.mark.parametrize(
+    ("ranks", "whose", "whom"), [((1,), "its batch size, its", "it"), ((1, 2), "their batch sizes, their", "them")]
+)
+def test_a_rank_may_get_its_larger_inputs_from_the_others(ranks: tuple[int, ...], whose: str, whom: str) -> None:
+    """As tokens that are routed to its expert: then no sampler is to blame."""
+    job = Job(ranks=4)
+    sizes = np.random.default_rng(5).uniform(0.98, 1.02, (4, job.steps))
+    sizes[list(ranks)] *= 3.0
+    job = replace(job, own={**job.own, "forward": 1.0, "backward": 2.0})
+    late = diagnose(steps_of(job, sizes, adds("forward", 12.0, ranks), known=False), JobFacts(world_size=4))[0]
+
+    told = with_batch_sizes(late, steps_of(job, sizes)).next
+
+    assert f"look at {whose} number of batches per step" in told
+    assert f"and what the others send to {whom}, such as the tokens of an expert (all_to_all)." in told
+
+
 @pytest.mark.parametrize(("larger", "is_all"), [(3.0, False), (16.0, True)])
 def test_batches_that_are_larger_than_their_work_is_longer_explain_a_late_rank(larger, is_all):
     """Forward takes 13 times as long: with batches of three times the size there is another cause."""

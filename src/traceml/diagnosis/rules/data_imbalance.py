@@ -8,6 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.diagnosis.advice import for_large_batches
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -35,10 +36,6 @@ _MIN_MEASURED = 20
 _EVEN_BATCHES = (
     "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack short ones "
     "together, or fill batches up to a number of tokens."
-)
-_EVEN_RANKS = (
-    "Give {} as much data per step as the others have: look at its batch size, its number of batches per step "
-    "(gradient accumulation), its sampler and its data."
 )
 
 
@@ -91,7 +88,7 @@ def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
     return replace(
         finding,
         summary=f"{finding.summary} {whose} batches have {factor_text(ratio)} as many elements as those of the others.",
-        next=_EVEN_RANKS.format(ranks_text(finding.ranks)) + (f" Then: {finding.next}" if more else ""),
+        next=for_large_batches(finding.ranks) + (f" Then: {finding.next}" if more else ""),
         evidence={**finding.evidence, "size_ratio": ratio},
     )
 
@@ -160,7 +157,7 @@ def _finding(work: OwnWork, sizes: Floats, explained: float, cost: float) -> Fin
             f"{whose}. That costs {ns_text(cost)} of each {ns_text(work.step_ns)} step "
             f"({percent_text(share)}): with equal sizes, steps would be {gain_text(gain)}."
         ),
-        next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
+        next=for_large_batches(ranks) if ranks else _EVEN_BATCHES,
         evidence={
             "explained_share": explained,
             "size_ratio": spread,
