@@ -143,6 +143,29 @@ def test_a_thread_that_is_joined_is_told_to_end(function: str, says: str) -> Non
     assert finding.next.startswith(says)
 
 
+def test_threads_at_one_line_are_told_once() -> None:
+    """As those that answer remote calls: a library has started them, without a name."""
+    threads = (ThreadSnapshot(line=line(7, "push"), is_daemon=True),) * 2
+    finding = stuck(wchan="futex_do_wait", threads=threads)
+
+    assert "stuck, waiting for a lock, with 2 of its threads in train.py:7 push for 75 s." in finding.summary
+    assert finding.next.startswith("Find out what the 2 threads wait for at train.py:7 push: one of them may hold")
+    alone = stuck(wchan="futex_do_wait", threads=threads[:1])
+    assert ", with its thread in train.py:7 push for 75 s." in alone.summary
+    assert alone.next.startswith("Find out what its thread waits for at train.py:7 push: it may hold the lock")
+
+
+def test_threads_at_several_lines_have_no_advice_of_their_own() -> None:
+    """Which of them has the lock is not known."""
+    other = ThreadSnapshot(name="log", line=line(50, "log"))
+    finding = stuck(wchan="futex_do_wait", threads=(HELPER, other))
+
+    assert (
+        "with its thread 'Thread-1' in train.py:40 upload, with its thread 'log' in train.py:50 log" in finding.summary
+    )
+    assert not finding.next.startswith("Find out what thread")
+
+
 def test_a_thread_that_had_failed_is_told() -> None:
     """What it was to bring never comes; it holds no lock any more."""
     failed = ThreadSnapshot(

@@ -199,23 +199,33 @@ def _holds_lock_in_collective(found: DetectedHang) -> bool:
 
 
 def _for_thread(snapshot: RankSnapshot) -> str:
-    """Return the advice about a lock, a queue or an event that may wait for the only other thread; empty for others."""
+    """Return the advice about a lock, a queue or an event that may wait for the only other thread; empty for others.
+
+    Or for one of several threads at the same line, as those that answer remote calls.
+    """
     threads = running_threads(snapshot)
-    thread = threads[0] if len(threads) == 1 else None
-    if thread is None or thread.line is None or thread.exception or not doing(snapshot).endswith(WAITS_FOR_THREAD):
+    line = threads[0].line if threads else None
+    is_waited_for = all(thread.line == line and not thread.exception for thread in threads)
+    if line is None or not is_waited_for or not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
 
-    place = thread.line.place
+    is_one, name = len(threads) == 1, threads[0].name
+    which = f"the {len(threads)} threads"
+    if is_one:
+        which = f"thread {name!r}" if name else "its thread"
+
     if doing(snapshot).endswith(FOR_JOIN):
+        of, it = (which, "it") if is_one else (f"one of {which}", "them")
         return (
-            f"If join() is of thread {thread.name!r}, find out what keeps it at {place}, and tell it to end before. "
+            f"If join() is of {of}, find out what keeps {it} at {line.place}, and tell {it} to end before. "
             "join(timeout=60) ends such a wait."
         )
 
+    wait, it = ("waits", "it") if is_one else ("wait", "one of them")
     return (
-        f"Find out what thread {thread.name!r} waits for at {place}: it may hold the lock, or be the one to fill "
-        "or empty the queue, or to set the event. A lock must not be held during a wait; a timeout, as of "
-        "acquire(timeout=60), turns such a wait into an error."
+        f"Find out what {which} {wait} for at {line.place}: {it} may hold the lock, or be the one to fill or empty the "
+        "queue, or to set the event. A lock must not be held during a wait; a timeout, as of acquire(timeout=60), "
+        "turns such a wait into an error."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot, user_line
@@ -270,8 +270,13 @@ def _threads_text(snapshot: RankSnapshot) -> str:
     if not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
 
-    running = [thread for thread in snapshot.threads if not thread.exception]
-    return "".join(f", with its {_thread_place(thread)}" for thread in running[:_LISTED])
+    places = Counter(_thread_place(thread) for thread in snapshot.threads if not thread.exception)
+    its = {
+        place: f"{number} of its threads{place.removeprefix('thread')}"
+        for place, number in places.items()
+        if number > 1
+    }
+    return "".join(f", with {its.get(place, f'its {place}')}" for place in list(places)[:_LISTED])
 
 
 def _own_place(snapshot: RankSnapshot) -> str:
