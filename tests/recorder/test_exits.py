@@ -18,7 +18,16 @@ from tests.installed_code import run_installed
 from tests.recorder.conftest import Run, exit_rows, stored_steps
 from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.facts.ends import RankExit
-from traceml.recorder.exits import _PLACE, ExitWatch, address_limit_bytes, cause_of, describe, status_of
+from traceml.recorder.exits import (
+    _MOST_FRAMES,
+    _PLACE,
+    ExitWatch,
+    _frames,
+    address_limit_bytes,
+    cause_of,
+    describe,
+    status_of,
+)
 
 START = """
 import sys, traceml
@@ -46,6 +55,29 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
     assert "lose()" in row["stack"]
     assert stored_steps(serving) == list(range(5))
     assert serving.run_dirs
+
+
+def test_a_deep_recursion_is_read_in_part() -> None:
+    """Its outermost frames may be the only ones of the user, its innermost tell where it failed."""
+
+    def lower(depth: int) -> None:
+        if not depth:
+            raise ValueError("at the bottom")
+
+        lower(depth - 1)
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        lower(10_000)
+    except ValueError as error:
+        frames, facts = _frames(error.__traceback__), describe(error)
+    finally:
+        sys.setrecursionlimit(limit)
+
+    assert len(frames) == _MOST_FRAMES
+    assert [frames[at].name for at in (0, 1, -1)] == ["test_a_deep_recursion_is_read_in_part", "lower", "lower"]
+    assert frames[-1].lineno == facts["line"] == frames[-2].lineno - 2
 
 
 TRAINS = """

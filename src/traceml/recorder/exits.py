@@ -44,6 +44,7 @@ __all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_i
 _PLACE = "_traceml_place"  # of a SystemExit: where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
+_MOST_FRAMES = 2000  # 300,000 take six seconds
 _EXEC = ("execv", "execve")  # the others of `os.exec*` call these
 _REMOTE = "RemoteTraceback"  # how names end of classes of causes that hold a traceback of another process
 _WAITING = threading._shutdown.__code__  # type: ignore[attr-defined]
@@ -336,7 +337,7 @@ def _place_left(leaving: SystemExit) -> _Place:
     if known is not None:
         return known
 
-    own = [each for each in traceback.extract_tb(leaving.__traceback__) if is_user_file(each.filename)]
+    own = [each for each in _frames(leaving.__traceback__) if is_user_file(each.filename)]
     if not own:
         return {}
 
@@ -358,16 +359,28 @@ def _place(frame: traceback.FrameSummary) -> _Place:
 
 def _frames_above(error: BaseException | None, cause: BaseException) -> list[traceback.FrameSummary]:
     """Return the frames above the one that caught a cause, which are in the traceback of the error that followed."""
-    above: list[traceback.FrameSummary] = []
-    trace, caught = None if error is None or error is cause else error.__traceback__, cause.__traceback__
+    whole = trace = None if error is None or error is cause else error.__traceback__
+    caught, depth = cause.__traceback__, 0
     while trace is not None and caught is not None:
         if trace.tb_frame is caught.tb_frame:
-            return above
+            return traceback.extract_tb(whole, limit=min(depth, _MOST_FRAMES))
 
-        above += traceback.extract_tb(trace, limit=1)
-        trace = trace.tb_next
+        trace, depth = trace.tb_next, depth + 1
 
     return []
+
+
+def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
+    """Return the frames of a traceback; of a very deep recursion only the outermost and the innermost."""
+    depth, entry = 0, trace
+    while entry is not None:
+        entry, depth = entry.tb_next, depth + 1
+
+    if depth <= _MOST_FRAMES:
+        return list(traceback.extract_tb(trace))
+
+    half = _MOST_FRAMES // 2
+    return [*traceback.extract_tb(trace, limit=half), *traceback.extract_tb(trace, limit=-half)]
 
 
 def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dict[str, Any]:
@@ -378,7 +391,7 @@ def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dic
     """
     text = _text_of(error)
     facts: dict[str, Any] = {"exception": _type_name(error), "message": _masked(text)}
-    frames = [*above, *traceback.extract_tb(error.__traceback__)]
+    frames = [*above, *_frames(error.__traceback__)]
     shown = [frame for frame in frames if not is_package_file(frame.filename)] or frames
     # The innermost line may be deep in a library; the user needs the line of their own code that led there.
     own = [frame for frame in shown if is_user_file(frame.filename)]
