@@ -293,6 +293,18 @@ def test_two_threads_in_collectives_of_one_group_are_told():
     assert finding.next.startswith("If that thread uses the same process group, give it one of its own")
 
 
+def test_the_newest_collective_of_a_group_may_be_the_threads():
+    """The training thread, beside it, is in another one: its stack does not fit the operation."""
+    reduces = snapshot(
+        1, call("reduce_scatter_single"), line(20), groups=(group(15, "gather"),), threads=(CHECKPOINT,), phase="comm"
+    )
+
+    assert summary(found(in_backward(0, threads=(CHECKPOINT,)), reduces)).startswith(
+        "Rank 0 is in all_reduce #15 in backward (train.py:28 main), rank 1 is in gather #15 in its thread "
+        "'checkpoint' in gather_object, beside train.py:20 main, for 75 s. On ranks 0, 1 the thread 'checkpoint'"
+    )
+
+
 @pytest.mark.parametrize(
     ("collective", "groups"),
     [

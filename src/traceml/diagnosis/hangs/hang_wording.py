@@ -16,6 +16,7 @@ from traceml.diagnosis.hangs.rank_state import (
     blocked_worker,
     calling_thread,
     doing,
+    is_in_collective,
     rival_thread,
 )
 from traceml.formatting import (
@@ -337,7 +338,7 @@ def _where_they_wait(found: DetectedHang, ranks: Sequence[int], of: str = "") ->
 
 def _caller_text(thread: ThreadSnapshot, snapshot: RankSnapshot) -> str:
     """Return `thread 'metrics' in train.py:10 publish, while train.py:19 main is waiting for a lock`."""
-    line, what = user_line(snapshot), doing(snapshot)
+    line, what = user_line(snapshot), "" if is_in_collective(snapshot) else doing(snapshot)
     if line is None:
         return _thread_place(thread)
 

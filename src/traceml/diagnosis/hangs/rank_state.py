@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 from traceml.database.snapshots.rank_snapshot import (
@@ -21,7 +21,7 @@ from traceml.inspection.thread_frames import is_event_loop
 __all__ = [
     "COMPUTING", "FOR_JOIN", "REMOTE_CALLS", "WAITS_FOR_THREAD", "awaited_thread", "blocked_worker", "calling_thread",
     "collective_wait", "device_wait", "doing", "gil_holder", "is_blocked_by_full_pipe", "is_busy", "is_expected_wait",
-    "is_in_join", "is_in_long_call", "is_spawned", "rival_thread", "running_threads",
+    "is_in_collective", "is_in_join", "is_in_long_call", "is_spawned", "rival_thread", "running_threads",
 ]  # fmt: skip
 
 _DISTRIBUTED = "/torch/distributed/"
@@ -118,11 +118,26 @@ def running_threads(snapshot: RankSnapshot) -> list[ThreadSnapshot]:
 
 
 def calling_thread(snapshot: RankSnapshot, wait: GroupSnapshot) -> ThreadSnapshot | None:
-    """Return the thread that has called the collective that a rank waits in; None if it is the training's."""
-    if _distributed_call(snapshot.frames) or snapshot.phase in _WAITING_PHASES or not wait.operation:
+    """Return the thread that has called the collective that a rank waits in; None if it is the training's.
+
+    The training thread may be in another one, of the same group.
+    """
+    called = [frame.function for frame in _library_frames(snapshot.frames) if _DISTRIBUTED in frame.file]
+    is_own = not called or any(wait.operation in name for name in called) or _has_other_groups(snapshot, wait)
+    if not wait.operation or (is_in_collective(snapshot) and is_own):
         return None
 
     return next((thread for thread in snapshot.threads if wait.operation in thread.collective), None)
+
+
+def is_in_collective(snapshot: RankSnapshot) -> bool:
+    """Whether the training thread is in a collective itself, by its stack or its phase."""
+    return bool(_distributed_call(snapshot.frames)) or snapshot.phase in _WAITING_PHASES
+
+
+def _has_other_groups(snapshot: RankSnapshot, wait: GroupSnapshot) -> bool:
+    """Whether a collective of another group is in flight: it may be the one of a thread."""
+    return any(group.in_flight and group.name != wait.name for group in snapshot.groups)
 
 
 def rival_thread(snapshot: RankSnapshot, wait: GroupSnapshot) -> ThreadSnapshot | None:
@@ -130,8 +145,7 @@ def rival_thread(snapshot: RankSnapshot, wait: GroupSnapshot) -> ThreadSnapshot 
 
     Then chance decides on each rank which of the two comes first.
     """
-    others = any(group.in_flight and group.name != wait.name for group in snapshot.groups)
-    if others or wait.is_p2p or calling_thread(snapshot, wait) is not None:
+    if wait.is_p2p or not is_in_collective(snapshot) or _has_other_groups(snapshot, wait):
         return None
 
     return next((thread for thread in snapshot.threads if thread.collective), None)
@@ -254,7 +268,12 @@ def _distributed_call(frames: Sequence[FrameSnapshot]) -> str:
 
 def _is_known_to_wait(frames: Sequence[FrameSnapshot]) -> bool:
     """Whether the user's code is in a function that waits for other ranks, whatever torch has recorded of it."""
-    return any(frame.file.endswith(_WAITING) for frame in takewhile(lambda each: not each.is_user, frames))
+    return any(frame.file.endswith(_WAITING) for frame in _library_frames(frames))
+
+
+def _library_frames(frames: Sequence[FrameSnapshot]) -> Iterator[FrameSnapshot]:
+    """Return the frames below the user's code, the innermost first."""
+    return takewhile(lambda each: not each.is_user, frames)
 
 
 def _is_transfer(frames: Sequence[FrameSnapshot], *, has_flying: bool) -> bool:
@@ -350,7 +369,7 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
 def _thread_call(frames: Sequence[FrameSnapshot]) -> str:
     """Return what a thread waits for in the outermost call of the script that is known to wait; empty if in none."""
-    called = [*takewhile(lambda frame: not frame.is_user, frames)]
+    called = [*_library_frames(frames)]
     waits = (words for frame in reversed(called) for call, words in _THREAD_CALLS.items() if _is_call(frame, call))
     return next(waits, "")
 
