@@ -262,14 +262,20 @@ def test_an_abort_after_the_loop_over_the_data_is_one_of_uneven_batches() -> Non
 
 
 def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
-    """Gloo ends a process that gets more or less than it expects; elsewhere an abort is an extension's crash."""
+    """Gloo ends a process that gets more or less than it expects; without others an abort is an extension's crash.
+
+    A thread of the process may be in the collective, whatever the training does.
+    """
     for phase, world_size, words in (
         ("comm", 2, "sizes and types"),
+        ("comm", 2, "a thread uses the same process group, as that of async_save"),
         ("other", 2, "an extension"),
         ("comm", 1, "an ext"),
         ("backward", 2, "If it names gloo, the ranks gave one collective different sizes"),
         ("backward", 2, "as those of async_save, which need a process group of their own"),
         ("backward", 1, "an ext"),
+        ("optimizer", 2, "as those of async_save, which need a process group of their own"),
+        ("optimizer", 1, "Look at the call at train.py:9: an ext"),
     ):
         ended = RankExit(rank=1, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase=phase)
         finding = rank_lost(JobFacts(exits=(ended,), world_size=world_size))

@@ -211,7 +211,8 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     if not in_backward:
         return (
             "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends the "
-            f"process. {reason}"
+            "process. So they do where a thread uses the same process group, as that of async_save without one of its "
+            f"own. {reason}"
         )
 
     be = "was" if len(in_backward) == 1 else "were"
@@ -249,7 +250,8 @@ def _for_left_loop(facts: JobFacts) -> str:
     )
 
 
-def _for_abort_in_backward(ended: RankExit, _facts: JobFacts) -> str:
+def _for_abort(ended: RankExit, _facts: JobFacts) -> str:
+    """Return advice on an abort outside of the script's collectives: in backward, or perhaps in a thread."""
     call = f"the call at {ended.place}" if ended.place else "native code"
     return (
         f"Read `terminate called` in the output of rank {ended.rank}. If it names gloo, the ranks gave one collective "
@@ -396,8 +398,8 @@ def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
     if is_abort and is_in_script and facts.backend == _WITH_WATCHDOG:
         return _for_watchdog
 
-    if is_abort and ended.open_phase in ("comm", "backward"):
-        return _for_sizes if ended.open_phase == "comm" else _for_abort_in_backward
+    if is_abort and (is_in_script or ended.open_phase in ("comm", "backward")):
+        return _for_sizes if ended.open_phase == "comm" else _for_abort
 
     if ended.signal not in CRASHES:
         return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
