@@ -50,6 +50,18 @@ def test_what_is_no_script_is_refused_with_the_way_that_works(
     assert f"`TRACEML=1 {'torchrun ' if words[0].startswith('-') else ''}{words[0]} ...`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "launch"])
+def test_code_on_the_command_line_is_refused_with_the_way_that_works(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python's own option; `-c` of the script is the script's."""
+    status = cli.main([command, "-c", "import this"])
+
+    assert status == 2
+    assert "-c: only scripts and modules are started here" in (shown := capsys.readouterr().err)
+    assert "`TRACEML=1 python -c CODE`" in shown
+
+
 def test_a_live_view_without_a_terminal_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--live terminal in a pipe is a usage error before anything is started."""
     script = tmp_path / "train.py"

@@ -36,7 +36,14 @@ def test_a_script_whose_name_begins_with_a_dash(tmp_path: Path, monkeypatch: pyt
     assert script_words(Namespace(script=words, module=False), example="") == ["./-x.py", "-v"]
 
 
-@pytest.mark.parametrize(("words", "why"), [(["-x.py"], "unknown option -x.py"), (["--", "-y.py"], "can't open file")])
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["-x.py"], "unknown option -x.py"),
+        (["--", "-y.py"], "can't open file"),
+        (["-"], "-: a script on standard input cannot be run"),
+    ],
+)
 def test_a_dash_without_such_a_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
 ) -> None:

@@ -44,7 +44,19 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="if the job hangs, write its report and end it with a status other than 0 (on_hang=abort)",
     )
     own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
+    own.add_argument("-c", nargs=0, action=_RefusedCode, help=argparse.SUPPRESS)
     return own
+
+
+class _RefusedCode(argparse.Action):
+    """The option of `python` for code on the command line."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        """Raise an error that names other ways."""
+        raise UsageError(
+            "-c: only scripts and modules are started here. Save the code in a file, or trace it by "
+            "`TRACEML=1 python -c CODE`"
+        )
 
 
 def add_prometheus_option(parser: argparse._ActionsContainer) -> None:
@@ -104,6 +116,9 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
 
     if not target or not target[0]:
         raise UsageError(f"no script given. Try: {example}")
+
+    if target[0] == "-":
+        raise UsageError("-: a script on standard input cannot be run: save it in a file first")
 
     if target[0].startswith("-"):
         raise UsageError(f"unknown option {target[0]}")
