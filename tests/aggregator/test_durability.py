@@ -156,6 +156,8 @@ def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
             _dial(aggregator)
 
     assert len(aggregator.run_dirs) == 1
+    log = aggregator.log.read_text()
+    assert log.count("WARNING") == log.count("WARNING refused rank") == 1
     ballast.unlink()
     _dial(aggregator).close()
     assert len(aggregator.run_dirs) == 1

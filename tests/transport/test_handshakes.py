@@ -82,4 +82,15 @@ def test_thousands_of_refusals_are_a_number(monkeypatch: pytest.MonkeyPatch, cap
 
     assert len(caplog.messages) == 22
     assert caplog.messages[0] == "refused peer 0: garbage"
-    assert caplog.messages[-2:] == ["refused 80 more peers in the last minute", "refused peer 100: later"]
+    assert caplog.messages[-2:] == ["refused 80 more connections in the last minute", "refused peer 100: later"]
+
+
+def test_a_refusal_that_comes_again_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A rank tries again several times a second, as long as the disk is full."""
+    log = RefusalLog()
+    with caplog.at_level(logging.WARNING, "traceml"):
+        for _ in range(10):
+            log.record("rank 10.0.0.1", "the disk is full")
+            log.record("rank 10.0.0.2", "the disk is full")
+
+    assert caplog.messages == ["refused rank 10.0.0.1: the disk is full", "refused rank 10.0.0.2: the disk is full"]

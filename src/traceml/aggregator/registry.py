@@ -165,7 +165,7 @@ class Registry:
         """
         # Marked first: if this aggregator is killed at any moment from here on, the next one finds the folder.
         was_marked = _read_marker(_marker(self.runs_dir, key)) is not None
-        self._mark(key, run_id, named=named)
+        unmarked = self._mark(key, run_id, named=named)
         try:
             run = ActiveRun(self.runs_dir / run_id, key, named=named, retention_gb=self._retention_gb)
         except StoreError as error:
@@ -174,6 +174,7 @@ class Registry:
 
             raise RefusedError(str(error), retry=_is_temporary(error)) from error
 
+        _warn_of_unmarked(run_id, unmarked)
         self._runs.append(run)
         self._by_key[key] = run
         if is_new or not (self.runs_dir / "latest").exists():
@@ -230,7 +231,7 @@ class Registry:
 
     def mark_open(self, run: ActiveRun) -> None:
         """Record that a closed run continues."""
-        self._mark(run.key, run.id, named=run.named)
+        _warn_of_unmarked(run.id, self._mark(run.key, run.id, named=run.named))
 
     def resume_unfinished_runs(self) -> None:
         """Open the runs that an earlier aggregator has left open here."""
@@ -353,13 +354,16 @@ class Registry:
 
         return self._begin_or_part(run_id, key, named=bool(hello.run_id))
 
-    def _mark(self, key: str, run_id: str, *, named: bool) -> None:
+    def _mark(self, key: str, run_id: str, *, named: bool) -> OSError | None:
+        """Note an open run for the next aggregator; return why that failed."""
         marker = _marker(self.runs_dir, key)
         try:
             marker.parent.mkdir(exist_ok=True)
             replace_file(marker, json.dumps({"job": key, "run": run_id, "named": named}).encode())
         except OSError as error:
-            _log.warning("run %s will not be found after a restart of the aggregator: %s", run_id, error)
+            return error
+
+        return None
 
     def _unmark(self, key: str) -> None:
         with contextlib.suppress(OSError):  # at worst the next aggregator checks a run that is over
@@ -387,6 +391,11 @@ def _is_temporary(error: StoreError) -> bool:
 def _level_of(error: RefusedError) -> int:
     """Return the level at which a run that stays closed is logged: one of a live aggregator is as it should be."""
     return logging.DEBUG if isinstance(error.__cause__, StoreBusyError) else logging.INFO
+
+
+def _warn_of_unmarked(run_id: str, error: OSError | None) -> None:
+    if error is not None:
+        _log.warning("run %s will not be found after a restart of the aggregator: %s", run_id, error)
 
 
 def _marker(runs_dir: Path, key: str) -> Path:

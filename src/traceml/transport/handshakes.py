@@ -113,17 +113,23 @@ class OpenHandshakes:
 
 
 class RefusalLog:
-    """Log of refused peers: each with its reason, but of thousands in a minute only the number."""
+    """Log of refused peers: each with its reason; of thousands in a minute, and of further tries, only the number."""
 
     def __init__(self) -> None:
         self._began_s = -_LOG_PERIOD_S
         self._count = 0
+        self._logged: set[tuple[str, str]] = set()
 
     def record(self, who: str, why: str) -> None:
-        """Log one refusal."""
+        """Log one refusal.
+
+        Args:
+            who: role and host of the peer, without the port, which each try has anew.
+        """
         self.flush()
         self._count += 1
-        if self._count <= _LOGGED_REFUSALS:
+        if len(self._logged) < _LOGGED_REFUSALS and (who, why) not in self._logged:
+            self._logged.add((who, why))
             _log.warning("refused %s: %s", who, why)
 
     def flush(self) -> None:
@@ -132,7 +138,8 @@ class RefusalLog:
         if now_s - self._began_s < _LOG_PERIOD_S:
             return
 
-        if self._count > _LOGGED_REFUSALS:
-            _log.warning("refused %d more peers in the last minute", self._count - _LOGGED_REFUSALS)
+        if self._count > len(self._logged):
+            _log.warning("refused %d more connections in the last minute", self._count - len(self._logged))
 
         self._began_s, self._count = now_s, 0
+        self._logged.clear()

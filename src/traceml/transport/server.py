@@ -206,7 +206,8 @@ class Peer(asyncio.BufferedProtocol):
         if self._transport is None or self.state in ("refused", "closed"):
             return
 
-        self._server.refusals.record(f"{self.hello.role if self.hello else 'peer'} {self.address}", why)
+        host = self.address.rpartition(":")[0] or self.address
+        self._server.refusals.record(f"{self.hello.role if self.hello else 'peer'} {host}", why)
         self._decoder.clear()
         self.send({"t": "refused", "why": why, **({"retry": True} if retry else {})})
         was_open, self.state = self.state == "open", "refused"
