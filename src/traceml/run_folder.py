@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
+
+from traceml.formatting import bytes_text
 
 __all__ = [
     "AGGREGATOR_LOG",
@@ -24,6 +27,7 @@ __all__ = [
     "aggregator_words",
     "moved_text",
     "report_command",
+    "size_limit_text",
     "unwritable_text",
 ]
 
@@ -100,3 +104,12 @@ def unwritable_text(folder: Path, what: str, error: OSError) -> str:
         return f"{before}{there} is a file, not a folder"
 
     return f"cannot write {what} {folder}: {error.strerror}"
+
+
+def size_limit_text() -> str | None:
+    """Return the limit of the size of files that this process writes, and what to do; None without a limit."""
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit_bytes == resource.RLIM_INFINITY:
+        return None
+
+    return f"Files may have {bytes_text(limit_bytes)} here (ulimit -f): raise the limit"

@@ -110,7 +110,7 @@ def test_steps_that_no_aggregator_ever_took_are_reported(caplog: pytest.LogCaptu
         traceml.shutdown()
 
     last = warnings_of(caplog)[-1]
-    assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
+    assert last.startswith("5 steps of this rank are lost, as no aggregator answered (")
     assert last.endswith("Start one first with `traceml serve`, or call traceml.init(local=True).")
     assert my_flights() == []
 
@@ -127,7 +127,7 @@ def test_a_refusal_is_told_at_the_start_and_at_the_end(serving: Serving, caplog:
 
     first, last = [text for text in warnings_of(caplog) if "refused the connection" in text]
     assert first.endswith("Training continues; the connection is retried in the background.")
-    assert last.startswith("5 steps of this rank are not stored, as no aggregator accepted them (")
+    assert last.startswith("5 steps of this rank are lost, as no aggregator accepted them (")
     assert last.endswith("in a file of settings).")
 
 
@@ -142,7 +142,7 @@ def test_who_starts_an_aggregator_is_not_told_to_start_one(tmp_path: Path, caplo
         traceml.shutdown()
 
     last = warnings_of(caplog)[-1]
-    assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
+    assert last.startswith("5 steps of this rank are lost, as no aggregator answered (")
     assert str(runs_dir) in last
     assert "traceml serve`" not in last
 
@@ -160,4 +160,23 @@ def test_rows_in_plain_memory_are_not_promised_to_be_kept(serving: Serving, run_
 
     assert done.returncode == 0
     assert "logged rows of this rank may be lost: " in done.stderr
+    assert "Files may have 0 B here (ulimit -f): raise the limit." in done.stderr
     assert "kept in None" not in done.stderr
+
+
+def test_a_launcher_finds_no_rows_that_were_in_plain_memory(serving: Serving, run_script: Run) -> None:
+    """A rank whose flight file outlives it says nothing: its launcher stores the rest."""
+    lose_aggregator(serving)
+    done = run_script(
+        "import os, resource, signal, traceml\n"
+        "os.environ['TRACEML_ADDRESS'] = f'127.0.0.1:{os.environ.pop(\"TRACEML_PORT\")}'\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "traceml.init(on_missing='warn', connect_timeout=0.2)\n"
+        "for _ in range(5):\n"
+        "    with traceml.trace_step():\n"
+        "        pass\n"
+    )
+
+    assert done.returncode == 0
+    assert "5 steps of this rank are lost, as no aggregator answered" in done.stderr

@@ -241,7 +241,7 @@ class Ingest:
 
         if now_s >= self._remind_at_s:
             self._remind_at_s = now_s + _REMIND_S
-            _log.error("%s. The ranks keep their rows meanwhile; trying again every second", error)
+            _log.error("%s. The ranks keep their rows meanwhile; trying again every second", str(error).rstrip("."))
 
     def _recover(self) -> None:
         assert self._failing_since_s is not None

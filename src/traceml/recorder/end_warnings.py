@@ -37,15 +37,18 @@ def waiting_text(flight: FlightFile, sender: RowSender, *, supervised: bool, loc
         supervised: whether a launcher stores what is left.
         local: whether the process starts an aggregator itself; the sender's trouble is then why there is none.
     """
-    waiting = 0 if supervised or not sender.trouble else sender.steps_waiting
+    is_read_later = flight.path is not None and (supervised or not sender.trouble)
+    waiting = 0 if is_read_later else sender.steps_waiting
     if not (waiting or flight.holds_user_rows):
         return None
 
     if not sender.connections and not flight.holds_user_rows:
         start = " Start one first with `traceml serve`, or call traceml.init(local=True)."
-        why, remedy = ("accepted them", "") if sender.was_answered else ("answered", "" if local else start)
+        why, remedy = (
+            ("accepted them", "") if sender.was_answered else ("answered", "" if local or supervised else start)
+        )
         return (
-            f"{plural(waiting, 'step')} of this rank {'is' if waiting == 1 else 'are'} not stored, as no aggregator "
+            f"{plural(waiting, 'step')} of this rank {'is' if waiting == 1 else 'are'} lost, as no aggregator "
             f"{why} ({sender.trouble.rstrip('.')}).{remedy}"
         )
 

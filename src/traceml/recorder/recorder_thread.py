@@ -170,7 +170,8 @@ class RecorderThread:
             self._thread.join(limit_s)
 
         if self._thread.is_alive():
-            _log.warning("the recorder did not end within %.1f s; its last rows stay in its flight file", timeout_s)
+            left = "stay in its flight file" if self._flight.path else "are lost, as there is no flight file"
+            _log.warning("the recorder did not end within %.1f s; its last rows %s", timeout_s, left)
 
         return self._stored
 

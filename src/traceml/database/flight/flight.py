@@ -21,6 +21,7 @@ from traceml.database.flight.journal import Journal, journal_path
 from traceml.database.flight.journaled_tables import JournaledLog, JournaledRing, NameTable
 from traceml.database.flight.row_rings import COUNTERS_PER_TABLE, ByteLog, Ring
 from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
+from traceml.run_folder import size_limit_text
 from traceml.trusted_files import make_trusted_folder
 
 __all__ = ["FlightFile"]
@@ -287,7 +288,8 @@ def _warn_once(refusals: list[str], place: Path | None) -> None:
         f"Using {place}: the last rows survive a killed process, a step may stall for a millisecond occasionally."
         if place
         else "Using plain memory: the last rows of a killed process will be lost. "
-        "To keep them, give one of these folders to this user, with some space."
+        + (size_limit_text() or "To keep them, give one of these folders to this user, with some space")
+        + "."
     )
     if text not in _warned:
         _warned.add(text)

@@ -6,7 +6,6 @@ import errno
 import logging
 import mmap
 import os
-import resource
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,7 +16,7 @@ import msgpack
 from traceml.database.schema import TABLES
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import StoreError, StoreVersionError
-from traceml.formatting import bytes_text
+from traceml.run_folder import size_limit_text
 
 __all__ = ["STORE_VERSION", "create", "last_written_s", "open_for_reading", "open_for_writing", "translate_errors"]
 
@@ -288,16 +287,10 @@ def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
             )
 
 
-def _size_limit_bytes() -> int | None:
-    """Return the limit of the size of files that this process writes; None without one."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 def _advice(path: Path, error: Exception, doing: str) -> str:
     text = str(error)
-    if "disk I/O" in text and (limit := _size_limit_bytes()) is not None:
-        return f"Files may have {bytes_text(limit)} here (ulimit -f): raise the limit; unwritten rows are kept."
+    if "disk I/O" in text and (limit := size_limit_text()) is not None:
+        return f"{limit}; unwritten rows are kept while their jobs run."
 
     if "full" in text or "disk I/O" in text:
         kept = "unwritten rows are kept while their jobs run, and written later"
