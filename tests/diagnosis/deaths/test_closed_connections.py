@@ -268,7 +268,8 @@ def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
     """
     for phase, world_size, words in (
         ("comm", 2, "sizes and types"),
-        ("comm", 2, "a thread uses the same process group, as that of async_save"),
+        ("comm", 2, "of that collective on all ranks, and whether all ranks call it: where these differ,"),
+        ("comm", 2, "a thread uses the training's process group, as that of async_save"),
         ("other", 2, "an extension"),
         ("comm", 1, "an ext"),
         ("backward", 2, "If it names gloo, the ranks gave one collective different sizes"),

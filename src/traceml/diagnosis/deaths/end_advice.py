@@ -210,9 +210,9 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     in_backward = [each.rank for each in facts.exits if each.open_phase == "backward"]
     if not in_backward:
         return (
-            "Compare the sizes and types of that collective on all ranks: where these differ, the backend ends the "
-            "process. So they do where a thread uses the same process group, as that of async_save without one of its "
-            f"own. {reason}"
+            "Compare the sizes and types of that collective on all ranks, and whether all ranks call it: where these "
+            "differ, the backend ends the process. The same happens where a thread uses the training's process group, "
+            f"as that of async_save without a group of its own. {reason}"
         )
 
     be = "was" if len(in_backward) == 1 else "were"
