@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from traceml.launch.agent.address_probe import AddressProbe
-from traceml.launch.agent.descriptor_limit import raise_descriptor_limit
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.channel_frames import ChannelClosedError
+from traceml.launch.shared.descriptor_limit import raise_descriptor_limit
 from traceml.launch.shared.launch_messages import (
     AskWorkers,
     ChildEnded,

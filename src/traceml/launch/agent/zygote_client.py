@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from traceml.launch.agent.descriptor_limit import soft_limit
+from traceml.launch.shared.descriptor_limit import soft_limit
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import (
     ChildEnded,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import resource
 import site
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
-from traceml.errors import UsageError
+from traceml.errors import AgentFailedError, UsageError
 from traceml.inspection.loaded_modules import imports_main_again
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
@@ -24,6 +26,7 @@ from traceml.launch.launcher.logs.debug_log import debug_log
 from traceml.launch.launcher.logs.log_handlers import new_log_folder
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.shared import payload
+from traceml.launch.shared.descriptor_limit import room_for
 from traceml.launch.shared.payload import SerializedValue
 from traceml.recorder.current_recorder import is_enabled
 from traceml.trusted_files import fill_standard_descriptors
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_function", "run_script", "users_path"]
 
+_HOST_FILES, _OTHER_FILES = 4, 200  # open files of the launcher: for each host, with some to spare, and for all else
 _LONGEST_S = 1e9  # of a timeout: torch and faulthandler take no longer one, nor an infinite one
 
 
@@ -87,7 +91,8 @@ def _run(
         out, err = (None, None) if tracing is None else (tracing.output, tracing.errors)
         return LogRouter(make_handlers(log_handlers, hosts, log_folder, plain=script is not None, out=out, err=err))
 
-    with tracing or contextlib.nullcontext(), debug_log(log_folder):
+    room = room_for(len(host_specs) * _HOST_FILES + _OTHER_FILES)
+    with room, tracing or contextlib.nullcontext(), debug_log(log_folder):
         values = LaunchJob(_connect(options, host_specs), spec, make_logs=make_logs, tracing=tracing).run()
 
     return LaunchResult({host.name: results for host, results in zip(host_specs, values, strict=True)})
@@ -138,9 +143,16 @@ def _connect(options: LaunchOptions, host_specs: Sequence[HostSpec]) -> list[Job
     try:
         for spec in host_specs:
             hosts.append(_connect_host(options, spec))  # noqa: PERF401 - those before a failing one must be ended
-    except BaseException:
+    except BaseException as error:
         for host in hosts:
             host.connection.close()
+
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            why = f"the limit of {limit:,} open files is reached: {len(host_specs):,} hosts need some three each"
+            advice = "Start the job after `ulimit -n 65536`."
+            raise AgentFailedError(host_specs[len(hosts)].name, why, advice=advice) from error
 
         raise
 

@@ -1,4 +1,9 @@
-"""Limit of open files: the agent has eleven per worker while it starts them, a thousand for 92 workers."""
+"""Limit of open files.
+
+The agent has eleven per worker while it starts them, a thousand for 92 workers; the launcher has three per host.
+
+Process: the agent and the launcher.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import contextlib
 import resource
 from collections.abc import Iterator
 
-__all__ = ["raise_descriptor_limit", "soft_limit"]
+__all__ = ["raise_descriptor_limit", "room_for", "soft_limit"]
 
 
 def raise_descriptor_limit() -> int:
@@ -27,3 +32,12 @@ def soft_limit(soft: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+
+
+@contextlib.contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """Raise the soft limit to the hard one inside the block, if this many descriptors need that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_enough = soft == resource.RLIM_INFINITY or soft >= count
+    with contextlib.nullcontext() if is_enough else soft_limit(hard):
+        yield
