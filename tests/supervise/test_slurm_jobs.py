@@ -128,6 +128,7 @@ def test_a_cancelled_job_is_one_that_slurm_ends_without_a_reason(
     slurm_that_shows(_SHOWN.format_map(_USUAL | shown), tmp_path, monkeypatch)
 
     assert is_cancelled({"SLURM_JOB_ID": "7"}) is cancelled
+    assert (scheduler_facts({"SLURM_JOB_ID": "7"}) == {"scheduler": "cancelled"}) is cancelled
     assert not is_cancelled({})
 
 

@@ -56,7 +56,13 @@ class FindingFacts(NamedTuple):
     is_costly: bool  # whether it costs as much as a timing finding must
 
 
-_BY_SCHEDULER = {"time_limit": "time limit", "preempted": "preemption", "warned": "warning", "requeued": "queued again"}
+_BY_SCHEDULER = {
+    "time_limit": "time limit",
+    "preempted": "preemption",
+    "warned": "warning",
+    "requeued": "queued again",
+    "cancelled": "scancel or a lost node",
+}
 
 
 def lost_ranks(finding: FindingFacts) -> str:

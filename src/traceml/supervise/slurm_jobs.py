@@ -28,6 +28,7 @@ _TIMEOUT_S = 10.0
 _FACTS_S = 3.0  # both commands together: a job that Slurm ends has some 30 s, in which its run must be stored
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_CANCELLED = ("CANCELLED", "COMPLETING")  # the second while its processes still run
 _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
 
 _NO_SUCH_JOB = "Invalid job id specified"  # Slurm's words, as the next ones
@@ -85,11 +86,15 @@ def scheduler_facts(environ: Mapping[str, str]) -> dict[str, Any]:
         environ: as of `scheduler_end`.
 
     Returns:
-        `scheduler`, as `scheduler_end` has it; `limit_s`, the job's time limit in seconds, if it has one.
+        `scheduler`, as `scheduler_end` has it, or `cancelled`: Slurm ends the job for none of these reasons; `limit_s`,
+        the job's time limit in seconds, if it has one.
     """
     job = read_job(job_id, _FACTS_S) if (job_id := environ.get("SLURM_JOB_ID")) else None
-    why = None if job is None else _reason(job, environ, 0.0)
-    if job is None or why is None:
+    if job is None:
+        return {}
+
+    why = _reason(job, environ, 0.0) or ("cancelled" if job.state in _CANCELLED else None)
+    if why is None:
         return {}
 
     return {"scheduler": why} | ({} if job.limit_minutes is None else {"limit_s": 60 * job.limit_minutes})
@@ -113,7 +118,7 @@ def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | Non
 def is_cancelled(environ: Mapping[str, str]) -> bool:
     """Return whether the job that this process is part of was cancelled: its processes are being ended."""
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
-    return job is not None and job.state in ("CANCELLED", "COMPLETING") and _reason(job, environ, 0.0) is None
+    return job is not None and job.state in _CANCELLED and _reason(job, environ, 0.0) is None
 
 
 def is_forgotten(job_id: str) -> bool:

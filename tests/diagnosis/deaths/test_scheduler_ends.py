@@ -111,6 +111,7 @@ def test_other_ends_are_no_time_limit(facts: JobFacts) -> None:
     [
         ("preempted", "The scheduler preempted the job (SIGTERM), in step 812; ", "preemption"),
         ("requeued", "The scheduler ended the job to queue it again (SIGTERM), in step 812; ", "queued again"),
+        ("cancelled", "The scheduler ended the job (SIGTERM), in step 812; ", "scancel or a lost node"),
         ("time_limit", "The scheduler ended the job at its time limit (SIGTERM), in step 812; ", "time limit"),
         (
             "warned",

@@ -108,6 +108,7 @@ def test_lack_of_memory_and_a_lost_host_are_reasons(tmp_path: Path, end: dict[st
     [
         ("preempted", "preempted by the scheduler"),
         ("requeued", "queued again by the scheduler"),
+        ("cancelled", "ended by the scheduler"),
         ("time_limit", "ended by the scheduler at its time limit"),
     ],
 )

@@ -79,6 +79,11 @@ _CAUSES = {
         "ended the job to queue it again",
         "It resumes from the last checkpoint when it starts again. To lose fewer steps, save more often.",
     ),
+    "cancelled": _Words(
+        "ended the job",
+        "It was cancelled (scancel), or lost a node: sacct -j JOBID -o State,ExitCode,Elapsed tells which. Resume from "
+        "the last checkpoint.",
+    ),
 }
 
 

@@ -34,7 +34,7 @@ _TIME_LIMITS = (
 _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>\d+)[^)]*\) (?P<how>is killed by signal|exited)")
 _SIGNAL = re.compile(r"is killed by signal: (?P<words>[^.]+)")
 _STATUS = re.compile(r"with exit code (?P<code>\d+)")
-_SCHEDULER = ("time_limit", "preempted", "warned", "requeued")
+_SCHEDULER = ("time_limit", "preempted", "warned", "requeued", "cancelled")
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that ask for the end; by SIGINT a user stops the job by hand."""
 
@@ -127,7 +127,8 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     oom: str | None = None  # where the kernel counted an out-of-memory kill meanwhile: `group` (its cgroup) or `host`
     address_limit_bytes: int | None = None  # limit of its address space, where it had one
     saved_steps: int | None = None  # steps in its last checkpoint; None if it saved none
-    # what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`
+    # what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`,
+    # `cancelled`
     scheduler: str | None = None
     limit_s: float | None = None  # the job's time limit, seconds, where the scheduler reported it
     host_lost: str | None = None  # reason for which the launcher gave up its host

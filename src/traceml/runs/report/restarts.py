@@ -32,6 +32,7 @@ _BY_SCHEDULER = {
     "preempted": "preempted by the scheduler",
     "warned": "ended after the scheduler's warning",
     "requeued": "queued again by the scheduler",
+    "cancelled": "ended by the scheduler",
 }
 _MAX_RANKS = 8  # of an attempt, whose first and last steps are read
 _STEPS, _SAMPLES = 64, 2  # last rows of each rank that are read
