@@ -177,6 +177,38 @@ def test_a_default_group_of_a_part_of_the_job_has_members(recorder: Any, monkeyp
     assert [each.members for each in GroupSnapshots().read()] == [(0, 1, 2), (0, 2)]
 
 
+@pytest.mark.parametrize(
+    ("entries", "number", "operation", "flies"),
+    [
+        (["all_reduce", "all_reduce"], 2, "all_reduce", False),
+        (["all_reduce", "broadcast*", "all_reduce*", "all_gather*"], 2, "broadcast", True),
+        (["broadcast*", "all_reduce", "all_gather*"], 3, "all_gather", True),  # nobody waits for the first one
+        (["broadcast*", "all_reduce"], 2, "all_reduce", False),
+        (["send*", "all_reduce*"], 2, "all_reduce", True),
+    ],
+)
+def test_the_first_of_the_collectives_in_flight_is_the_one_that_is_waited_for(
+    recorder: Any, entries: list[str], number: int, operation: str, flies: bool
+) -> None:
+    """As of the buckets of DDP: a rank in another collective has met the first, and never comes to the last of them."""
+    rows = [
+        {
+            "record_id": at,
+            "process_group": ["0", "default_pg"],
+            "collective_seq_id": at,
+            "profiling_name": f"gloo:{name.removesuffix('*')}",
+            "retired": not name.endswith("*"),
+            "is_p2p": name.startswith("send"),
+        }
+        for at, name in enumerate(entries, 1)
+    ]
+    recorder._dump_fr_trace_json = lambda *_: json.dumps({"entries": rows[::-1]})
+
+    found, _ = GroupSnapshots().read()
+
+    assert (found.number, found.operation, found.in_flight) == (number, operation, flies)
+
+
 def test_a_collective_changes_the_state_where_the_recorder_would_ask_the_device(
     recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

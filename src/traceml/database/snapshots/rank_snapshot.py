@@ -101,12 +101,12 @@ class FrameSnapshot(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSnapshot(_Record):
-    """The newest operation of a rank in one process group.
+    """The newest operation of a rank in one process group; of several collectives in flight at the end, the first one.
 
     Attributes:
         name: the group's name; empty for the default group.
         members: global ranks of the group, ascending; empty where it has all ranks.
-        number: number of the rank's newest collective in this group, counted by torch's flight recorder (or by us where
+        number: number of that collective in this group, counted by torch's flight recorder (or by us where
             there is none); 0 before the first. Equal numbers of two ranks are the same collective.
         operation: its name without the backend: `all_reduce`, `barrier`, `send`; empty if not known.
         sizes: elements of each input tensor.

@@ -129,10 +129,26 @@ class GroupSnapshots:
 
         entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
         if entries:
-            return GroupSnapshot(**known, **_operation(max(entries, key=lambda each: int(each.get("record_id") or 0))))
+            return GroupSnapshot(**known, **_operation(_awaited(entries)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
         return GroupSnapshot(**known, number=0 if self._entries else _sequence(group))
+
+
+def _awaited(entries: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the newest entry; of several collectives in flight the first, as of DDP's buckets: it is waited for."""
+    found, *earlier = sorted(entries, key=lambda each: int(each.get("record_id") or 0), reverse=True)
+    for each in earlier:
+        if not (_is_in_flight(found) and _is_in_flight(each)) or found.get("is_p2p") or each.get("is_p2p"):
+            break
+
+        found = each
+
+    return found
+
+
+def _is_in_flight(entry: Mapping[str, Any]) -> bool:
+    return entry.get("retired") is False and entry.get("state") != "completed"
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +159,7 @@ def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
         "number": int(entry.get("p2p_seq_id" if is_p2p else "collective_seq_id") or 0),
         "operation": words[0] if words else "",
         "sizes": tuple(math.prod(size) for size in entry.get("input_sizes") or ()),
-        "in_flight": entry.get("retired") is False and entry.get("state") != "completed",
+        "in_flight": _is_in_flight(entry),
         "is_p2p": is_p2p,
         "peer": int(peer[1]) if is_p2p and peer else None,
     }
