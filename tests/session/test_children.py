@@ -36,3 +36,36 @@ def test_a_child_that_trains_has_the_settings_of_init(serving: Serving, run_scri
     assert done.returncode == 0, done.stderr
     assert done.stdout == "('password', 're:a{1,2}')\n"
     assert [run_dir.name[16:20] for run_dir in serving.run_dirs] == ["mine", "mine"]
+
+
+FORKS = """
+import os, sys, torch, traceml
+traceml.init()
+if os.fork() == 0:
+    if "init" in sys.argv:
+        traceml.init()
+    for _ in range(2):
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(8))], lr=0.01)
+    os._exit(0)
+os.wait()
+if "both" in sys.argv:
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(8))], lr=0.01)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("how", "warnings"), [("", 1), ("both", 1), ("init", 0)])
+def test_a_forked_child_that_trains_says_that_it_is_not_traced(
+    serving: Serving, run_script: Run, how: str, warnings: int
+) -> None:
+    """Once, and only there: its parent is traced, and a child that calls `init` is, too."""
+    done = run_script(FORKS, how)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("trains without tracing") == warnings
+
+
+@pytest.mark.process
+def test_a_child_of_multiprocessing_is_not_called_untraced(serving: Serving, run_script: Run) -> None:
+    """It is a rank."""
+    assert "without tracing" not in run_script(SPAWNS, "fork").stderr

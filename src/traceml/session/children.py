@@ -1,7 +1,7 @@
 """Trainings in child processes: one that joins a process group or makes an optimizer is a rank of its parent's run.
 
 `torch.multiprocessing.spawn` and `multiprocessing.Process` start a function. It is wrapped in one that starts tracing
-at the first of these. Workers of data loaders and pools do neither.
+at the first of these. Workers of data loaders and pools do neither. What `os.fork` has made is not traced, and says so.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing.process
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from traceml.fail_open import fail_open
 from traceml.ids import detect_rank
+from traceml.inspection.loaded_modules import multiprocessing_parent
+from traceml.recorder.current_recorder import is_enabled, state
 from traceml.recorder.identity import inherit_settings
 from traceml.session.task_workers import watch_pool_worker
 
@@ -70,6 +73,22 @@ def watch_children(start_child: Callable[[], None]) -> None:
     start._traceml_watches = True  # type: ignore[attr-defined]
     start.__doc__ = original.__doc__
     process_type.start = start
+    os.register_at_fork(after_in_child=_watch_forked)
+
+
+def _watch_forked() -> None:
+    if state.parent is not None:
+        with fail_open(_log, "session", "a forked process trains without tracing", once=True):
+            at_training_setup(_warn_untraced)
+
+
+def _warn_untraced() -> None:
+    if not is_enabled() and multiprocessing_parent() is None:
+        _log.warning(
+            "process %d was forked (os.fork) from a traced one and trains without tracing. Start it as a "
+            "multiprocessing.Process, or call traceml.init() in it.",
+            os.getpid(),
+        )
 
 
 def _settings_of_training(target: Any) -> dict[str, Any] | None:
