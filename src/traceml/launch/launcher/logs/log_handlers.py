@@ -330,15 +330,15 @@ class _StreamHandler(LineHandler):
 
 
 class PlainHandler(_StreamHandler):
-    """Writes a worker's output unchanged: its stderr and records of `logging` to `err`, else its stdout to `out`.
+    """Writes worker 0's output unchanged: its stderr and records of `logging` to `err`, else its stdout to `out`.
 
     Args:
         out: None for `sys.stdout`.
         err: None for `sys.stderr`.
     """
 
-    def __init__(self, hostname: str, local_rank: int, out: TextIO | None, err: TextIO | None) -> None:
-        super().__init__(hostname, local_rank, None, layout="%(message)s")
+    def __init__(self, hostname: str, out: TextIO | None, err: TextIO | None) -> None:
+        super().__init__(hostname, 0, None, layout="%(message)s")
         self._out, self._err = out, err
 
     @property

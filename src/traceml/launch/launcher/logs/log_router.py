@@ -81,7 +81,7 @@ def make_handlers(
     first = next(iter(hosts))
     made: list[logging.Handler] = [
         stream_handler(first, stream=err if plain else out),
-        PlainHandler(first, 0, out, err) if plain else stream_handler(first, 0, out),
+        PlainHandler(first, out, err) if plain else stream_handler(first, 0, out),
     ]
     folder = log_folder()
     if folder is None:
