@@ -192,6 +192,15 @@ def test_completion_knows_every_command_and_public_option():
     assert {"-o", "--output"} <= options["export"]
 
 
+def test_completion_offers_folders_for_every_runs_dir():
+    """Of commands with a parser of their own too, where the word in the help is written by hand."""
+    commands = next(action for action in whole_parser()._actions if action.dest == "command").choices
+    found = {name: parser._option_string_actions.get("--runs-dir") for name, parser in commands.items()}
+
+    assert "serve" in found
+    assert [name for name, action in found.items() if action is not None and not hasattr(action, "complete")] == []
+
+
 COMPLETED = [
     ("traceml rep", {"report"}),
     ("traceml report --h", {"--help", "--html"}),

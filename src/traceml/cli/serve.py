@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
     parser.add_argument("--port", type=PORT, help="port to listen on (29765; 0: a free one)")
-    parser.add_argument("--runs-dir", help="folder of the runs (default: the setting runs_dir)")
+    parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: the setting runs_dir)")
     parser.add_argument(
         "--web", nargs="?", type=PORT, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
     )
