@@ -55,7 +55,8 @@ class ProfileOptions(RunsDirOptions):
     """
 
     run: Annotated[str | None, Positional("[RUN|ADDRESS]")] = None
-    """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
+    """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job,
+    or run)."""
     ranks: Annotated[str | None, Metavar("RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
     steps: Annotated[int, NumberRange(maximum=MAX_PROFILE_STEPS), Metavar("N")] = 5
