@@ -305,6 +305,21 @@ def test_a_child_that_trained_for_itself_is_not_its_parent(registry, memory, par
     assert child.is_helper is not is_rank
 
 
+def test_a_second_job_of_a_runs_id_is_an_attempt_of_its_own(registry, memory):
+    """It ran while the first one did, found no aggregator, and left its files; launchers of both count from 0."""
+    for rank in (0, 1):
+        run, _ = join(registry, hello(rank, pid=rank + 7, recorder="first"))
+        facts = {"job": "job", "recorder": "second", "world_size": 2, "rank": rank, "pid": rank + 9}
+        flight = FlightFile.create(memory, facts)
+        flight.ring("steps").append(0, monotonic_ns(), 5_000_000, *[0] * (len(STEPS.names) - 3))
+        flight.close(unlink=False)
+
+    for dead in dead_flights("job", registry.runs_dir):
+        run.recover_flight(dead)
+
+    assert sorted((each.attempt, each.rank) for each in run.streams) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize(("left", "is_stored"), [("folder", True), ("store", False), ("nothing", False)])
 def test_steps_of_a_run_that_never_had_a_store_are_stored(registry, memory, left, is_stored):
     """The disk was full while it ran. A run that was removed stays so, and a stored one had an aggregator."""

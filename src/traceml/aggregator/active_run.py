@@ -90,13 +90,17 @@ class ActiveRun(RunStreams):
             self._facts.write(self.store)
 
             attempt = self._facts.attempt_of(flight.attempt, flight.incarnation.host)
+            is_helper = flight.is_helper or self._is_no_rank(flight, attempt)
+            while not is_helper and self._table.of_rank(attempt, flight.rank) is not None:
+                attempt += 1  # a second job of this run's id, whose launcher counts from 0, too
+
             stream = self._add_stream(
                 attempt,
                 flight.rank,
                 flight.incarnation,
                 flight.local_rank,
                 str(flight.path),
-                is_helper=flight.is_helper or self._is_no_rank(flight, attempt),
+                is_helper=is_helper,
             )
             self.store.update_stream(stream.id, clock=list(flight.image.clock))
             for report in [report for report in self._unmatched_exits if report.pid == flight.incarnation.pid]:
