@@ -158,6 +158,9 @@ def test_the_command(capsys, tmp_path):
     assert f"{len(DOCUMENTS)} schemas" in capsys.readouterr().out
     assert cli.main(["schema", "--json", "-o", str(tmp_path / "out")]) == 0
     assert {*map(Path, json.loads(capsys.readouterr().out).values())} == {*(tmp_path / "out").iterdir()}
+    assert cli.main(["schema", "runs", "-o", str(tmp_path / "one")]) == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["runs-1.json"]
+    assert capsys.readouterr().out == f"{tmp_path / 'one'}: 1 schema\n"
     assert cli.main(["schema", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == list(DOCUMENTS)
     assert cli.main(["schema", "nosuch"]) == 2
