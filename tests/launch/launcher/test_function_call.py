@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from typing import Any
 
 import pytest
@@ -41,6 +43,8 @@ def test_each_form_is_reported_by_its_arguments(args: Any, kwargs: Any, expected
     ("func", "kwargs", "words"),
     [
         (3, {}, "func=3: it is not callable"),
+        (asyncio.sleep, {}, "is a coroutine function"),
+        (functools.partial(asyncio.sleep, 1), {}, "Launch a function that runs it by asyncio.run"),
         (print, {"func_args": "one"}, "func_args is a str: give a tuple"),
         (print, {"func_kwargs": ["one"]}, "func_kwargs is a list"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -146,6 +147,12 @@ def read_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Func
     """
     if not callable(func):
         raise UsageError(f"func={func!r}: it is not callable")
+
+    if inspect.iscoroutinefunction(func):
+        raise UsageError(
+            f"func={func!r} is a coroutine function: a call of it returns a coroutine, which no process can send back. "
+            "Launch a function that runs it by asyncio.run"
+        )
 
     if not _is_own_form(args, kwargs):
         own = {name: value for name, value in kwargs.items() if name != "log_handlers"}
