@@ -313,6 +313,7 @@ def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path
     process = script(
         """
         import traceml
+        traceml.init(local=True, run_name="named", quiet=True)
         for name in ("first", "second"):
             with traceml.Experiment(name, backend="jsonl"):
                 traceml.log_metric(name, 1)
@@ -341,6 +342,7 @@ def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path
         assert run.values(name) == [1.0]
         assert run.values("late") == []
         assert len(run.of("experiment")) == 1
+        assert ("-named-" in run.run_dir.name) is (name == "first")
 
 
 def test_a_tracker_that_does_not_exist_is_reported_at_once(script: Script) -> None:

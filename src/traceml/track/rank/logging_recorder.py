@@ -57,6 +57,8 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         given = dict(arguments or {})
         if known is not None:
             config = known.config.over(**given)
+            if recorder is not None:  # an argument of `init` named the run that is over
+                config = config.replaced(run_name=settings.load().run_name)
         else:
             spawned = spawned_from()  # of a recorded process
             config = settings.load(**{"local": True, **(spawned.settings if spawned is not None else {}), **given})
