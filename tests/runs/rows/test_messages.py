@@ -110,6 +110,22 @@ def test_a_verdict_is_reported_when_it_changes():
     assert [number for number, _ in kept(*map(verdict, [*slow, straggler()]))] == [0, 2, 3, 4, 5]
 
 
+def test_the_end_of_a_rank_is_reported_when_it_changes():
+    """The launcher's report adds when it saw the end; another state or signal is new, and that of another rank."""
+    raised = {"exception": "ValueError", "message": "boom"}
+    ends = [
+        ("failed", raised),
+        ("failed", {**raised, "code": 1, "reported_s": 2.0}),
+        ("lost", {}),
+        ("killed", {"signal": 15}),
+    ]
+    of_first = [("rank", {"rank": 0, "attempt": 0, "state": state, "exit": ended}) for state, ended in ends]
+
+    found = kept(*of_first, ("rank", {"rank": 1, "attempt": 0, "state": "killed", "exit": {"signal": 15}}))
+
+    assert [number for number, _ in found] == [0, 2, 3, 4]
+
+
 def test_the_newest_events_stay():
     """Their number is bounded."""
     assert [number for number, _ in kept(*[("alert", {})] * 500)] == list(range(300, 500))

@@ -67,11 +67,12 @@ class RunMessages:
 
 
 class RunEvents:
-    """The newest 200 events of a run; a reading, and a verdict with only other numbers, displaces none of them."""
+    """The newest 200 events of a run; a reading, or what tells people nothing new, displaces none of them."""
 
     def __init__(self) -> None:
         self._kept: deque[RunEvent] = deque(maxlen=_EVENTS_KEPT)
         self._verdict: tuple[object, ...] | None = None
+        self._ends: dict[object, tuple[object, ...]] = {}  # of each rank
 
     def __iter__(self) -> Iterator[RunEvent]:
         return iter(self._kept)
@@ -84,12 +85,19 @@ class RunEvents:
 
     def take(self, event: RunEvent) -> None:
         """Keep an event if it is one for people, and new."""
-        if event.kind in _READINGS or (event.kind == "verdict" and not self._is_new(event)):
-            return
+        is_new = {"verdict": self._is_new_verdict, "rank": self._is_new_end}.get(event.kind)
+        if event.kind not in _READINGS and (is_new is None or is_new(event)):
+            self._kept.append(event)
 
-        self._kept.append(event)
+    def _is_new_end(self, event: RunEvent) -> bool:
+        """Return whether the end of a rank says something new: it is stored again with the report of its launcher."""
+        rank, ended = event.data.get("rank"), event.data.get("exit") or {}
+        before, facts = self._ends.get(rank), [ended.get(key) for key in ("exception", "message", "signal")]
+        code = ended.get("code") if not any(facts) else None  # of an exception it is always 1
+        self._ends[rank] = (event.data.get("attempt"), event.data.get("state"), code, *facts)
+        return self._ends[rank] != before
 
-    def _is_new(self, event: RunEvent) -> bool:
+    def _is_new_verdict(self, event: RunEvent) -> bool:
         """Return whether a verdict says something new: it is stored again each time its numbers change."""
         first = (event.data.get("findings") or [{}])[0]
         before, self._verdict = self._verdict, tuple(first.get(key) for key in ("kind", "ranks", "phase"))
