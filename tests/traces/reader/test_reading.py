@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 import threading
@@ -340,6 +342,23 @@ def test_a_trace_may_be_empty(tmp_path: Path, data: bytes) -> None:
 def test_systrace_is_refused_with_a_way_out(tmp_path: Path, data: bytes) -> None:
     """The error names the tool that converts it."""
     with pytest.raises(TraceEmptyError, match="traceconv json"):
+        list(read(_write(tmp_path, data)))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (bz2.compress(LINES), "bzip2 is not read. Convert it first: bunzip2 --keep FILE"),
+        (lzma.compress(LINES), "xz is not read. Convert it first: unxz --keep FILE"),
+        (LINES.decode().encode("utf-16"), "UTF-16 is not read. Convert it first: iconv -f UTF-16"),
+        (b"\xfe\xff" + LINES.decode().encode("utf-16-be"), "UTF-16 is not read. Convert it first: iconv -f UTF-16"),
+        (b"PK\x03\x04" + bytes(40), "zip archive is not read. Convert it first: unzip FILE"),
+    ],
+    ids=["bzip2", "xz", "utf-16", "utf-16 big-endian", "zip"],
+)
+def test_other_formats_are_named_with_the_way_out(tmp_path: Path, data: bytes, words: str) -> None:
+    """It said only that there is no trace event in them."""
+    with pytest.raises(TraceEmptyError, match=words):
         list(read(_write(tmp_path, data)))
 
 

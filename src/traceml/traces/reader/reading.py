@@ -16,14 +16,13 @@ from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFact
 from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.pipeline import ReadPipeline
 from traceml.traces.reader.python_scanner import PythonScanner
-from traceml.traces.reader.trace_files import discover, is_systrace
+from traceml.traces.reader.trace_files import conversion_advice, discover
 
 __all__ = ["TraceReader", "check_read", "read"]
 
 _MAX_WORKERS = 8
 _SHOWN = 5  # files named in an error
 _COMPLETE = "Was it written by a tracer, and to its end?"
-_CONVERT = "This is systrace's format, which is not read. Convert it by Perfetto's tool: traceconv json FILE trace.json"
 
 
 def read(
@@ -99,7 +98,7 @@ def _nothing_in(files: Sequence[TraceFileFacts]) -> str:
     """Return the text of an error about files without events."""
     shown = [f"{facts.path} ({_reason(facts)})" for facts in files[:_SHOWN]]
     more = f", and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    advice = _CONVERT if any(is_systrace(facts.path) for facts in files[:_SHOWN]) else _COMPLETE
+    advice = next(filter(None, (conversion_advice(facts.path) for facts in files[:_SHOWN])), _COMPLETE)
     return f"there is no trace event in {', '.join(shown)}{more}. {advice}"
 
 

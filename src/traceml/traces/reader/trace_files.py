@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import re
@@ -17,6 +18,7 @@ __all__ = [
     "ZSTD_MAGIC",
     "ZSTD_START_BYTES",
     "Identity",
+    "conversion_advice",
     "discover",
     "first_text",
     "identity",
@@ -30,6 +32,16 @@ SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # magic numbers of zstd frames withou
 _SUFFIXES = (".pfw", ".pfw.gz", ".pfw.zst")  # these are traces even when nothing in them is readable
 _FTRACE = re.compile(rb"^# tracer: |^[ \t]*\S[^\n]{0,40}-\d+ +(?:\( *[\d-]+\) +)?\[\d{3}\] ", re.MULTILINE)
 _SYSTRACE = (b"systrace", b"trace-viewer", b"trace viewer", b"tracing_analyzer")
+_OF_SYSTRACE = (
+    "This is systrace's format, which is not read. Convert it by Perfetto's tool: traceconv json FILE trace.json"
+)
+_NOT_READ = (
+    (b"BZh", "bzip2", "bunzip2 --keep FILE"),
+    (b"\xfd7zXZ\0", "xz", "unxz --keep FILE"),
+    (b"PK\x03\x04", "A zip archive", "unzip FILE"),
+    (codecs.BOM_UTF16_LE, "Text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > trace.json"),
+    (codecs.BOM_UTF16_BE, "Text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > trace.json"),
+)  # first bytes of a file, its format, and the command that converts it
 _SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
 
 # Device, inode, size in bytes, times of modification and of change in nanoseconds.
@@ -104,14 +116,23 @@ def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
         return b""
 
 
-def is_systrace(path: Path) -> bool:
-    """Return whether a file is of systrace: lines of ftrace, or a page that shows them."""
+def conversion_advice(path: Path) -> str:
+    """Return how to convert a file of a known format that is not read; empty for others."""
     try:
         with path.open("rb") as file:
             start = file.read(_SNIFFED_BYTES)
     except OSError:
-        return False
+        return ""
 
+    if _is_systrace(start):
+        return _OF_SYSTRACE
+
+    found = ((name, command) for magic, name, command in _NOT_READ if start.startswith(magic))
+    return next((f"{name} is not read. Convert it first: {command}" for name, command in found), "")
+
+
+def _is_systrace(start: bytes) -> bool:
+    """Whether a file that begins so is of systrace: lines of ftrace, or a page that shows them."""
     is_page = start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
     return _FTRACE.search(start) is not None or (is_page and any(word in start.lower() for word in _SYSTRACE))
 
