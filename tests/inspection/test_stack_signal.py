@@ -106,9 +106,33 @@ time.sleep(600)
 """
 
 
-def test_a_process_whose_threads_run_in_turns_is_not_asked() -> None:
+_ASKS_OFTEN = """
+import re, sys
+
+sys.setswitchinterval(50e-6)
+other = threading.Thread(target=threading.Event().wait, daemon=True)
+other.start()
+print("ready", flush=True)
+threading.Thread(target=re.match, args=("(a*)*b", "a" * 40), daemon=True).start()
+while True:
+    other.join(0.01)
+"""
+
+
+def test_a_thread_that_asks_for_the_gil_often_does_not_run() -> None:
+    """With a short switch interval, which nobody can restore any more, it wakes a thousand times in a probe."""
+    with standing(_ASKS_OFTEN) as told:
+        file = find_stack_file(told.pid)
+        assert file is not None
+
+        assert "match" in _ask_when_silent(told, file)
+        os.close(file)
+
+
+@pytest.mark.parametrize("interval_s", [0.005, 50e-6])
+def test_a_process_whose_threads_run_in_turns_is_not_asked(interval_s: float) -> None:
     """On a busy host a thread may ask for the GIL for seconds, and get it yet: one that wakes often looks the same."""
-    with standing(_IN_TURNS) as told:
+    with standing(f"import sys; sys.setswitchinterval({interval_s})\n{_IN_TURNS}") as told:
         thread, file = int(told.line()), find_stack_file(told.pid)
         assert file is not None
         for _ in range(10):

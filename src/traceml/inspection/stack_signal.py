@@ -50,8 +50,9 @@ _PROBE_S, _MIN_WAKES = 0.1, 8
 # Where others use the cores it wakes less often: then another probe may do.
 _PROBES_S = 0.45
 # A thread hands the GIL over after a switch interval on a core, while another one wants it. One that runs for three
-# of them, and no other does, holds it in one call; what only wakes to ask for it runs for microseconds.
-_RUNS_NS, _HOLDS_NS = 1_000_000, 15_000_000
+# of them, and no other does, holds it in one call. What only wakes to ask for it runs for about as long as the silent
+# thread does: 0.3 ms in a probe, and 7 ms where the call began during a short switch interval (`SwitchInterval`).
+_RUNS_NS, _HOLDS_NS, _ASKS_NS = 1_000_000, 15_000_000, 10_000_000
 _FIRST_S, _QUIET_S = 0.3, 0.05
 # The thread that writes may wait for a core between two lines: half of the stacks looks like those of fewer threads.
 _NO_CORE_S = 0.4
@@ -196,14 +197,15 @@ class SignaledStacks:
         return self._pid if main.state == "R" else self._silent_thread
 
     def _run_in_turns(self) -> bool:
-        """Return whether more than one other thread has run, or none for long enough to tell."""
-        ran = [ran_ns - self._ran_ns.get(thread, 0) for thread, ran_ns in self._run_times().items()]
-        running = [ran_ns for ran_ns in ran if ran_ns > _RUNS_NS]
-        return len(running) > 1 or (len(running) == 1 and running[0] < _HOLDS_NS)
+        """Return whether more than one other thread has run, or none for long enough to tell, or the silent one."""
+        ran = {thread: ran_ns - self._ran_ns.get(thread, 0) for thread, ran_ns in self._run_times().items()}
+        asked_ns = ran.pop(self._silent_thread, 0)
+        running = [ran_ns for ran_ns in ran.values() if ran_ns > _RUNS_NS + asked_ns]
+        return asked_ns > _ASKS_NS or len(running) > 1 or (len(running) == 1 and running[0] < _HOLDS_NS)
 
-    def _run_times(self) -> dict[int, int]:
-        """Return the CPU time of each thread but the silent one."""
-        threads = (each.pid for each in threads_of(self._pid) if each.pid != self._silent_thread)
+    def _run_times(self) -> dict[int | None, int]:
+        """Return the CPU time of each thread."""
+        threads = (each.pid for each in threads_of(self._pid))
         return {thread: cpu_ns for thread in threads if (cpu_ns := thread_cpu_ns(thread, self._pid)) is not None}
 
     def _wakes_of(self) -> int:
